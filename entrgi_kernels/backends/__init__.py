@@ -1,0 +1,139 @@
+"""Engines that compute the operators, and the choice among them.
+
+A backend is a module of raw functions on tensors (no autograd, no validation), all with the names and the signatures
+of :mod:`entrgi_kernels.backends.eager`, the oracle. :func:`resolve` picks one; an explicit choice that cannot serve
+raises, only ``"auto"`` falls back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+logger = logging.getLogger("entrgi_kernels")
+
+EAGER, NATIVE, TRITON, CUDA = "eager", "native", "triton", "cuda"
+NAMES = (EAGER, NATIVE, TRITON, CUDA)
+_MODULES = {name: f"{__name__}.{name}" for name in NAMES}
+
+# What "auto" tries first on a device type; the rest of the list is what it falls back to. An engine is listed only
+# where a committed result shows it correct and fastest (docs/backends.md names the results).
+_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": (NATIVE, EAGER), "cuda": (TRITON, EAGER)}
+
+
+class BackendUnavailableError(RuntimeError):
+    """An explicitly chosen backend cannot serve these tensors on this machine."""
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """Whether a backend can run on this machine.
+
+    Attributes:
+        name: the backend's name, as accepted by ``backend=``.
+        available: True when it can serve tensors of at least one device of this machine.
+        devices: device types it serves here.
+        reason: why it is not available; None when it is.
+    """
+
+    name: str
+    available: bool
+    devices: tuple[str, ...]
+    reason: str | None
+
+
+@lru_cache(maxsize=None)
+def _load(name: str) -> ModuleType | str:
+    """The backend's module, or the reason why it cannot be imported."""
+    try:
+        return importlib.import_module(_MODULES[name])
+    except ModuleNotFoundError as error:
+        if error.name == _MODULES[name]:
+            return f"this version of entrgi_kernels has no {name} backend"
+        return f"it needs the package {error.name!r}, which is not installed"
+    except Exception as error:  # a broken driver or extension must not take the other backends down with it
+        return f"importing it failed: {type(error).__name__}: {error}"
+
+
+def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    module = _load(name)
+    return module if isinstance(module, str) else module.why_not(device, dtype)
+
+
+@lru_cache(maxsize=None)
+def _choose(device_type: str, dtype: torch.dtype) -> str:
+    """The backend that "auto" means for a device type and dtype; says once why a preferred one is passed over."""
+    device = torch.device(device_type)
+    for name in _PREFERENCE.get(device_type, (EAGER,)):
+        reason = _why_not(name, device, dtype)
+        if reason is None:
+            return name
+        _say_once(f"backend {name!r} is not used on {device_type}: {reason}")
+    return EAGER
+
+
+@lru_cache(maxsize=None)
+def _say_once(message: str) -> None:
+    logger.warning("%s", message)
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it is a backend's name or "auto"; raise ValueError otherwise."""
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"backend={name!r}: expected 'auto' or one of {', '.join(map(repr, NAMES))}")
+    return name
+
+
+def resolve(name: str, tensor: torch.Tensor) -> ModuleType:
+    """The backend module that serves `tensor`.
+
+    Args:
+        name: "auto" or a backend's name. "auto" follows the environment variable ENTRGI_BACKEND where it is set, else
+            the best engine for the tensor's device and dtype.
+        tensor: the logits of the call; device and dtype decide.
+
+    Raises:
+        ValueError: no such backend.
+        BackendUnavailableError: an explicit backend that cannot serve this tensor; the message says why.
+    """
+    if name == "auto":
+        name = os.environ.get("ENTRGI_BACKEND", "auto") or "auto"
+    check_name(name)
+    if name == "auto":
+        name = _choose(tensor.device.type, tensor.dtype)
+    else:
+        reason = _why_not(name, tensor.device, tensor.dtype)
+        if reason is not None:
+            raise BackendUnavailableError(
+                f"backend={name!r} cannot serve {tensor.dtype} tensors on {tensor.device.type}: {reason}"
+            )
+    module = _load(name)
+    assert not isinstance(module, str)
+    return module
+
+
+def backends() -> dict[str, BackendInfo]:
+    """Every backend, whether it is available on this machine, and why the rest are not.
+
+    Returns:
+        Name to :class:`BackendInfo`, in the order eager, native, triton, cuda. Never raises.
+    """
+    devices = ["cpu"]
+    try:
+        if torch.cuda.is_available():
+            devices.append("cuda")
+    except Exception:
+        logger.debug("cannot tell whether CUDA is available", exc_info=True)
+    infos = {}
+    for name in NAMES:
+        reasons = {device: _why_not(name, torch.device(device), torch.float32) for device in devices}
+        served = tuple(device for device, reason in reasons.items() if reason is None)
+        reason = None if served else "; ".join(dict.fromkeys(str(r) for r in reasons.values()))
+        infos[name] = BackendInfo(name, bool(served), served, reason)
+    return infos

@@ -1,0 +1,292 @@
+"""The operators in plain torch: the oracle that every other backend is tested against.
+
+Clarity and accuracy come before speed. Statistics and sums are float32 (float64 for float64 inputs) whatever the dtype
+of the logits; wherever the table of embeddings would have to be copied in a wider dtype the vocabulary is walked in
+chunks, so that a call needs a few N x V buffers and never a second table.
+
+Conventions shared by all backends. N rows, V vocabulary entries, D embedding width. "acc" is float64 when the logits
+or the table are float64, else float32. A row is *bad* when it holds a NaN or +inf, or no finite entry: its token is -1
+and its statistics are NaN; nothing raises, so that a caller on a GPU need not wait for the answer. Entries of -inf have
+probability 0, gradient 0 and are never drawn. ``top_k = 0`` and ``top_p = 1.0`` mean no filter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from . import philox
+
+# Elements of a temporary that a chunk may hold: 2^22 float32 are 16 MiB.
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot serve a device and dtype; None, since plain torch serves all."""
+    return None
+
+
+def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """float64 when one of the tensors is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _slices(total: int, width: int) -> Iterator[slice]:
+    """Slices over `total` such that a slice times `width` stays within the chunk budget."""
+    size = max(1, _CHUNK_ELEMENTS // max(1, width))
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def _shifted(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """((logits - row maximum) / temperature, row maximum), the maximum NaN for a bad row."""
+    maximum = logits.amax(dim=-1)
+    maximum = torch.where(maximum.isfinite(), maximum, maximum.new_full((), math.nan))
+    return (logits - maximum[:, None]) / temperature, maximum
+
+
+def _distribution(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Probabilities [N, V], log-sum-exp [N] and entropy [N] of softmax(logits / temperature), logits in acc."""
+    shifted, maximum = _shifted(logits, temperature)
+    weights = shifted.exp()
+    total = weights.sum(dim=-1)
+    # 0 * -inf is NaN: entries without mass add nothing to the entropy.
+    product = torch.where(weights > 0, weights * shifted, weights)
+    entropy = (total.log() - product.sum(dim=-1) / total).clamp(min=0)
+    return weights / total[:, None], maximum / temperature + total.log(), entropy
+
+
+def softmax_entropy(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-sum-exp [N], entropy [N] in nats) of softmax(logits / temperature), both acc."""
+    _, lse, entropy = _distribution(logits.to(accumulation_dtype(logits)), temperature)
+    return lse, entropy
+
+
+def softmax_entropy_backward(
+    logits: torch.Tensor,
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_lse: torch.Tensor,
+    grad_entropy: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """d lse/d logits = p / tau, d H/d logits = -p (log p + H) / tau; [N, V] of the logits' dtype."""
+    log_p = logits.to(lse.dtype) / temperature - lse[:, None]
+    p = log_p.exp()
+    surprise = torch.where(p > 0, log_p, torch.zeros_like(log_p)) + entropy[:, None]
+    return (p * (grad_lse[:, None] - grad_entropy[:, None] * surprise) / temperature).to(logits.dtype)
+
+
+def filter_threshold(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    """The smallest logit [N] that top-p and top-k keep: an entry is kept iff its logit is at least that.
+
+    Top-p keeps an entry iff the mass of entries with a strictly larger logit is at most `top_p`: the smallest set whose
+    mass reaches p, and all ties of its smallest member. Top-k keeps all ties of the k-th largest. Both keep the upper
+    end of the row, so one after the other is the larger of the two thresholds.
+    """
+    threshold = logits.new_full((logits.shape[0],), -math.inf)
+    if top_p < 1.0:
+        ranked = logits.sort(dim=-1, descending=True).values
+        mass = _distribution(ranked.double(), temperature)[0].cumsum(dim=-1)
+        better = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=-1)
+        first_of_tie = torch.ones_like(ranked, dtype=torch.bool)
+        first_of_tie[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
+        kept = first_of_tie & (better <= top_p)
+        kept[:, 0] = True
+        threshold = ranked.masked_fill(~kept, math.inf).amin(dim=-1)
+    if 0 < top_k < logits.shape[-1]:
+        threshold = torch.maximum(threshold, logits.topk(top_k, dim=-1).values[:, -1])
+    return threshold
+
+
+def sample_tokens(
+    logits: torch.Tensor, rng: torch.Tensor, rows: torch.Tensor, temperature: float, top_k: int, top_p: float
+) -> torch.Tensor:
+    """Tokens [N] int64 drawn from the filtered softmax(logits / temperature); argmax at temperature 0; -1 if bad.
+
+    An exponential race: the largest (logit - maximum) / temperature - log(E) wins, E standard exponential from Philox.
+    """
+    n, v = logits.shape
+    acc = accumulation_dtype(logits)
+    tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
+    for part in _slices(n, v):
+        x = logits[part].to(acc)
+        if temperature == 0:
+            winner, maximum = x.argmax(dim=-1), x.amax(dim=-1)
+        else:
+            threshold = filter_threshold(x, temperature, top_k, top_p)
+            shifted, maximum = _shifted(x, temperature)
+            kept = (x >= threshold[:, None]) & (shifted > -math.inf)
+            row, index = kept.nonzero(as_tuple=True)
+            noise = philox.exponential(rng, rows[part][row], index, acc).log()
+            score = torch.full_like(x, -math.inf)
+            score[row, index] = shifted[row, index] - noise
+            winner = score.argmax(dim=-1)
+        tokens[part] = torch.where(maximum.isfinite(), winner, -1)
+    return tokens
+
+
+def soft_embedding(
+    logits: torch.Tensor, embedding: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(softmax(logits / temperature) @ embedding [N, D] in acc, log-sum-exp [N] in acc)."""
+    acc = accumulation_dtype(logits, embedding)
+    p, lse, _ = _distribution(logits.to(acc), temperature)
+    return _expectation(p, embedding), lse
+
+
+def _expectation(p: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    soft = p.new_zeros(p.shape[0], embedding.shape[1])
+    for part in _slices(*embedding.shape):
+        soft.addmm_(p[:, part], embedding[part].to(p.dtype))
+    return soft
+
+
+def soft_embedding_backward(
+    logits: torch.Tensor,
+    embedding: torch.Tensor,
+    grad: torch.Tensor,
+    soft: torch.Tensor,
+    lse: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """d loss/d logits [N, V] of the logits' dtype, from `grad` = d loss/d soft embedding [N, D]."""
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    for part, chunk in _logit_gradient(logits, embedding, grad, soft, lse, temperature):
+        out[:, part] = chunk.to(out.dtype)
+    return out
+
+
+def _logit_gradient(
+    logits: torch.Tensor,
+    embedding: torch.Tensor,
+    grad: torch.Tensor,
+    soft: torch.Tensor,
+    lse: torch.Tensor,
+    temperature: float,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Chunks over V of p (grad . E - grad . soft) / temperature, in acc."""
+    grad = grad.to(soft.dtype)
+    baseline = (grad * soft).sum(dim=-1, keepdim=True)
+    for part in _slices(embedding.shape[0], max(embedding.shape[1], logits.shape[0])):
+        p = (logits[:, part].to(soft.dtype) / temperature - lse[:, None]).exp()
+        yield part, p * (grad @ embedding[part].to(soft.dtype).T - baseline) / temperature
+
+
+def soft_embedding_grad_table(
+    logits: torch.Tensor, grad: torch.Tensor, lse: torch.Tensor, temperature: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """d loss/d embedding = p^T grad [V, D] of `dtype`."""
+    v, d = logits.shape[1], grad.shape[1]
+    grad = grad.to(lse.dtype)
+    out = torch.empty(v, d, dtype=dtype, device=logits.device)
+    for part in _slices(v, max(d, logits.shape[0])):
+        p = (logits[:, part].to(lse.dtype) / temperature - lse[:, None]).exp()
+        out[part] = (p.T @ grad).to(dtype)
+    return out
+
+
+def entrgi_embedding(
+    logits: torch.Tensor,
+    embedding: torch.Tensor,
+    rng: torch.Tensor,
+    rows: torch.Tensor,
+    tokens: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    weight_mode: str,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The whole forward: soft + weight (E[token] - soft).
+
+    Args:
+        weight_mode: "entropy" (H / log V), "one", "zero" or "given" (reads `weight`). With "zero" nothing is drawn:
+            tokens are -1 unless they are given.
+
+    Returns:
+        (embedding [N, D] of the table's dtype, tokens [N] int64, weight [N] acc, entropy [N] acc at temperature 1,
+        soft [N, D] acc, log-sum-exp [N] acc at `temperature`, argmax [N] int64).
+    """
+    acc = accumulation_dtype(logits, embedding)
+    x = logits.to(acc)
+    _, _, entropy = _distribution(x, 1.0)
+    soft, lse = soft_embedding(logits, embedding, temperature)
+    if weight_mode == "entropy":
+        weight = entropy / math.log(logits.shape[1]) if logits.shape[1] > 1 else entropy
+    elif weight_mode == "given":
+        assert weight is not None
+        weight = weight.to(acc, copy=True)
+    else:
+        weight = torch.full_like(entropy, 1.0 if weight_mode == "one" else 0.0)
+    if tokens is not None:
+        tokens = tokens.clone()
+    elif weight_mode == "zero":
+        tokens = torch.full_like(rows, -1)
+    else:
+        tokens = sample_tokens(logits, rng, rows, temperature, top_k, top_p)
+    hard = embedding[tokens.clamp(min=0)].to(acc)
+    mixed = torch.lerp(soft, hard, weight[:, None])
+    return mixed.to(embedding.dtype), tokens, weight, entropy, soft, lse, x.argmax(dim=-1)
+
+
+def guidance_update_(
+    logits: torch.Tensor,
+    grad: torch.Tensor,
+    embedding: torch.Tensor,
+    soft: torch.Tensor,
+    lse: torch.Tensor,
+    exp_avg: torch.Tensor | None,
+    exp_avg_sq: torch.Tensor | None,
+    step: int,
+    temperature: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """One Adam step on the logits, in place, from `grad` = d loss/d embedding [N, D].
+
+    torch.optim.Adam's arithmetic with bias correction, `step` counted from 1. Without moments (legal at step 1 alone)
+    the state is neither read nor kept.
+    """
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    for part, g in _logit_gradient(logits, embedding, grad, soft, lse, temperature):
+        m, v = (1 - beta1) * g, (1 - beta2) * g * g
+        if exp_avg is not None and exp_avg_sq is not None:
+            m += beta1 * exp_avg[:, part].to(g.dtype)
+            v += beta2 * exp_avg_sq[:, part].to(g.dtype)
+            exp_avg[:, part] = m.to(exp_avg.dtype)
+            exp_avg_sq[:, part] = v.to(exp_avg_sq.dtype)
+        update = (lr / correction1) * m / (v.sqrt() / math.sqrt(correction2) + eps)
+        logits[:, part] = (logits[:, part].to(g.dtype) - update).to(logits.dtype)
+
+
+def unmask_confidence(
+    logits: torch.Tensor, tokens: torch.Tensor, alg: str, temperature: float, top_k: int, top_p: float
+) -> torch.Tensor:
+    """Confidence [N] in acc of each row's token; NaN for a bad row.
+
+    `alg`, of the filtered softmax(logits / temperature) unless said otherwise: "entropy" is minus the entropy,
+    "maskgit_plus" the token's probability, "topk_margin" the largest probability less the second, "anchor" the token's
+    raw logit.
+    """
+    x = logits.to(accumulation_dtype(logits))
+    index = tokens.clamp(min=0)[:, None]
+    _, maximum = _shifted(x, 1.0)
+    if alg == "anchor":
+        confidence = x.gather(-1, index)[:, 0]
+    else:
+        threshold = filter_threshold(x, temperature, top_k, top_p)
+        p, _, entropy = _distribution(x.masked_fill(x < threshold[:, None], -math.inf), temperature)
+        if alg == "entropy":
+            confidence = -entropy
+        elif alg == "maskgit_plus":
+            confidence = p.gather(-1, index)[:, 0]
+        elif x.shape[1] == 1:
+            confidence = p[:, 0]
+        else:
+            best = p.topk(2, dim=-1).values
+            confidence = best[:, 0] - best[:, 1]
+    return torch.where(maximum.isnan(), maximum, confidence)

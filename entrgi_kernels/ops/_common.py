@@ -1,0 +1,131 @@
+"""What every operator file shares: checks of arguments, and their canonical form for the backends."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import torch
+
+from .. import backends
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+ALGS = ("entropy", "maskgit_plus", "topk_margin", "anchor")
+
+
+def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """float64 when one of the tensors is, else float32: the dtype of statistics and of sums."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def check_logits(logits: torch.Tensor, name: str = "logits") -> None:
+    """Raise unless `logits` is a floating [N, V] tensor with V >= 1."""
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"{name} is {type(logits).__name__}: expected a torch.Tensor of shape [N, V]")
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"{name} has shape {list(logits.shape)}: expected [N, V] with V >= 1")
+    check_dtype(logits, name)
+
+
+def check_dtype(tensor: torch.Tensor, name: str) -> None:
+    """Raise unless the tensor has one of the floating dtypes that are served."""
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"{name} is {tensor.dtype}: expected one of {', '.join(map(str, _FLOATS))}")
+
+
+def check_embedding(logits: torch.Tensor, embedding: torch.Tensor) -> None:
+    """Raise unless `embedding` is a floating [V, D] table on the logits' device."""
+    if not isinstance(embedding, torch.Tensor):
+        raise TypeError(f"embedding is {type(embedding).__name__}: expected a torch.Tensor of shape [V, D]")
+    if embedding.dim() != 2 or embedding.shape[1] == 0:
+        raise ValueError(f"embedding has shape {list(embedding.shape)}: expected [V, D] with D >= 1")
+    if embedding.shape[0] != logits.shape[1]:
+        raise ValueError(
+            f"embedding has {embedding.shape[0]} rows but logits have {logits.shape[1]} columns: expected one row per "
+            "vocabulary entry (map a reward model's table through the vocabulary first)"
+        )
+    check_dtype(embedding, "embedding")
+    check_same_device(logits, embedding=embedding)
+
+
+def check_same_device(logits: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raise unless all the named tensors are where the logits are."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != logits.device:
+            raise ValueError(f"{name} is on {tensor.device} but logits are on {logits.device}: expected one device")
+
+
+def check_vector(logits: torch.Tensor, tensor: torch.Tensor, name: str, dtype: torch.dtype | None = None) -> None:
+    """Raise unless `tensor` has one entry a row (and the dtype, where one is given)."""
+    if tensor.dim() != 1 or tensor.shape[0] != logits.shape[0]:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}: expected [{logits.shape[0]}], one entry a row")
+    if dtype is not None and tensor.dtype != dtype:
+        raise TypeError(f"{name} is {tensor.dtype}: expected {dtype}")
+    check_same_device(logits, **{name: tensor})
+
+
+def check_temperature(temperature: float) -> float:
+    """The temperature as a float; raise ValueError unless it is finite and at least 0."""
+    if not math.isfinite(temperature) or temperature < 0:
+        raise ValueError(f"temperature={temperature}: expected a finite number >= 0 (0 draws the argmax)")
+    return float(temperature)
+
+
+def distribution_temperature(temperature: float) -> float:
+    """The temperature of a distribution: itself, or 1 at temperature 0, as Dream's own code has it."""
+    return check_temperature(temperature) or 1.0
+
+
+def check_filters(top_k: int | None, top_p: float | None) -> tuple[int, float]:
+    """(top_k, top_p) in the backends' form, where 0 and 1.0 mean no filter."""
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k={top_k}: expected None or an integer >= 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: expected None or a number in (0, 1]")
+    return top_k or 0, 1.0 if top_p is None else float(top_p)
+
+
+def make_rng(logits: torch.Tensor, seed: int | torch.Tensor, step: int | torch.Tensor) -> torch.Tensor:
+    """int64 [2] = (seed, step) on the logits' device, without waiting for the device.
+
+    `seed` may already be such a tensor (then `step` must be 0 and is ignored): a CUDA graph replays with new numbers
+    when the tensor's content is changed between replays.
+    """
+    if isinstance(seed, torch.Tensor) and seed.dim() == 1:
+        if seed.shape[0] != 2 or seed.dtype != torch.int64:
+            raise ValueError(f"seed is a {seed.dtype} tensor of shape {list(seed.shape)}: expected int64 [2]")
+        check_same_device(logits, seed=seed)
+        return seed
+    parts = [_scalar(value, name, logits.device) for value, name in ((seed, "seed"), (step, "step"))]
+    return torch.stack(parts)
+
+
+def _scalar(value: int | torch.Tensor, name: str, device: torch.device) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        if value.dim() != 0 or value.dtype != torch.int64:
+            raise ValueError(f"{name} is a {value.dtype} tensor of shape {list(value.shape)}: expected an int64 scalar")
+        return value.to(device)
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} is {type(value).__name__}: expected an int or an int64 tensor")
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"{name}={value}: expected a number that fits 64 bits")
+    return torch.full((), value, dtype=torch.int64, device=device)
+
+
+def make_rows(logits: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """The rows' keys, int64 [N]; 0 .. N-1 where none are given."""
+    if rows is None:
+        return torch.arange(logits.shape[0], dtype=torch.int64, device=logits.device)
+    check_vector(logits, rows, "rows", torch.int64)
+    return rows
+
+
+def check_backend(backend: str) -> str:
+    """Return `backend`; raise ValueError unless it is "auto" or a backend's name."""
+    return backends.check_name(backend)
+
+
+def run(backend: str, tensor: torch.Tensor) -> ModuleType:
+    """The backend module that serves `tensor`; see :func:`entrgi_kernels.backends.resolve`."""
+    return backends.resolve(backend, tensor)
