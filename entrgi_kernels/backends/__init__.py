@@ -11,7 +11,7 @@ import importlib
 import logging
 import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
@@ -48,7 +48,7 @@ class BackendInfo:
     reason: str | None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(name: str) -> ModuleType | str:
     """The backend's module, or the reason why it cannot be imported."""
     try:
@@ -66,7 +66,7 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return module if isinstance(module, str) else module.why_not(device, dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _choose(device_type: str, dtype: torch.dtype) -> str:
     """The backend that "auto" means for a device type and dtype; says once why a preferred one is passed over."""
     device = torch.device(device_type)
@@ -78,7 +78,7 @@ def _choose(device_type: str, dtype: torch.dtype) -> str:
     return EAGER
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say_once(message: str) -> None:
     logger.warning("%s", message)
 

@@ -1,7 +1,7 @@
 """The method's operators, registered with torch as ``entrgi::*``.
 
-Every operator has a fake (so that it compiles with ``fullgraph=True``), an autograd formula where a gradient exists, and
-a ``backend=`` argument. One file an operator, all in the same order: maths, registration, fake, autograd, public
+Every operator has a fake (so that it compiles with ``fullgraph=True``), an autograd formula where a gradient exists,
+and a ``backend=`` argument. One file an operator, all in the same order: maths, registration, fake, autograd, public
 function.
 """
 

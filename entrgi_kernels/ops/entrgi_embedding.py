@@ -41,7 +41,7 @@ class EntrgiEmbedding(NamedTuple):
 
 
 class ForwardState(NamedTuple):
-    """What the forward leaves for :func:`guidance_update_`: soft [N, D] and logsumexp [N], and each row's argmax [N]."""
+    """What the forward leaves for :func:`guidance_update_` (soft [N, D], logsumexp [N]), and each row's argmax [N]."""
 
     soft: torch.Tensor
     logsumexp: torch.Tensor
