@@ -1,0 +1,269 @@
+"""Builds the optional extension modules; everything else about the package is in pyproject.toml.
+
+The package is complete without them: where torch cannot be imported (build isolation), no C++ compiler is found, the
+compilation fails or ENTRGI_DISABLE_EXTENSION=1 is set, one message says what happened and what to do, and pure Python
+is installed. The outcome of each module is recorded in entrgi_kernels/_build_info.json, which `entrgi env` reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import glob
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "entrgi_kernels"
+CPU_MODULE, CUDA_MODULE = f"{PACKAGE}._C", f"{PACKAGE}._C_cuda"
+RECORD = "_build_info.json"
+BUILDING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
+NO_ISOLATION = "pip install --no-build-isolation ."
+
+os.chdir(ROOT)
+# A ninja that pip installed lies beside the interpreter, which need not be on PATH.
+os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+
+
+def sources(*patterns: str) -> list[str]:
+    """Paths below the repository root, relative to it and sorted, as setuptools wants them."""
+    return sorted(path for pattern in patterns for path in glob.glob(pattern))
+
+
+def choose_compiler() -> str | None:
+    """A C++ compiler that can be run, put into CXX (torch reads it) and, if needed, CC; None when there is none."""
+    given = os.environ.get("CXX")
+    candidates = [given.split()[0]] if given else ["c++", "g++", "clang++"]
+    found = next((name for name in candidates if shutil.which(name)), None)
+    if found is None:
+        return None
+    os.environ["CXX"] = given or found
+    # Python may have been built with another compiler than this machine's; setuptools would link with that one.
+    linker = (sysconfig.get_config_var("LDSHARED") or "cc").split()[0]
+    if not os.environ.get("CC") and not shutil.which(linker):
+        os.environ["CC"] = os.environ["CXX"]
+    return found
+
+
+def obstacle() -> str | None:
+    """Why no extension can be built here, with what to do about it; None when the build may be tried."""
+    if os.environ.get("ENTRGI_DISABLE_EXTENSION", "0") not in ("", "0"):
+        return "ENTRGI_DISABLE_EXTENSION is set: unset it and install again to build the extension"
+    if not sources("csrc/*.cpp", "csrc/cpu/*.cpp"):
+        return "this source tree has no csrc/*.cpp"
+    if sys.platform == "win32":
+        return "the extension is built on Linux and macOS only"
+    if importlib.util.find_spec("torch") is None:
+        return (
+            "torch is not installed where the package is built (pip builds in isolation by default): "
+            f"install torch first, then run `{NO_ISOLATION}`"
+        )
+    if choose_compiler() is None:
+        return (
+            f"no C++ compiler was found (CXX={os.environ.get('CXX', '')!r}, PATH searched for c++, g++, clang++): "
+            f"install one (Debian: apt-get install g++), then run `{NO_ISOLATION}`"
+        )
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        return (
+            f"{headers} has no Python.h: install the interpreter's headers (Debian: apt-get install python3-dev), "
+            f"then run `{NO_ISOLATION}`"
+        )
+    try:
+        import torch.utils.cpp_extension  # noqa: F401
+    except Exception as error:
+        return f"importing torch failed ({type(error).__name__}: {error}): mend torch, then run `{NO_ISOLATION}`"
+    return None
+
+
+def openmp_link_flags() -> list[str]:
+    """Link to the OpenMP runtime that torch has loaded.
+
+    A second runtime would have its own threads, which spin on the same cores. Some torch wheels carry libgomp under
+    another name; elsewhere -fopenmp finds the one that is loaded, by its name.
+    """
+    import torch
+
+    root = Path(torch.__file__).parent
+    renamed = [path for folder in (root / "lib", root.parent / "torch.libs") for path in folder.glob("libgomp-*.so*")]
+    return [f"-L{renamed[0].parent}", f"-l:{renamed[0].name}"] if renamed else ["-fopenmp"]
+
+
+def cuda_sources() -> list[str]:
+    """CUDA sources, where torch was built for CUDA and nvcc is at hand; nothing otherwise."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    found = sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp")
+    return found if torch.version.cuda and CUDA_HOME and Path(CUDA_HOME, "bin", "nvcc").exists() else []
+
+
+def extensions() -> list[Extension]:
+    """The extension modules to try. Never -march=native: the kernels choose their instruction set at run time."""
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    common = {
+        "include_dirs": [str(ROOT / "csrc")],
+        "depends": sources("csrc/**/*.h", "csrc/**/*.hpp", "csrc/**/*.cuh", "csrc/*.h"),
+        "optional": True,
+    }
+    cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", *openmp]
+    cpu = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
+    link = openmp_link_flags() if openmp else []
+    modules = [CppExtension(CPU_MODULE, cpu, extra_compile_args={"cxx": cxx}, extra_link_args=link, **common)]
+    cuda = cuda_sources()
+    if cuda:
+        flags = {"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "-lineinfo"]}
+        modules.append(CUDAExtension(CUDA_MODULE, cuda, extra_compile_args=flags, extra_link_args=link, **common))
+    return modules
+
+
+def compiler_facts() -> dict[str, str]:
+    """What the extension was built with, for `entrgi env` and for whoever reads a bug report."""
+    import torch
+
+    cxx = os.environ.get("CXX", "c++")
+    run = subprocess.run([*cxx.split(), "--version"], capture_output=True, text=True, check=False)
+    return {"torch": torch.__version__, "compiler": (run.stdout.splitlines() or [cxx])[0]}
+
+
+def say(reason: str) -> None:
+    """The one message about an extension that is not built."""
+    line = "-" * 100
+    print(f"{line}\n{PACKAGE}: installing without the compiled extension.\n{reason}\n{line}", file=sys.stderr, flush=True)
+
+
+def record(folder: Path, outcome: dict[str, str | None], facts: dict[str, str]) -> None:
+    """Write beside the package what became of each extension module: None for built, else the reason."""
+    folder.mkdir(parents=True, exist_ok=True)
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    content = {"extensions": outcome, "python": sys.version.split()[0], "date": date, **facts}
+    (folder / RECORD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def forget(folder: Path) -> None:
+    """Remove extension modules of an earlier build: a stale one would be installed, or found, instead of none."""
+    for path in folder.glob("_C*.so"):
+        path.unlink()
+
+
+@contextlib.contextmanager
+def copied_output() -> Iterator[list[str]]:
+    """Let everything written to stdout and stderr, by child processes too, through and keep a copy.
+
+    Yields:
+        A list that receives the lines when the block ends.
+    """
+    lines: list[str] = []
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with tempfile.TemporaryFile() as copy:
+        tee = subprocess.Popen(
+            [sys.executable, "-c", TEE], stdin=subprocess.PIPE, stdout=saved[0], stderr=copy.fileno()
+        )
+        assert tee.stdin is not None
+        os.dup2(tee.stdin.fileno(), 1)
+        os.dup2(tee.stdin.fileno(), 2)
+        tee.stdin.close()
+        try:
+            yield lines
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for target, source in zip((1, 2), saved, strict=True):
+                os.dup2(source, target)
+                os.close(source)
+            tee.wait()
+            copy.seek(0)
+            lines.extend(copy.read().decode("utf-8", "replace").splitlines())
+
+
+TEE = """
+import os
+while chunk := os.read(0, 65536):
+    os.write(1, chunk)
+    os.write(2, chunk)
+"""
+
+
+class BuildPy(build_py):
+    """Copies the packages and, where no extension is going to be built, records why."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.distribution.ext_modules:
+            folder = ROOT / PACKAGE if self.editable_mode else Path(self.build_lib, PACKAGE)
+            forget(folder)
+            record(folder, {CPU_MODULE: REASON}, {})
+            say(REASON or "")
+
+
+def make_build_ext() -> type[build_ext]:
+    """torch's build_ext, made to survive a failing compilation."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildExt(BuildExtension):
+        """Builds each extension module that can be built and records what became of the rest."""
+
+        outcome: dict[str, str | None]
+
+        def run(self) -> None:
+            self.outcome = {}
+            folder = ROOT / PACKAGE if self.inplace else Path(self.build_lib, PACKAGE)
+            forget(folder)
+            forget(Path(self.build_lib, PACKAGE))
+            with copied_output() as lines:
+                try:
+                    super().run()
+                except Exception as error:  # whatever the compiler check or the linker raise
+                    problem = f"{type(error).__name__}: {error}"
+                    self.outcome = {ext.name: self.outcome.get(ext.name) or problem for ext in self.extensions}
+            for name, reason in self.outcome.items():
+                if reason is not None:
+                    telling = [line for line in lines if "error" in line.lower()][:5] + lines[-10:]
+                    self.outcome[name] = "\n".join([f"compiling {name} failed: {reason}", *dict.fromkeys(telling)])
+                    say(
+                        f"{self.outcome[name]}\nThe compiler's whole output is above (pip shows it with -v). "
+                        f"To try again: {NO_ISOLATION} -v"
+                    )
+            record(folder, self.outcome, compiler_facts())
+
+        def build_extension(self, ext: Extension) -> None:
+            try:
+                super().build_extension(ext)
+                self.outcome[ext.name] = None
+            except Exception as error:  # ninja's RuntimeError or setuptools' CompileError, LinkError
+                self.outcome[ext.name] = f"{type(error).__name__}: {error}"
+
+    return BuildExt
+
+
+class Sdist(sdist):
+    """Adds the sources of the extension also where it cannot be built."""
+
+    def add_defaults(self) -> None:
+        super().add_defaults()
+        self.filelist.extend(sources("csrc/*.*", "csrc/*/*.*"))
+
+
+# Commands that only ask for metadata need no torch.
+REASON = obstacle() if BUILDING & set(sys.argv) else "only metadata were asked for"
+commands: dict[str, type] = {"build_py": BuildPy, "sdist": Sdist}
+if REASON is None:
+    commands["build_ext"] = make_build_ext()
+setup(ext_modules=extensions() if REASON is None else [], cmdclass=commands)
