@@ -11,7 +11,7 @@ import importlib
 import logging
 import os
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
