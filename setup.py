@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -33,6 +34,11 @@ RECORD = "_build_info.json"
 BUILDING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 NO_ISOLATION = "pip install --no-build-isolation ."
 
+if int(setuptools.__version__.split(".")[0]) < 77:  # pip's own check is skipped under --no-build-isolation
+    raise SystemExit(
+        f"{PACKAGE}: building needs setuptools >= 77, found {setuptools.__version__}: "
+        f"run `pip install --upgrade setuptools`, then `{NO_ISOLATION}`"
+    )
 os.chdir(ROOT)
 # A ninja that pip installed lies beside the interpreter, which need not be on PATH.
 os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
@@ -121,7 +127,7 @@ def extensions() -> list[Extension]:
         "depends": sources("csrc/**/*.h", "csrc/**/*.hpp", "csrc/**/*.cuh", "csrc/*.h"),
         "optional": True,
     }
-    cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", *openmp]
+    cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", *openmp]
     cpu = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     link = openmp_link_flags() if openmp else []
     modules = [CppExtension(CPU_MODULE, cpu, extra_compile_args={"cxx": cxx}, extra_link_args=link, **common)]
@@ -144,7 +150,16 @@ def compiler_facts() -> dict[str, str]:
 def say(reason: str) -> None:
     """The one message about an extension that is not built."""
     line = "-" * 100
-    print(f"{line}\n{PACKAGE}: installing without the compiled extension.\n{reason}\n{line}", file=sys.stderr, flush=True)
+    print(
+        f"{line}\n{PACKAGE}: installing without the compiled extension.\n{reason}\n{line}", file=sys.stderr, flush=True
+    )
+
+
+def summary(name: str, problem: str, output: list[str]) -> str:
+    """Why a module was not built, in a few lines: its first errors and the end of the compiler's output."""
+    calm = [line for line in output if " -c " not in line and not line.startswith(("FAILED", "building"))]
+    errors = [line for line in calm if "error" in line.lower()][:5]
+    return "\n".join(dict.fromkeys([f"building {name} failed: {problem}", *errors, *calm[-6:]]))
 
 
 def record(folder: Path, outcome: dict[str, str | None], facts: dict[str, str]) -> None:
@@ -201,16 +216,28 @@ while chunk := os.read(0, 65536):
 """
 
 
+def settle_for_python(folder: Path, reason: str) -> None:
+    """Leave the package in `folder` without extension modules, the reason recorded and said."""
+    forget(folder)
+    record(folder, {CPU_MODULE: reason}, {})
+    say(reason)
+
+
 class BuildPy(build_py):
     """Copies the packages and, where no extension is going to be built, records why."""
 
     def run(self) -> None:
         super().run()
-        if not self.distribution.ext_modules:
-            folder = ROOT / PACKAGE if self.editable_mode else Path(self.build_lib, PACKAGE)
-            forget(folder)
-            record(folder, {CPU_MODULE: REASON}, {})
-            say(REASON or "")
+        if REASON is not None:
+            settle_for_python(ROOT / PACKAGE if self.editable_mode else Path(self.build_lib, PACKAGE), REASON)
+
+
+class NoBuildExt(build_ext):
+    """Stands in for torch's build_ext where no extension can be built (`setup.py build_ext --inplace`)."""
+
+    def run(self) -> None:
+        if REASON is not None and self.inplace:
+            settle_for_python(ROOT / PACKAGE, REASON)
 
 
 def make_build_ext() -> type[build_ext]:
@@ -221,6 +248,12 @@ def make_build_ext() -> type[build_ext]:
         """Builds each extension module that can be built and records what became of the rest."""
 
         outcome: dict[str, str | None]
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # pip gives an editable build a new folder each time; a lasting one lets ninja compile only what changed.
+            tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+            self.build_temp = str(ROOT / "build" / "extension" / tag)
 
         def run(self) -> None:
             self.outcome = {}
@@ -233,14 +266,10 @@ def make_build_ext() -> type[build_ext]:
                 except Exception as error:  # whatever the compiler check or the linker raise
                     problem = f"{type(error).__name__}: {error}"
                     self.outcome = {ext.name: self.outcome.get(ext.name) or problem for ext in self.extensions}
-            for name, reason in self.outcome.items():
-                if reason is not None:
-                    telling = [line for line in lines if "error" in line.lower()][:5] + lines[-10:]
-                    self.outcome[name] = "\n".join([f"compiling {name} failed: {reason}", *dict.fromkeys(telling)])
-                    say(
-                        f"{self.outcome[name]}\nThe compiler's whole output is above (pip shows it with -v). "
-                        f"To try again: {NO_ISOLATION} -v"
-                    )
+            for name, problem in self.outcome.items():
+                if problem is not None:
+                    reason = self.outcome[name] = summary(name, problem, lines)
+                    say(f"{reason}\nTo see the compiler's whole output: {NO_ISOLATION} -v")
             record(folder, self.outcome, compiler_facts())
 
         def build_extension(self, ext: Extension) -> None:
@@ -264,6 +293,5 @@ class Sdist(sdist):
 # Commands that only ask for metadata need no torch.
 REASON = obstacle() if BUILDING & set(sys.argv) else "only metadata were asked for"
 commands: dict[str, type] = {"build_py": BuildPy, "sdist": Sdist}
-if REASON is None:
-    commands["build_ext"] = make_build_ext()
+commands["build_ext"] = NoBuildExt if REASON is not None else make_build_ext()
 setup(ext_modules=extensions() if REASON is None else [], cmdclass=commands)

@@ -1,0 +1,86 @@
+"""The ``entrgi`` command: a table of subcommands, each in a module of its own that is imported only when it is used.
+
+A subcommand's module has ``add_arguments(parser)`` and ``run(args) -> exit code``; to add one, add a row to COMMANDS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from . import __version__
+from .errors import UsageError
+
+
+class Command(NamedTuple):
+    """One row of the table: the module that implements the subcommand and its line in ``entrgi --help``."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "generate": Command("entrgi.generate", "reward-guided texts for prompts from arguments, files or standard input"),
+    "compare": Command("entrgi.compare", "the same prompts with and without guidance: rewards, texts, a report"),
+    "tiny": Command("entrgi.tiny.cli", "the built-in tiny models: train them again, check them"),
+    "env": Command("entrgi.env", "what this machine has: versions, devices, backends and why the rest are missing"),
+}
+EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+        Exit code: 0 done, 1 failed, 2 bad input (one line on standard error), 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+    try:
+        args = _parse(arguments)
+    except ImportError as error:
+        print(f"entrgi: error: cannot load this command: {error}; `entrgi env` shows what is installed", file=sys.stderr)
+        return EXIT_FAILURE
+    name = f"entrgi {args.command}"
+    try:
+        return int(args.run(args) or 0)
+    except UsageError as error:
+        if getattr(args, "traceback", False):
+            raise
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader is gone (`| head`). Python flushes standard output once more at exit: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="entrgi", description="Reward guidance for discrete diffusion language models (EntRGi)."
+    )
+    parser.add_argument("--version", action="version", version=f"entrgi-kernels {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.help, description=command.help)
+        if name == chosen:  # the others' modules stay unimported: `entrgi env` works however broken the rest is
+            module = importlib.import_module(command.module)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
