@@ -83,10 +83,10 @@ def _say_once(message: str) -> None:
     logger.warning("%s", message)
 
 
-def check_name(name: str) -> str:
-    """Return `name` if it is a backend's name or "auto"; raise ValueError otherwise."""
+def check_name(name: str, source: str = "backend") -> str:
+    """Return `name` if it is a backend's name or "auto"; raise ValueError, naming the `source`, otherwise."""
     if name != "auto" and name not in NAMES:
-        raise ValueError(f"backend={name!r}: expected 'auto' or one of {', '.join(map(repr, NAMES))}")
+        raise ValueError(f"{source}={name!r}: expected 'auto' or one of {', '.join(map(repr, NAMES))}")
     return name
 
 
@@ -102,9 +102,9 @@ def resolve(name: str, tensor: torch.Tensor) -> ModuleType:
         ValueError: no such backend.
         BackendUnavailableError: an explicit backend that cannot serve this tensor; the message says why.
     """
-    if name == "auto":
-        name = os.environ.get("ENTRGI_BACKEND", "auto") or "auto"
     check_name(name)
+    if name == "auto":
+        name = check_name(os.environ.get("ENTRGI_BACKEND") or "auto", "ENTRGI_BACKEND")
     if name == "auto":
         name = _choose(tensor.device.type, tensor.dtype)
     else:

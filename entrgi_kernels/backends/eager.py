@@ -46,6 +46,12 @@ def _shifted(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, to
     return (logits - maximum[:, None]) / temperature, maximum
 
 
+def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in their own precision: a caller's autocast would take it down to bfloat16."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 def _distribution(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Probabilities [N, V], log-sum-exp [N] and entropy [N] of softmax(logits / temperature), logits in acc."""
     shifted, maximum = _shifted(logits, temperature)
@@ -75,7 +81,8 @@ def softmax_entropy_backward(
     log_p = logits.to(lse.dtype) / temperature - lse[:, None]
     p = log_p.exp()
     surprise = torch.where(p > 0, log_p, torch.zeros_like(log_p)) + entropy[:, None]
-    return (p * (grad_lse[:, None] - grad_entropy[:, None] * surprise) / temperature).to(logits.dtype)
+    # Contiguous whatever the strides of the logits: the layout that the operator's fake promises.
+    return (p * (grad_lse[:, None] - grad_entropy[:, None] * surprise) / temperature).to(logits.dtype).contiguous()
 
 
 def filter_threshold(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
@@ -171,7 +178,7 @@ def _logit_gradient(
     baseline = (grad * soft).sum(dim=-1, keepdim=True)
     for part in _slices(embedding.shape[0], max(embedding.shape[1], logits.shape[0])):
         p = (logits[:, part].to(soft.dtype) / temperature - lse[:, None]).exp()
-        yield part, p * (grad @ embedding[part].to(soft.dtype).T - baseline) / temperature
+        yield part, p * (_matmul(grad, embedding[part].to(soft.dtype).T) - baseline) / temperature
 
 
 def soft_embedding_grad_table(
@@ -183,7 +190,7 @@ def soft_embedding_grad_table(
     out = torch.empty(v, d, dtype=dtype, device=logits.device)
     for part in _slices(v, max(d, logits.shape[0])):
         p = (logits[:, part].to(lse.dtype) / temperature - lse[:, None]).exp()
-        out[part] = (p.T @ grad).to(dtype)
+        out[part] = _matmul(p.T, grad).to(dtype)
     return out
 
 
@@ -214,7 +221,8 @@ def entrgi_embedding(
     _, _, entropy = _distribution(x, 1.0)
     soft, lse = soft_embedding(logits, embedding, temperature)
     if weight_mode == "entropy":
-        weight = entropy / math.log(logits.shape[1]) if logits.shape[1] > 1 else entropy
+        # V = 1: the entropy is 0, so is the weight. Divided all the same: two outputs may not share memory.
+        weight = entropy / (math.log(logits.shape[1]) or 1.0)
     elif weight_mode == "given":
         assert weight is not None
         weight = weight.to(acc, copy=True)

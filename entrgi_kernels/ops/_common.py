@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from types import ModuleType
 
 import torch
@@ -65,11 +66,21 @@ def check_vector(logits: torch.Tensor, tensor: torch.Tensor, name: str, dtype: t
     check_same_device(logits, **{name: tensor})
 
 
+def check_number(value: float, name: str, expected: str) -> float:
+    """The value as a float; raise TypeError unless it is a real number (a tensor would cost a wait for the device)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={value!r} is {type(value).__name__}: expected {expected}")
+    return float(value)
+
+
 def check_temperature(temperature: float) -> float:
     """The temperature as a float; raise ValueError unless it is finite and at least 0."""
-    if not math.isfinite(temperature) or temperature < 0:
-        raise ValueError(f"temperature={temperature}: expected a finite number >= 0 (0 draws the argmax)")
-    return float(temperature)
+    expected = "a finite number >= 0 (0 draws the argmax)"
+    temperature = check_number(temperature, "temperature", expected)
+    # Comparisons alone: unlike math.isfinite they trace when torch.compile has made the number symbolic.
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: expected {expected}")
+    return temperature
 
 
 def distribution_temperature(temperature: float) -> float:
@@ -79,11 +90,16 @@ def distribution_temperature(temperature: float) -> float:
 
 def check_filters(top_k: int | None, top_p: float | None) -> tuple[int, float]:
     """(top_k, top_p) in the backends' form, where 0 and 1.0 mean no filter."""
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"top_k={top_k}: expected None or an integer >= 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: expected None or a number in (0, 1]")
-    return top_k or 0, 1.0 if top_p is None else float(top_p)
+    if top_k is not None:
+        if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral):
+            raise TypeError(f"top_k={top_k!r} is {type(top_k).__name__}: expected None or an integer >= 1")
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k}: expected None or an integer >= 1")
+    if top_p is not None:
+        top_p = check_number(top_p, "top_p", "None or a number in (0, 1]")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p={top_p}: expected None or a number in (0, 1]")
+    return 0 if top_k is None else int(top_k), 1.0 if top_p is None else top_p
 
 
 def make_rng(logits: torch.Tensor, seed: int | torch.Tensor, step: int | torch.Tensor) -> torch.Tensor:
@@ -96,21 +112,22 @@ def make_rng(logits: torch.Tensor, seed: int | torch.Tensor, step: int | torch.T
         if seed.shape[0] != 2 or seed.dtype != torch.int64:
             raise ValueError(f"seed is a {seed.dtype} tensor of shape {list(seed.shape)}: expected int64 [2]")
         check_same_device(logits, seed=seed)
+        if isinstance(step, torch.Tensor) or step != 0:
+            raise ValueError(f"step={step}: expected 0 where seed is a tensor of (seed, step), which holds the step")
         return seed
-    parts = [_scalar(value, name, logits.device) for value, name in ((seed, "seed"), (step, "step"))]
-    return torch.stack(parts)
+    return torch.stack([_scalar(seed, "seed", -(1 << 63), 1 << 63, logits), _scalar(step, "step", 0, 1 << 32, logits)])
 
 
-def _scalar(value: int | torch.Tensor, name: str, device: torch.device) -> torch.Tensor:
+def _scalar(value: int | torch.Tensor, name: str, low: int, high: int, logits: torch.Tensor) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         if value.dim() != 0 or value.dtype != torch.int64:
             raise ValueError(f"{name} is a {value.dtype} tensor of shape {list(value.shape)}: expected an int64 scalar")
-        return value.to(device)
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} is {type(value).__name__}: expected an int or an int64 tensor")
-    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-        raise ValueError(f"{name}={value}: expected a number that fits 64 bits")
-    return torch.full((), value, dtype=torch.int64, device=device)
+        return value.to(logits.device)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}={value!r} is {type(value).__name__}: expected an int or an int64 tensor")
+    if not low <= value < high:
+        raise ValueError(f"{name}={value}: expected an integer from {low} to {high - 1}")
+    return torch.full((), int(value), dtype=torch.int64, device=logits.device)
 
 
 def make_rows(logits: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
@@ -119,6 +136,19 @@ def make_rows(logits: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         return torch.arange(logits.shape[0], dtype=torch.int64, device=logits.device)
     check_vector(logits, rows, "rows", torch.int64)
     return rows
+
+
+def refuse_double_backward(operator: str, *backward_operators: torch.library.CustomOpDef) -> None:
+    """Make the gradient of a gradient of `operator` a plain error; without this torch asks the user for a formula."""
+
+    def refuse(ctx, *_):
+        raise RuntimeError(
+            f"entrgi_kernels.ops.{operator} is differentiable once: its gradient has no gradient. For second "
+            "derivatives write it with torch.softmax."
+        )
+
+    for backward_operator in backward_operators:
+        backward_operator.register_autograd(refuse)
 
 
 def check_backend(backend: str) -> str:

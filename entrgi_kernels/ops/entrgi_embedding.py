@@ -129,7 +129,8 @@ def forward(
     if tokens is None and mode != "zero" and draw_temperature == 0:
         # The draw's temperature is 0 while the distribution's is 1: the tokens have to come from outside.
         tokens = torch.ops.entrgi.sample_tokens(logits, rng, keys, 0.0, k, p, backend)
-    outputs = _entrgi_embedding(logits, embedding, rng, keys, tokens, given, mode, tau, k, p, backend)
+    # Detached: a table that requires grad would otherwise start a backward that has nothing to give it.
+    outputs = _entrgi_embedding(logits, embedding.detach(), rng, keys, tokens, given, mode, tau, k, p, backend)
     return EntrgiEmbedding(*outputs[:4]), ForwardState(*outputs[4:])
 
 

@@ -10,6 +10,7 @@ Source: arXiv 2602.05000, the inner loop's gradient step.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +98,8 @@ def guidance_update_(
     """One Adam step of the logits down `grad_embedding`, in place.
 
     Args:
-        logits: phi [N, V], changed in place, any strides without overlap; must not require grad.
+        logits: phi [N, V], changed in place, any strides without overlap; not requiring grad, unless
+            under torch.no_grad().
         grad_embedding: d loss/d embedding [N, D], of the loss to be *minimised* (minus the sum of rewards).
         embedding: E [V, D], as in the forward.
         soft: [N, D], the forward's soft embedding (:class:`ForwardState`).
@@ -105,7 +107,7 @@ def guidance_update_(
         lr: learning rate, eta.
         temperature: tau of the forward; 0 stands for 1.
         state: Adam's moments, changed in place; None takes a first step whose state is not kept (M = 1).
-        betas, eps: Adam's.
+        betas, eps: Adam's; eps > 0.
         backend: "auto" or the name of a backend.
 
     Raises:
@@ -113,6 +115,13 @@ def guidance_update_(
         BackendUnavailableError: an explicit backend that cannot serve.
     """
     _common.check_logits(logits)
+    if logits.requires_grad and torch.is_grad_enabled():
+        raise ValueError("logits require grad: expected phi.detach(), or a call under torch.no_grad()")
+    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(
+            f"logits of shape {list(logits.shape)} have strides {list(logits.stride())}: expected one that owns each "
+            "of its entries (clone an expanded one)"
+        )
     _common.check_embedding(logits, embedding)
     shape = (logits.shape[0], embedding.shape[1])
     for name, tensor in (("grad_embedding", grad_embedding), ("soft", soft)):
@@ -124,17 +133,21 @@ def guidance_update_(
         raise TypeError(f"soft is {soft.dtype}: expected {acc}, as the forward left it")
     _common.check_vector(logits, logsumexp, "logsumexp", acc)
     _common.check_same_device(logits, grad_embedding=grad_embedding, soft=soft)
-    for name, value, ok in (
-        ("lr", lr, lr >= 0),
-        ("betas", betas, all(0 <= b < 1 for b in betas)),
-        ("eps", eps, eps >= 0),
+    for name, value, ok, expected in (
+        ("lr", lr, 0 <= lr < math.inf, "a finite number >= 0"),
+        ("betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)"),
+        # At 0 an entry without gradient, as those of -inf are, would become 0 / 0.
+        ("eps", eps, 0 < eps < math.inf, "a finite number > 0"),
     ):
         if not ok:
-            raise ValueError(f"{name}={value}: expected lr >= 0, betas in [0, 1), eps >= 0")
+            raise ValueError(f"{name}={value}: expected {expected}")
     if state is not None:
         for name, tensor in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
             if tensor.shape != logits.shape or tensor.device != logits.device:
-                raise ValueError(f"state.{name} is {list(tensor.shape)} on {tensor.device}: expected it like logits")
+                raise ValueError(
+                    f"state.{name} has shape {list(tensor.shape)} on {tensor.device}: expected {list(logits.shape)} on "
+                    f"{logits.device}, as the logits"
+                )
             _common.check_dtype(tensor, f"state.{name}")
     moments = (None, None) if state is None else (state.exp_avg, state.exp_avg_sq)
     _guidance_update_(

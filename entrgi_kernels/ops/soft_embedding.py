@@ -85,6 +85,7 @@ def _backward(ctx, grad, _grad_soft, _grad_lse):
 
 
 _soft_embedding.register_autograd(_backward, setup_context=_setup_context)
+_common.refuse_double_backward("soft_embedding", _soft_embedding_backward, _soft_embedding_grad_table)
 
 
 def soft_embedding(

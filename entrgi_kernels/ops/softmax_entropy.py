@@ -56,6 +56,7 @@ def _backward(ctx, grad_lse, grad_entropy):
 
 
 _softmax_entropy.register_autograd(_backward, setup_context=_setup_context)
+_common.refuse_double_backward("softmax_entropy", _softmax_entropy_backward)
 
 
 def softmax_entropy(
