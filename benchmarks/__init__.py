@@ -1,0 +1,1 @@
+"""Benchmarks: baselines written from the method's definition, inputs like a real model's, and gated measurements."""

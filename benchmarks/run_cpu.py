@@ -1,0 +1,104 @@
+"""CPU figures: `python -m benchmarks.run_cpu`, what `make bench` runs.
+
+Prints one table per part (guidance step, single operators, a whole guided generation) with ratios against the
+baselines and the share of the floor, and writes JSON rows. Exit status 1 when a check of this project's own code was
+red: its speed is then missing from the table, with the reason below it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import measure
+from benchmarks.baselines import BASELINES
+from benchmarks.inputs import CPU_SHAPES, SMALL_N, Shape
+from benchmarks.measure import Group
+from benchmarks.suite_ops import OPS, measure_ops
+from benchmarks.suite_step import measure_step, memory_needed
+
+PARTS = ("step", "ops", "generation")
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run_cpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the guidance step at N=64 and one small generation only")
+    parser.add_argument("--json", type=Path, help="where to write rows (default: benchmarks/results/<device>.json)")
+    parser.add_argument("--shapes", nargs="+", type=Shape.parse, help="N,D or N,D,V (default: 1, 7, 64 and 512 rows)")
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--backends", default="auto,eager", help="of this project (default: %(default)s)")
+    parser.add_argument("--baselines", default=",".join(BASELINES), help="default: %(default)s")
+    parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
+    parser.add_argument("--ops", default=",".join(OPS), help="operators of part ops (default: all)")
+    parser.add_argument("--budget", type=float, default=15.0, help="seconds of timed runs per group (default: 15)")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    chosen = parser.parse_args(argv)
+    for name, allowed in (("parts", PARTS), ("baselines", tuple(BASELINES)), ("ops", OPS)):
+        values = [value for value in getattr(chosen, name).split(",") if value]
+        if unknown := [value for value in values if value not in allowed]:
+            parser.error(f"--{name}: {unknown[0]!r} is not one of {', '.join(allowed)}")
+        setattr(chosen, name, values)
+    chosen.backends = [value for value in chosen.backends.split(",") if value]
+    try:
+        chosen.dtypes = [getattr(torch, value) for value in chosen.dtypes.split(",")]
+        assert all(isinstance(value, torch.dtype) for value in chosen.dtypes)
+    except (AttributeError, AssertionError):
+        parser.error(f"--dtypes: {chosen.dtypes!r} is not a list of torch dtypes")
+    if chosen.shapes is None:
+        numbers = CPU_SHAPES[:1] if chosen.quick else [*((n, 1024) for n in SMALL_N), *CPU_SHAPES]
+        chosen.shapes = [Shape(n, d) for n, d in numbers]
+    if chosen.quick and chosen.parts == list(PARTS):
+        chosen.parts = ["step", "generation"]
+    return chosen
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the parts asked for; see the module's text.
+
+    Returns:
+        0, or 1 when a backend of this project failed its check.
+    """
+    chosen = arguments(argv)
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    print(f"{measure.device_name()} · torch {torch.__version__} · revision {measure.revision()}", flush=True)
+    every: list[Group] = []
+
+    def report(groups: list[Group], baselines: Sequence[str]) -> None:
+        print(measure.table(groups, baselines), end="\n\n", flush=True)
+        every.extend(groups)
+
+    for part in chosen.parts:
+        for dtype in chosen.dtypes if part != "generation" else ():
+            for shape in chosen.shapes:
+                names = [*chosen.baselines, *chosen.backends]
+                needed, free = memory_needed(shape, dtype, names), measure.available_memory()
+                if needed > free:
+                    print(
+                        f"skipped {part} {dtype} {shape.label}: needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} are free"
+                    )
+                    continue
+                if part == "step":
+                    report([measure_step(shape, dtype, names, budget=chosen.budget)], chosen.baselines)
+                else:
+                    report(
+                        measure_ops(shape, dtype, chosen.backends, ops=chosen.ops, budget=chosen.budget / 3),
+                        [name for name in ("vectorized", "compiled") if name in chosen.baselines],
+                    )
+        if part == "generation":
+            from benchmarks.generation import measure_generation
+
+            report(measure_generation(quick=chosen.quick, dtypes=chosen.dtypes), ["published"])
+    path = chosen.json or measure.result_path()
+    measure.save([row for group in every for row in measure.rows(group)], path)
+    print(f"rows written to {path.name}")
+    red = [name for group in every for name in group.refused if name not in BASELINES]
+    return 1 if red else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
