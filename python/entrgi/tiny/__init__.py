@@ -1,0 +1,74 @@
+"""Built-in tiny models: a masked diffusion language model, a reward model and an independent judge.
+
+A few megabytes, trained on a procedural grammar of short reviews by ``entrgi tiny train`` in about twenty minutes on
+two CPU cores. They let every code path of the project run, and be measured, on any machine. What they are and are not
+is said in ``weights/README.md``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .grammar import gold_score, prompts
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["MODELS", "gold_score", "load_diffusion", "load_judge", "load_reward", "prompts", "weights_path"]
+
+MODELS = ("diffusion", "reward", "judge")
+
+
+def weights_path(name: str) -> Path:
+    """The Hugging Face directory of a built-in model.
+
+    Args:
+        name: "diffusion", "reward" or "judge".
+
+    Raises:
+        ValueError: for another name.
+        FileNotFoundError: where the weights are not there.
+    """
+    if name not in MODELS:
+        raise ValueError(f"no built-in model is called {name!r}; there are {', '.join(MODELS)}")
+    from .train import WEIGHTS
+
+    path = WEIGHTS / name
+    if not (path / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"the weights of the built-in {name} model are missing ({path}); make them with: "
+            f"entrgi tiny train --out {WEIGHTS}"
+        )
+    return path
+
+
+def _load(name: str, auto_class: str, dtype: torch.dtype | None):
+    import torch
+    import transformers
+
+    path = weights_path(name)
+    model = getattr(transformers, auto_class).from_pretrained(path, dtype=dtype or torch.float32)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(path)
+
+
+def load_diffusion(dtype: torch.dtype | None = None):
+    """(model, tokenizer) of the diffusion language model, in evaluation mode.
+
+    The model is a ``Qwen3ForCausalLM`` to be run bidirectionally (an explicit 4-D mask), with Dream's right shift: the
+    logits of slot i come from position i - 1. ``model.config.entrgi`` says so.
+
+    Args:
+        dtype: of the weights; float32 by default, they are stored in bfloat16.
+    """
+    return _load("diffusion", "AutoModelForCausalLM", dtype)
+
+
+def load_reward(dtype: torch.dtype | None = None):
+    """(model, tokenizer) of the reward model, a ``Qwen3ForSequenceClassification`` of one label; float32 by default."""
+    return _load("reward", "AutoModelForSequenceClassification", dtype)
+
+
+def load_judge(dtype: torch.dtype | None = None):
+    """(model, tokenizer) of the judge: another seed, other texts, another rater's taste; float32 by default."""
+    return _load("judge", "AutoModelForSequenceClassification", dtype)

@@ -1,0 +1,148 @@
+"""The masked diffusion language model: a Qwen3 backbone that looks both ways, Dream's right shift."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .data import PROMPT_SLOTS, RESPONSE_SLOTS, Encoded, bidirectional_mask, encode, positions
+from .grammar import reviews
+from .optim import Optimizers, batches
+
+STEPS = 1600
+BATCH = 64
+REVIEWS = 80_000
+
+
+def new_model(tokenizer, seed: int):
+    """An untrained model: 4 layers, width 192, about 2.2 million parameters."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=False,
+    )
+    config.entrgi = {
+        "kind": "masked_diffusion",
+        "mask_token_id": tokenizer.mask_token_id,
+        "shift": True,
+        "prompt_slots": PROMPT_SLOTS,
+        "response_slots": RESPONSE_SLOTS,
+    }
+    return Qwen3ForCausalLM(config)
+
+
+def masked_logits(model, prompt: torch.Tensor, canvas: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """Logits at the masked slots, [number of them, V].
+
+    Args:
+        model: the diffusion model.
+        prompt: [B, P], padded left with the padding id.
+        canvas: [B, R], the response with mask ids in it.
+        masked: [B, R] bool.
+    """
+    ids = torch.cat([prompt, canvas], dim=1)
+    seen = torch.ones_like(ids, dtype=torch.bool)
+    seen[:, : prompt.shape[1]] = prompt != model.config.pad_token_id
+    hidden = model.model(
+        input_ids=ids, attention_mask=bidirectional_mask(seen), position_ids=positions(seen), use_cache=False
+    ).last_hidden_state
+    # Slot i is predicted from position i - 1: Dream's shift, inherited from its autoregressive parent.
+    return model.lm_head(hidden[:, prompt.shape[1] - 1 : -1][masked])
+
+
+def draw_masks(batch: int, slots: int, generator: torch.Generator) -> torch.Tensor:
+    """Masks [batch, slots] whose counts are spread evenly over 1..slots, a low-discrepancy draw over the batch."""
+    offset = torch.rand((), generator=generator)
+    level = (torch.arange(batch) / batch + offset) % 1.0
+    count = (level * slots).long() + 1
+    rank = torch.rand(batch, slots, generator=generator).argsort(1).argsort(1)
+    return rank < count[:, None]
+
+
+def diffusion_loss(
+    model, prompt: torch.Tensor, response: torch.Tensor, masked: torch.Tensor, mask_id: int
+) -> torch.Tensor:
+    """Nats per response slot: an unbiased estimate of the bound that 1/t weighting gives, exact counts for t."""
+    logits = masked_logits(model, prompt, response.masked_fill(masked, mask_id), masked)
+    nats = F.cross_entropy(logits.float(), response[masked], reduction="none")
+    # The mean over each row's masked slots, then over rows: the weight R/count over R slots.
+    weight = (1.0 / masked.sum(1, keepdim=True)).expand_as(masked)[masked]
+    return (nats * weight).sum() / len(response)
+
+
+@torch.no_grad()
+def evaluate(model, data: Encoded, mask_id: int, seed: int = 0, batch: int = 64) -> float:
+    """Mean nats per response slot over all rows of ``data``."""
+    generator = torch.Generator().manual_seed(seed)
+    model.eval()
+    total = 0.0
+    for start in range(0, len(data.prompt), batch):
+        prompt, response = data.prompt[start : start + batch], data.response[start : start + batch]
+        masked = draw_masks(len(prompt), response.shape[1], generator)
+        total += float(diffusion_loss(model, prompt, response, masked, mask_id)) * len(prompt)
+    model.train()
+    return total / len(data.prompt)
+
+
+def held_out(tokenizer, n: int = 512) -> Encoded:
+    """Reviews of a seed that no training run uses."""
+    return encode(tokenizer, [(r.prompt, r.text) for r in reviews(n, seed=990_001)], opened=True)
+
+
+def train(
+    tokenizer,
+    *,
+    seed: int = 0,
+    steps: int = STEPS,
+    batch: int = BATCH,
+    corpus: int = REVIEWS,
+    log: Callable[[str], None] = print,
+):
+    """Train the diffusion model for a fixed number of steps; returns (model, metrics)."""
+    data = encode(tokenizer, [(r.prompt, r.text) for r in reviews(corpus, seed=seed + 11)], opened=True)
+    check = held_out(tokenizer, 512 if steps >= 100 else 64)
+    model = new_model(tokenizer, seed)
+    model.set_attn_implementation("eager")
+    model.train()
+    optimizers = Optimizers(model, steps, lr=2e-3)
+    generator = torch.Generator().manual_seed(seed)
+    fits = {slots: (data.length < slots).nonzero()[:, 0] for slots in (16, 20, 24, 28)}
+    rows = batches(corpus, batch, generator)
+    short = {slots: batches(len(index), batch, generator) for slots, index in fits.items()}
+    mask_id, running = tokenizer.mask_token_id, 0.0
+    for step, turn in zip(range(steps), itertools.cycle(range(20))):
+        # Every fifth batch has a shorter canvas, so that 16 to 32 new tokens all work.
+        slots = (16, 20, 24, 28)[turn // 5] if turn % 5 == 4 else RESPONSE_SLOTS
+        pick = next(rows) if slots == RESPONSE_SLOTS else fits[slots][next(short[slots])]
+        response = data.response[pick, :slots]
+        masked = draw_masks(len(response), slots, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = diffusion_loss(model, data.prompt[pick], response, masked, mask_id)
+        loss.backward()
+        optimizers.step()
+        running = float(loss.detach()) if step == 0 else 0.97 * running + 0.03 * float(loss.detach())
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            log(f"diffusion {step + 1}/{steps} loss {running:.3f}")
+        if (step + 1) % 400 == 0:
+            log(f"diffusion {step + 1}/{steps} held out {evaluate(model, check, mask_id):.4f}")
+    model = model.to(torch.bfloat16).float()  # what is stored is what is measured
+    nats = evaluate(model, check, mask_id)
+    log(f"diffusion held-out nats per slot {nats:.4f}")
+    return model, {"steps": steps, "batch": batch, "corpus": corpus, "seed": seed, "held_out_nats_per_slot": nats}
