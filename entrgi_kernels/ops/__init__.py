@@ -6,6 +6,7 @@ function.
 """
 
 from ..backends import BackendInfo, BackendUnavailableError, backends
+from ._common import make_rng
 from .entrgi_embedding import EntrgiEmbedding, ForwardState, entrgi_embedding
 from .guidance_update import AdamState, guidance_update_
 from .sample_tokens import sample_tokens
@@ -22,6 +23,7 @@ __all__ = [
     "backends",
     "entrgi_embedding",
     "guidance_update_",
+    "make_rng",
     "sample_tokens",
     "soft_embedding",
     "softmax_entropy",

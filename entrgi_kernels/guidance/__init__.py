@@ -1,0 +1,26 @@
+"""Reward guidance of diffusion language models: the drop-in, the sampler, and their parts for loops of one's own."""
+
+from .config import GuidanceConfig
+from .denoising import Canvas, Denoiser, NonFiniteLogitsError, Statistics
+from .guide import Guidance, guide
+from .optimizer import LogitOptimizer
+from .results import GenerationResult, Sample, StepTrace
+from .sampler import GuidedSampler
+from .weights import Step, Threshold
+
+__all__ = [
+    "Canvas",
+    "Denoiser",
+    "GenerationResult",
+    "Guidance",
+    "GuidanceConfig",
+    "GuidedSampler",
+    "LogitOptimizer",
+    "NonFiniteLogitsError",
+    "Sample",
+    "Statistics",
+    "Step",
+    "StepTrace",
+    "Threshold",
+    "guide",
+]

@@ -1,0 +1,162 @@
+"""Settings of guided generation, checked when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..backends import check_name
+from . import schedules
+from .weights import METHODS, WeightFunction, method_weight
+
+ALGS = ("entropy", "maskgit_plus", "topk_margin", "anchor", "origin")
+CONFIDENCES = ("base", "guided")
+
+# Bounds of the fields that a trajectory position's random key is packed from (docs/philox.md).
+MAX_SAMPLES, MAX_SLOTS, MAX_STEPS, MAX_INNER = 1 << 10, 1 << 14, 1 << 24, 254
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """Settings of guided generation; the defaults are the paper's.
+
+    Attributes:
+        method: "entrgi", "aps", "expectation", or "none" (best of K without guidance).
+        weight: replaces EntRGi's linear weight: a schedule's name ("threshold(1.0, 0.5)", "step(1.0)") or a callable
+            of (entropy [N] in nats, V).
+        guidance_steps: M, Adam steps a denoising step; 0 is no guidance.
+        learning_rate: eta, in logits: Adam's first step moves a logit by about that much.
+        betas, eps: Adam's.
+        state_dtype: dtype of Adam's moments, "float32" or None for the logits' own.
+        num_samples: K, trajectories a prompt.
+        max_new_tokens: L, response slots.
+        steps: T, denoising steps.
+        temperature: tau; 0 takes the most likely token.
+        top_p, top_k: filters of every draw; None keeps all.
+        alg: how positions are ranked: "entropy", "maskgit_plus", "topk_margin", "anchor" or "origin".
+        alg_temp: > 0 draws the positions from softmax(confidence / alg_temp) instead of taking the best.
+        confidence: for alg "entropy", of the logits before guidance, unfiltered ("base"), or after, filtered ("guided").
+        schedule: positions a step, "linspace" or "even".
+        schedule_eps: last time of the "linspace" schedule.
+        deprioritize_eos: a drawn end-of-sequence token is committed last.
+        suppress_undrawable: give ids that stand for no token, and the mask token, probability 0 from the start; False
+            leaves their logits alone, as the published code does.
+        batch_size: prompts denoised together (times K trajectories). Does not change any draw.
+        seed: a prompt's result depends on it, the prompt and the settings, not on the batch.
+        backend: "auto" or the name of a backend.
+
+    Raises:
+        ValueError, TypeError: a setting out of range; the message names it and what is accepted.
+    """
+
+    method: str = "entrgi"
+    weight: str | WeightFunction | None = None
+    guidance_steps: int = 3
+    learning_rate: float = 0.5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    state_dtype: str | None = None
+    num_samples: int = 4
+    max_new_tokens: int = 128
+    steps: int = 128
+    temperature: float = 0.7
+    top_p: float | None = 0.95
+    top_k: int | None = None
+    alg: str = "entropy"
+    alg_temp: float | None = None
+    confidence: str = "base"
+    schedule: str = "linspace"
+    schedule_eps: float = 1e-3
+    deprioritize_eos: bool = True
+    suppress_undrawable: bool = True
+    batch_size: int = 4
+    seed: int = 0
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, tuple(METHODS))
+        method_weight(self.method, self.weight)
+        _integer("guidance_steps", self.guidance_steps, 0, MAX_INNER - 1)
+        _number("learning_rate", self.learning_rate, low=0)
+        if len(tuple(self.betas)) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas!r}: expected two numbers in [0, 1)")
+        _number("eps", self.eps, low=0)
+        _one_of("state_dtype", self.state_dtype, (None, "float64", "float32", "bfloat16", "float16"))
+        _integer("num_samples", self.num_samples, 1, MAX_SAMPLES)
+        _integer("max_new_tokens", self.max_new_tokens, 1, MAX_SLOTS)
+        _integer("steps", self.steps, 1, MAX_STEPS)
+        _number("temperature", self.temperature, low=0)
+        if self.top_p is not None:
+            _number("top_p", self.top_p, low=0, high=1, open_low=True, none=True)
+        if self.top_k is not None:
+            _integer("top_k", self.top_k, 1, None, none=True)
+        _one_of("alg", self.alg, ALGS)
+        if self.alg_temp is not None:
+            _number("alg_temp", self.alg_temp, low=0, none=True)
+        _one_of("confidence", self.confidence, CONFIDENCES)
+        _one_of("schedule", self.schedule, schedules.SCHEDULES)
+        _number("schedule_eps", self.schedule_eps, low=0, high=1, open_low=True)
+        for name in ("deprioritize_eos", "suppress_undrawable"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r}: expected True or False")
+        _integer("batch_size", self.batch_size, 1, None)
+        _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+        check_name(self.backend)
+
+    @property
+    def guided(self) -> bool:
+        """Whether any logit is moved at all."""
+        return self.method != "none" and self.guidance_steps > 0
+
+    def replace(self, **changes: Any) -> GuidanceConfig:
+        """A copy with some settings changed.
+
+        Raises:
+            TypeError: no such setting; the message lists them.
+        """
+        names = [field.name for field in dataclasses.fields(self)]
+        unknown = sorted(set(changes) - set(names))
+        if unknown:
+            raise TypeError(f"no setting {', '.join(map(repr, unknown))}: expected one of {', '.join(names)}")
+        return dataclasses.replace(self, **changes)
+
+    def resolved_state_dtype(self) -> torch.dtype | None:
+        """`state_dtype` as torch's."""
+        return None if self.state_dtype is None else getattr(torch, self.state_dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON-safe values; a callable weight by its repr."""
+        content = dataclasses.asdict(self)
+        content["betas"] = list(self.betas)
+        if self.weight is not None and not isinstance(self.weight, str):
+            content["weight"] = repr(self.weight)
+        return content
+
+
+def _one_of(name: str, value: object, accepted: tuple) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, accepted))}")
+
+
+def _integer(name: str, value: object, low: int, high: int | None, none: bool = False) -> None:
+    wanted = ("None or " if none else "") + f"an integer >= {low}" + ("" if high is None else f" and <= {high}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: expected {wanted}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name}={value}: expected {wanted}")
+
+
+def _number(
+    name: str, value: object, low: float, high: float = math.inf, open_low: bool = False, none: bool = False
+) -> None:
+    wanted = "None or a" if none else "a"
+    wanted += f" finite number {'>' if open_low else '>='} {low:g}"
+    wanted += "" if high == math.inf else f" and <= {high:g}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r}: expected {wanted}")
+    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+        raise ValueError(f"{name}={value}: expected {wanted}")

@@ -1,0 +1,41 @@
+"""Keys of the random draws, so that a result depends on the seed, the prompt and the settings alone.
+
+A row's key is (prompt, sample, response slot), its step (denoising step, inner step): leaving out a row, a step or
+another prompt of the batch changes no other draw. The layout is part of docs/philox.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+
+_SAMPLE_BITS, _SLOT_BITS, _INNER_BITS = 10, 14, 8
+
+FINAL_DRAW, POSITIONS = 254, 255
+
+
+def prompt_keys(prompts: Iterable[list[int]]) -> list[int]:
+    """A 39-bit key for each prompt: of its token ids, and of how often it came before, so that repeats differ."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    keys = []
+    for ids in map(tuple, prompts):
+        content = ",".join(map(str, (seen[ids], *ids))).encode()
+        seen[ids] += 1
+        keys.append(int.from_bytes(hashlib.sha256(content).digest()[:8], "little") >> (64 - 39))
+    return keys
+
+
+def row_keys(prompts: list[int], num_samples: int, slots: int, device: torch.device) -> torch.Tensor:
+    """int64 [len(prompts) * num_samples, slots]: the keys of every response slot, samples of a prompt contiguous."""
+    prompt = torch.tensor(prompts, dtype=torch.int64, device=device).view(-1, 1, 1) << (_SAMPLE_BITS + _SLOT_BITS)
+    sample = torch.arange(num_samples, dtype=torch.int64, device=device).view(1, -1, 1) << _SLOT_BITS
+    slot = torch.arange(slots, dtype=torch.int64, device=device).view(1, 1, -1)
+    return (prompt | sample | slot).flatten(0, 1)
+
+
+def step_key(denoising_step: int, inner: int) -> int:
+    """The 32-bit step of a draw: `inner` is the inner step, FINAL_DRAW or POSITIONS."""
+    return denoising_step << _INNER_BITS | inner

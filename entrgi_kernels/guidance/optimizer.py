@@ -1,0 +1,115 @@
+"""One denoising step's inner loop: logits under optimisation, their blend of embeddings, and Adam."""
+
+from __future__ import annotations
+
+import torch
+
+from ..ops import AdamState, EntrgiEmbedding, ForwardState, guidance_update_
+from ..ops.entrgi_embedding import forward
+from .weights import WeightFunction, resolve_weight
+
+
+class LogitOptimizer:
+    """Moves logits toward a lower loss of their entropy-weighted embedding (arXiv 2602.05000, Algorithm 1's inner loop).
+
+    For anybody's own loop::
+
+        optimizer = LogitOptimizer(logits, table, lr=0.5, temperature=0.7, top_p=0.95)
+        for _ in range(3):
+            blend = optimizer.embed()
+            loss = -reward(blend.embedding).sum()
+            loss.backward()
+            optimizer.step(blend.embedding.grad)
+        logits = optimizer.phi
+
+    Adam's state is fresh: make a new optimiser for every denoising step.
+
+    Args:
+        phi: [N, V] logits, float64/float32/bfloat16/float16; changed **in place** by :meth:`step`.
+        embedding: [V, D] table, a row per vocabulary entry.
+        lr: learning rate, eta.
+        temperature: tau of the soft embedding and of the draw; 0 draws the argmax and blends at temperature 1.
+        weight: "entropy" (or "linear"), "one", "zero", another schedule's name, or a callable of (entropy [N], V).
+        top_k, top_p: filters of the draw; None keeps all.
+        seed, step, rows: keys of the draw, as in :func:`entrgi_kernels.ops.sample_tokens`; each :meth:`embed` counts
+            `step` up by one.
+        betas, eps: Adam's.
+        state_dtype: dtype of Adam's moments; None takes that of phi.
+        keep_state: False when only one :meth:`step` will follow: the moments are then never formed (M = 1).
+        backend: "auto" or the name of a backend.
+
+    Raises:
+        ValueError, TypeError: bad shapes, dtypes or settings.
+        BackendUnavailableError: an explicit backend that cannot serve.
+    """
+
+    def __init__(
+        self,
+        phi: torch.Tensor,
+        embedding: torch.Tensor,
+        *,
+        lr: float = 0.5,
+        temperature: float = 1.0,
+        weight: str | WeightFunction = "entropy",
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | torch.Tensor = 0,
+        step: int = 0,
+        rows: torch.Tensor | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        state_dtype: torch.dtype | None = None,
+        keep_state: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        if phi.requires_grad and phi.is_leaf:
+            raise ValueError("phi requires grad: pass phi.detach(), it is changed in place outside of autograd")
+        self.phi = phi.detach()
+        self.embedding = embedding.detach()
+        self._forward = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, rows=rows, backend=backend)
+        self._forward["weight"] = resolve_weight(weight)
+        self._update = dict(lr=lr, temperature=temperature, betas=tuple(betas), eps=eps, backend=backend)
+        self._rng_step = step
+        self._state_dtype = state_dtype
+        self._keep_state = keep_state
+        self._adam: AdamState | None = None
+        self._context: ForwardState | None = None
+        self._steps = 0
+
+    @property
+    def argmax(self) -> torch.Tensor:
+        """[N] int64: each row's most likely token at the last :meth:`embed`."""
+        if self._context is None:
+            raise RuntimeError("argmax is known after embed()")
+        return self._context.argmax
+
+    def embed(self, tokens: torch.Tensor | None = None) -> EntrgiEmbedding:
+        """The blend at the present logits; its `.embedding` [N, D] is a leaf that collects a gradient.
+
+        Args:
+            tokens: int64 [N] hard tokens; None draws them.
+        """
+        with torch.no_grad():
+            result, self._context = forward(
+                self.phi, self.embedding, tokens=tokens, step=self._rng_step, **self._forward
+            )
+        self._rng_step += 1
+        return result._replace(embedding=result.embedding.requires_grad_())
+
+    @torch.no_grad()
+    def step(self, grad: torch.Tensor) -> None:
+        """Take one Adam step from `grad` = d loss/d embedding [N, D] of the last :meth:`embed`; moves phi in place.
+
+        Raises:
+            RuntimeError: without a fresh embed(), or a second step where keep_state=False.
+        """
+        if self._context is None:
+            raise RuntimeError("step() needs an embed() before it: the gradient belongs to that embedding")
+        if self._keep_state and self._adam is None:
+            self._adam = AdamState.zeros(self.phi, self._state_dtype)
+        if not self._keep_state and self._steps:
+            raise RuntimeError("a second step() with keep_state=False: Adam's moments were not kept")
+        soft, lse, _ = self._context
+        guidance_update_(self.phi, grad, self.embedding, soft, lse, state=self._adam, **self._update)
+        self._context = None
+        self._steps += 1

@@ -1,0 +1,283 @@
+"""Guided generation from prompts: the drop-in sampler."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .. import models, rewards
+from ..models import DiffusionModel
+from ..rewards import Reward
+from ..rewards.template import conversation_from, encode_prompt
+from .config import GuidanceConfig
+from .denoising import Canvas, Denoiser, NonFiniteLogitsError, Statistics
+from .keys import prompt_keys, row_keys
+from .results import Conversation, GenerationResult, Sample, StepTrace
+
+OnStep = Callable[[int, torch.Tensor], "torch.Tensor | None"]
+
+
+class GuidedSampler:
+    """Samples from a diffusion language model, steered by a reward model's gradient.
+
+    ::
+
+        sampler = GuidedSampler(model, reward_model, tokenizer, reward_tokenizer)
+        results = sampler.generate(["Why is the sky blue?"], num_samples=4, max_new_tokens=128, steps=128)
+        results[0].best.text, results[0].rewards
+
+    Args:
+        model: a diffusion language model: Dream, LLaDA, any transformers backbone with a mask token, or a
+            :class:`entrgi_kernels.models.DiffusionModel`.
+        reward_model: a transformers sequence classifier with one label, or a :class:`entrgi_kernels.rewards.Reward`.
+        tokenizer: of the diffusion model; needs a chat template.
+        reward_tokenizer: of the reward model; None takes `tokenizer`.
+        unmatched: what stands for ids that the reward tokenizer lacks: "unk", "zero" or "pieces".
+        mask_token_id, shift: where the model's own config and tokenizer do not tell.
+        **settings: of :class:`GuidanceConfig`; each call may change them.
+
+    Attributes:
+        config: the settings that calls start from.
+        statistics: what the last call did.
+
+    Raises:
+        ValueError, TypeError: models, tokenizers or settings that cannot serve; the message says what is accepted.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        reward_tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        unmatched: str = "unk",
+        mask_token_id: int | None = None,
+        shift: bool | None = None,
+        **settings: Any,
+    ) -> None:
+        self.config = GuidanceConfig().replace(**settings)
+        self.tokenizer = tokenizer
+        self.model: DiffusionModel = models.wrap(model, tokenizer, mask_token_id=mask_token_id, shift=shift)
+        self.reward: Reward = rewards.wrap(reward_model, reward_tokenizer or tokenizer, unmatched=unmatched)
+        self.statistics = Statistics()
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no eos_token: expected one, it ends responses and pads prompts")
+        self._eos: int = tokenizer.eos_token_id
+        # Ids that are never drawn: those that stand for no token (padded heads), and the mask token.
+        named = set(tokenizer.get_vocab().values())
+        self._undrawable = [
+            token for token in range(self.model.vocab_size) if token not in named or token == self.model.mask_token_id
+        ]
+        self._pad: int = self._eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def generate(
+        self,
+        prompts: str | Sequence[str | Conversation],
+        *,
+        trace: bool = False,
+        progress: bool | None = None,
+        callback: Callable[[int, GenerationResult], None] | None = None,
+        **settings: Any,
+    ) -> list[GenerationResult]:
+        """Sample `num_samples` responses to every prompt.
+
+        Args:
+            prompts: strings, or conversations as lists of {"role", "content"} dicts that end with a user's turn.
+            trace: keep every denoising step of every trajectory (slower: waits for the device each step).
+            progress: show a progress bar; None shows it on a terminal alone.
+            callback: called with (index of the prompt, result) as each prompt is finished.
+            **settings: of :class:`GuidanceConfig`, for this call.
+
+        Returns:
+            One result a prompt, in order.
+
+        Raises:
+            ValueError, TypeError: bad prompts or settings.
+            NonFiniteLogitsError: NaN or infinite logits; names step, prompt and sample.
+        """
+        results: dict[int, GenerationResult] = {}
+        for index, result in self.stream(prompts, trace=trace, progress=progress, **settings):
+            results[index] = result
+            if callback is not None:
+                callback(index, result)
+        return [results[index] for index in sorted(results)]
+
+    def stream(
+        self,
+        prompts: str | Sequence[str | Conversation],
+        *,
+        trace: bool = False,
+        progress: bool | None = None,
+        **settings: Any,
+    ) -> Iterator[tuple[int, GenerationResult]]:
+        """As :meth:`generate`, yielding (index of the prompt, result) as prompts are finished."""
+        config = self.config.replace(**settings)
+        given = [prompts] if isinstance(prompts, str) else list(prompts)
+        conversations = [conversation_from(prompt) for prompt in given]
+        encoded = [encode_prompt(self.tokenizer, conversation) for conversation in conversations]
+        keys = prompt_keys(encoded)
+
+        def advance(step: int, tokens: torch.Tensor) -> None:
+            bar.update()
+
+        self.statistics = statistics = Statistics()
+        start = time.perf_counter()
+        batches = [slice(i, i + config.batch_size) for i in range(0, len(given), config.batch_size)]
+        with tqdm(
+            total=len(batches) * config.steps, desc=config.method, unit="step", disable=_hide(progress), leave=False
+        ) as bar:
+            for batch in batches:
+                begin = bar.n
+                finished = self._batch(
+                    encoded[batch],
+                    conversations[batch],
+                    keys[batch],
+                    config,
+                    statistics,
+                    trace,
+                    advance,
+                )
+                # The even schedule drops steps: a batch counts in full all the same.
+                bar.update(begin + config.steps - bar.n)
+                statistics.finish(time.perf_counter() - start)
+                for offset, samples in enumerate(finished):
+                    index = batch.start + offset
+                    yield index, GenerationResult(given[index], samples, config)
+
+    def denoise(
+        self,
+        canvas: Canvas,
+        conversations: list[Conversation],
+        index: torch.Tensor,
+        config: GuidanceConfig,
+        *,
+        statistics: Statistics | None = None,
+        traces: list[list[StepTrace]] | None = None,
+        on_step: OnStep | None = None,
+        model: DiffusionModel | None = None,
+    ) -> torch.Tensor:
+        """Fill the masked slots of a canvas of one's own, in place: what hosts with tokens in hand call.
+
+        Args:
+            canvas: trajectories, see :class:`Canvas`.
+            conversations: the prompts as the reward model is to see them.
+            index: int64 [R], each trajectory's place in `conversations`.
+            config: settings.
+            statistics, traces, on_step: as in :meth:`Denoiser.run`.
+            model: takes the place of the sampler's own adapter (to put something between forward and guidance).
+
+        Returns:
+            [R, L] int64, the responses.
+        """
+        device = canvas.tokens.device
+        # Callers under torch.inference_mode() are served: gradients need ordinary tensors.
+        with torch.inference_mode(False), torch.no_grad(), evaluating(self.model.module, self.reward.module):
+            table, undrawable = self._table(config, device)
+            denoiser = Denoiser(model or self.model, self.reward, table, config, undrawable, self._eos, self._pad)
+            prepared = self.reward.prepare(conversations)
+            return denoiser.run(
+                canvas,
+                prepared,
+                index,
+                statistics=statistics or Statistics(),
+                traces=traces,
+                on_step=on_step,
+            )
+
+    def decode(self, response: list[int]) -> str:
+        """The text of a response's ids: up to the first end-of-sequence token, special tokens removed."""
+        end = response.index(self._eos) if self._eos in response else len(response)
+        return self.tokenizer.decode(response[:end], skip_special_tokens=True)
+
+    def score(self, conversations: list[Conversation], responses: list[list[int]], batch_size: int = 16) -> list[float]:
+        """Final rewards: responses decoded and tokenised again, as the reward model will be used by others."""
+        texts = [self.decode(response) for response in responses]
+        with torch.inference_mode(False), torch.no_grad(), evaluating(self.reward.module):
+            return self.reward.score_texts(conversations, texts, batch_size=batch_size)
+
+    def canvas(
+        self, prompts: list[list[int]], keys: list[int], num_samples: int, slots: int, device: torch.device
+    ) -> Canvas:
+        """All-masked trajectories for encoded prompts: `num_samples` contiguous rows a prompt, left-padded."""
+        width = max(map(len, prompts), default=0)
+        tokens = torch.full((len(prompts), width + slots), self.model.mask_token_id, dtype=torch.int64)
+        attention = torch.ones_like(tokens, dtype=torch.bool)
+        for row, ids in enumerate(prompts):
+            tokens[row, : width - len(ids)] = self._pad
+            attention[row, : width - len(ids)] = False
+            tokens[row, width - len(ids) : width] = torch.tensor(ids, dtype=torch.int64)
+        return Canvas(
+            tokens=tokens.repeat_interleave(num_samples, dim=0).to(device),
+            attention=attention.repeat_interleave(num_samples, dim=0).to(device),
+            start=width,
+            masked=torch.ones(len(prompts) * num_samples, slots, dtype=torch.bool, device=device),
+            keys=row_keys(keys, num_samples, slots, device),
+        )
+
+    def _batch(
+        self,
+        prompts: list[list[int]],
+        conversations: list[Conversation],
+        keys: list[int],
+        config: GuidanceConfig,
+        statistics: Statistics,
+        trace: bool,
+        on_step: OnStep,
+    ) -> list[list[Sample]]:
+        k = config.num_samples
+        with torch.inference_mode(False):
+            canvas = self.canvas(prompts, keys, k, config.max_new_tokens, self.model.device)
+            index = torch.arange(len(prompts), device=self.model.device).repeat_interleave(k)
+            traces: list[list[StepTrace]] | None = [[] for _ in range(len(prompts) * k)] if trace else None
+            try:
+                responses = self.denoise(
+                    canvas, conversations, index, config, statistics=statistics, traces=traces, on_step=on_step
+                ).tolist()
+            except NonFiniteLogitsError as error:
+                where = f"prompt {conversations[error.trajectory // k][-1]['content']!r:.80}"
+                raise NonFiniteLogitsError(
+                    error.step, error.trajectory, f"sample {error.trajectory % k} of {where}"
+                ) from error
+        values = self.score([c for c in conversations for _ in range(k)], responses)
+        samples = [
+            Sample(self.decode(response), response, value, None if traces is None else traces[row])
+            for row, (response, value) in enumerate(zip(responses, values, strict=True))
+        ]
+        return [samples[i : i + k] for i in range(0, len(samples), k)]
+
+    def _table(self, config: GuidanceConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        table = self.reward.embedding_table(self.tokenizer, self.model.vocab_size)
+        if table.device != device:
+            raise ValueError(
+                f"the reward model is on {table.device} but the diffusion model is on {device}: expected one device"
+            )
+        undrawable = self._undrawable if config.suppress_undrawable else []
+        return table, torch.tensor(undrawable, dtype=torch.int64, device=device)
+
+
+def _hide(progress: bool | None) -> bool | None:
+    """tqdm's `disable`: None hides the bar where there is no terminal."""
+    return None if progress is None else not progress
+
+
+@contextlib.contextmanager
+def evaluating(*modules: torch.nn.Module | None) -> Iterator[None]:
+    """Evaluation mode for the modules, each submodule's own mode restored afterwards.
+
+    A model in training keeps dropout (LoRA's too) live: samples and gradients would be noise.
+    """
+    training = [part for module in modules if module is not None for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -1,0 +1,89 @@
+"""How many positions a denoising step commits.
+
+Both published schedules, to the token: the test-time code's `linspace` in float32 with its truncation, the training
+sampler's `even` with its rounding. They are planned on the host before the loop starts, so that no step waits for a
+count from the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+SCHEDULES = ("linspace", "even")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each denoising step does.
+
+    Attributes:
+        counts: positions to commit, a list a step with an entry a trajectory.
+        shares: 1 - s/t of each step: the probability with which alg "origin" commits a position. 1 at the last step.
+    """
+
+    counts: tuple[tuple[int, ...], ...]
+    shares: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.shares)
+
+
+def plan(schedule: str, masked: list[int], steps: int, eps: float = 1e-3) -> Plan:
+    """Plan the commits of every step for trajectories with `masked` positions each.
+
+    `linspace`: int(n (1 - s/t)) over linspace(1, eps, steps + 1), n still masked, and all that is left at the last
+    step; with steps > n some commit nothing. `even`: round(n (1 - s/t)) over t = steps/steps .. 1/steps (half to even),
+    with empty steps dropped from each trajectory.
+
+    Args:
+        schedule: "linspace" or "even".
+        masked: masked positions of each trajectory at the start.
+        steps: denoising steps T.
+        eps: last time of `linspace`.
+
+    Raises:
+        ValueError: no such schedule.
+    """
+    if schedule == "linspace":
+        times = torch.linspace(1, eps, steps + 1, dtype=torch.float32).tolist()
+        shares = [1 - s / t for t, s in zip(times, times[1:], strict=False)]
+        shares[-1] = 1.0
+        columns = [_drain(n, shares, int) for n in masked]
+    elif schedule == "even":
+        shares = [1 - _even_keep(step, steps) for step in range(steps)]
+        columns = [[count for count in _drain(n, shares, round) if count] for n in masked]
+        longest = max((len(column) for column in columns), default=0)
+        columns = [column + [0] * (longest - len(column)) for column in columns]
+        # A dropped step's share is dropped with it, where the trajectories agree on which those are.
+        shares = _shares_of(shares, masked, longest)
+    else:
+        raise ValueError(f"schedule={schedule!r}: expected one of {', '.join(map(repr, SCHEDULES))}")
+    return Plan(
+        tuple(zip(*columns, strict=True)) if columns else (), tuple(shares[: len(columns[0]) if columns else 0])
+    )
+
+
+def _drain(n: int, shares: list[float], rounding) -> list[int]:
+    """Counts a step for one trajectory: rounding(n share), never more than are left."""
+    counts = []
+    for share in shares:
+        count = min(n, rounding(n * share))
+        counts.append(count)
+        n -= count
+    return counts
+
+
+def _even_keep(step: int, steps: int) -> float:
+    # float32, as the published scheduler computes it: half-way cases round by its last bit.
+    t, s = torch.tensor((steps - step) / steps), torch.tensor((steps - step - 1) / steps)
+    return ((1 - (1 - s)) / (1 - (1 - t))).item()
+
+
+def _shares_of(shares: list[float], masked: list[int], longest: int) -> list[float]:
+    if not masked:
+        return []
+    counts = _drain(max(masked), shares, round)
+    kept = [share for share, count in zip(shares, counts, strict=True) if count]
+    return (kept + [1.0] * longest)[:longest]
