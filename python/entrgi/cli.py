@@ -27,9 +27,10 @@ class Command(NamedTuple):
 COMMANDS = {
     "generate": Command("entrgi.generate", "reward-guided texts for prompts from arguments, files or standard input"),
     "compare": Command("entrgi.compare", "the same prompts with and without guidance: rewards, texts, a report"),
-    "tiny": Command("entrgi.tiny.cli", "the built-in tiny models: train them again, check them"),
+    "tiny train": Command("entrgi.tiny.train", "train the built-in tiny models again (about twenty minutes on a CPU)"),
     "env": Command("entrgi.env", "what this machine has: versions, devices, backends and why the rest are missing"),
 }
+GROUPS = {"tiny": "the built-in tiny models"}
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -47,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(arguments)
     except ImportError as error:
-        print(f"entrgi: error: cannot load this command: {error}; `entrgi env` shows what is installed", file=sys.stderr)
+        print(
+            f"entrgi: error: cannot load this command: {error}; `entrgi env` shows what is installed", file=sys.stderr
+        )
         return EXIT_FAILURE
     name = f"entrgi {args.command}"
     try:
@@ -71,14 +74,22 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         prog="entrgi", description="Reward guidance for discrete diffusion language models (EntRGi)."
     )
     parser.add_argument("--version", action="version", version=f"entrgi-kernels {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    top = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    groups = {}
+    words = [argument for argument in arguments if not argument.startswith("-")]
     for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=command.help, description=command.help)
-        if name == chosen:  # the others' modules stay unimported: `entrgi env` works however broken the rest is
+        path = name.split()
+        subparsers = top
+        if len(path) > 1:
+            if path[0] not in groups:
+                group = top.add_parser(path[0], help=GROUPS[path[0]], description=GROUPS[path[0]])
+                groups[path[0]] = group.add_subparsers(required=True, metavar="COMMAND", title="commands")
+            subparsers = groups[path[0]]
+        subparser = subparsers.add_parser(path[-1], help=command.help, description=command.help)
+        if words[: len(path)] == path:  # the rest stay unimported: `entrgi env` works however broken they are
             module = importlib.import_module(command.module)
             module.add_arguments(subparser)
-            subparser.set_defaults(run=module.run)
+            subparser.set_defaults(command=name, run=module.run)
     return parser.parse_args(arguments)
 
 

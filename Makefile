@@ -1,0 +1,108 @@
+# Commands of the project. Each prepares what it needs in .venv on its first run; see `make help`.
+#
+#   PYTHON   interpreter to start from (3.10 or newer). If it has torch >= 2.11 that torch is used.
+#   DEMO     `DEMO=short make demo` is the demo in a few seconds, for CI.
+#   ARGS     more arguments for the command that runs: `make test ARGS="-k sampler -x"`.
+
+PYTHON ?= python3
+VENV   ?= .venv
+DEMO   ?= full
+ARGS   ?=
+TORCH  := torch==2.13.0
+
+BIN    := $(VENV)/bin
+PY     := $(BIN)/python
+REPORT := build/demo/index.html
+# Deeper folders than csrc/*/* are not used.
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
+RUFF_PATHS := setup.py entrgi_kernels python tests benchmarks
+
+ifeq ($(DEMO),short)
+DEMO_FLAGS := --short
+else
+DEMO_FLAGS :=
+endif
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-short test lint format bench gpu fresh env clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo     the main job on the built-in models: the same prompts with and without guidance (a minute)"
+	@echo "make test     every test that this machine can run"
+	@echo "make bench    CPU benchmarks, as a table and as JSON"
+	@echo "make env      what this machine has and what is missing"
+	@echo "make lint     ruff check and ruff format --check;  make format mends what it can"
+	@echo "make fresh    a fresh clone runs demo and test in a cleared environment, with and without a compiler"
+	@echo "make clean    removes build products;  make distclean removes $(VENV) too"
+
+demo: $(VENV)/.ready
+	@mkdir -p $(dir $(REPORT))
+	$(BIN)/entrgi compare $(DEMO_FLAGS) --report $(REPORT) $(ARGS)
+	@echo "The replay of the denoising, a page for any browser: $(REPORT)"
+
+demo-short:
+	@$(MAKE) --no-print-directory demo DEMO=short
+
+test: $(VENV)/.ready
+	$(PY) -m pytest $(ARGS)
+
+bench: $(VENV)/.ready
+	$(PY) -m benchmarks.run_cpu $(ARGS)
+
+env: $(VENV)/.ready
+	@$(BIN)/entrgi env $(ARGS)
+
+gpu:
+	@echo "make gpu: not there yet" >&2; exit 1
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check $(RUFF_PATHS)
+	$(BIN)/ruff format --check $(RUFF_PATHS)
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix $(RUFF_PATHS)
+	$(BIN)/ruff format $(RUFF_PATHS)
+
+fresh:
+	@bash .ci/fresh $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -f entrgi_kernels/_C*.so entrgi_kernels/_build_info.json $(VENV)/.ready
+	find entrgi_kernels python tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+# -- the environment ---------------------------------------------------------------------------------------------------
+
+# torch comes first and alone: resolved together with the rest, a plain range may pull another build of it.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "Python 3.10 or newer is needed; choose one with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Preparing $(VENV) (once; a few minutes) ..."
+	@if $(PYTHON) -c 'import re, torch; v = re.findall(r"\d+", torch.__version__); \
+	  raise SystemExit((int(v[0]), int(v[1])) < (2, 11))' 2>/dev/null; \
+	then echo "  with the torch of $(PYTHON)"; flags=--system-site-packages; torch=; \
+	else echo "  with $(TORCH)"; flags=; torch=$(TORCH); fi; \
+	$(PYTHON) -m venv --clear $$flags $(VENV) || { \
+	  echo "making a virtual environment failed (Debian: apt-get install python3-venv)" >&2; exit 1; }; \
+	$(PYTHON) -c 'import sys, sysconfig as s; sys.prefix != sys.base_prefix and print(s.get_path("purelib"))' \
+	  > "$$($(PY) -c 'import sysconfig as s; print(s.get_path("purelib"))')/parent.pth"; \
+	$(PY) -m pip install --quiet 'setuptools>=77' wheel ninja $$torch
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
+	@echo "Installing the package (and building its extension where there is a compiler) ..."
+	@$(PY) -m pip install --quiet --no-build-isolation --editable '.[test]'
+	@$(BIN)/entrgi env --brief
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.torch
+	@$(PY) -m pip install --quiet ruff
+	@touch $@
