@@ -1,0 +1,325 @@
+"""``entrgi compare``: the same prompts under best-of-N, Expectation, APS and EntRGi, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import loading
+from .errors import UsageError, check_writable
+from .prompts import Prompt, prompt_text, read_prompts
+from .prompts import add_arguments as add_prompt_arguments
+from .statistics import Estimate, estimate, paired_difference
+
+if TYPE_CHECKING:
+    from entrgi_kernels import GuidedSampler
+    from entrgi_kernels.guidance.config import GuidanceConfig
+    from entrgi_kernels.guidance.results import GenerationResult
+
+LABELS = {"none": "Best-of-N", "expectation": "Expectation", "aps": "APS", "entrgi": "EntRGi"}
+METRICS = {
+    "top1": "Top@1", "avg": "Avg@N", "judge": "judge Top@1", "rule": "rule Top@1", "nats": "nats/token",
+}
+EXPLAINED = {
+    "top1": "reward of the best of K samples", "avg": "mean reward of the K samples",
+    "judge": "that best sample under a second reward model, which guided nothing",
+    "rule": "that best sample under the rules that labelled the tiny models' training texts",
+    "nats": "how unlikely the diffusion model finds that best sample; lower is more natural",
+}
+
+TINY_NOTE = "The models are tiny and their language is synthetic: this shows the method at work; it is no benchmark."
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodRun:
+    """One method on all prompts. ``metrics`` holds, by name, one number per prompt (see :data:`EXPLAINED`)."""
+
+    method: str
+    results: list[GenerationResult]
+    seconds: float
+    metrics: dict[str, list[float]]
+
+    @property
+    def label(self) -> str:
+        return LABELS.get(self.method, self.method)
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Mean and standard error over prompts of every metric."""
+        return {name: estimate(values) for name, values in self.metrics.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Methods on the same prompts, and what they were run with."""
+
+    prompts: list[Prompt]
+    runs: list[MethodRun]
+    settings: dict[str, Any]
+
+    def run_of(self, method: str) -> MethodRun | None:
+        return next((run for run in self.runs if run.method == method), None)
+
+    def differences(self) -> list[tuple[MethodRun, MethodRun, dict[str, Estimate]]]:
+        """(method, reference, paired differences): all guided methods against best-of-N, EntRGi against the others."""
+        pairs = []
+        base, ours = self.run_of("none"), self.run_of("entrgi")
+        if base:
+            pairs += [(run, base) for run in self.runs if run is not base]
+        if ours:
+            pairs += [(ours, run) for run in self.runs if run is not base and run is not ours]
+        return [(a, b, {name: paired_difference(a.metrics[name], b.metrics[name]) for name in a.metrics})
+                for a, b in pairs]
+
+    def verdict(self) -> tuple[bool | None, str]:
+        """(passed, sentence): whether every guided method has more reward than best-of-N; None where none was run."""
+        leads = [(a, d["top1"], d["avg"]) for a, b, d in self.differences() if b.method == "none"]
+        if not leads:
+            return None, "nothing checked: it takes best-of-N and a guided method"
+        # `not (> 0)` and not `<= 0`: a NaN fails too.
+        failed = [f"{a.label} (Top@1 {top.signed()}, Avg@N {avg.signed()})"
+                  for a, top, avg in leads if not (top.mean > 0 and avg.mean > 0)]
+        if failed:
+            return False, "check FAILED: not above best-of-N: " + "; ".join(failed)
+        least = min(leads, key=lambda lead: lead[1].mean)
+        return True, (f"check passed: every guided method is above best-of-N in Top@1 and in Avg@N "
+                      f"(smallest lead in Top@1: {least[0].label} {least[1].signed()})")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, JSON-safe: settings, estimates, paired differences, and every sample."""
+        return {
+            "settings": self.settings,
+            "methods": [
+                {
+                    "method": run.method, "label": run.label, "seconds": run.seconds,
+                    "estimates": {name: value.to_dict() for name, value in run.estimates().items()},
+                    "per_prompt": run.metrics,
+                    "samples": [[{"text": s.text, "reward": s.reward, "tokens": list(s.tokens)} for s in result.samples]
+                                for result in run.results],
+                }
+                for run in self.runs
+            ],
+            "differences": [
+                {"method": a.method, "reference": b.method, **{name: value.to_dict() for name, value in d.items()}}
+                for a, b, d in self.differences()
+            ],
+            "check": dict(zip(("passed", "statement"), self.verdict(), strict=True)),
+            "prompts": self.prompts,
+        }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``entrgi compare``."""
+    parser.description = ("Run the same prompts under best-of-N, Expectation, APS and EntRGi. "
+                          "Exit code 1: a guided method is not above best-of-N.")
+    add_prompt_arguments(parser, "the tiny models' own")
+    parser.add_argument("-n", "--num-prompts", type=int, default=None, metavar="N",
+                        help="how many prompts (default: all that are given; 24 of the tiny models' own)")
+    parser.add_argument("--methods", default=",".join(loading.METHODS), metavar="LIST",
+                        help="comma-separated (default: %(default)s)")
+    parser.add_argument("--short", action="store_true", help="a few prompts only: a check in seconds")
+    parser.add_argument("--no-check", action="store_true", help="exit code 0 even when guidance does not help")
+    group = parser.add_argument_group("output")
+    group.add_argument("--report", metavar="FILE.html", help="one page that replays the denoising; needs no network")
+    group.add_argument("--json", metavar="FILE", help="all settings, texts, rewards and statistics")
+    group.add_argument("--texts", type=int, default=3, metavar="N", help="prompts whose texts are shown (default: 3)")
+    group.add_argument("--quiet", action="store_true", help="no progress bar")
+    group.add_argument("--traceback", action="store_true", help="show where an error came from")
+    loading.add_sampler_arguments(parser, method=False, steps_help="16 with the tiny models, else one per slot")
+    loading.add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare as asked.
+
+    Returns:
+        0; 1 when a guided method is not above best-of-N.
+
+    Raises:
+        UsageError: for bad input; the command line turns it into one line and exit code 2.
+    """
+    tiny = loading.uses_tiny(args)
+    methods = _methods(args.methods)
+    if args.steps is None and tiny:
+        args.steps = 16
+    config = loading.config_from(args, tiny=tiny, method=methods[-1])
+    prompts = _prompts(args, tiny)
+    for name in (args.report, args.json):
+        if name:
+            check_writable(Path(name))
+
+    start = time.perf_counter()
+    print(f"loading {loading.TINY if tiny else args.model} ...", file=sys.stderr, flush=True)
+    loaded = loading.load(args, judge=True)
+    comparison = compare(loaded, prompts, methods, config, trace=bool(args.report), progress=not args.quiet)
+    comparison.settings["total_seconds"] = round(time.perf_counter() - start, 1)
+    print(render(comparison, texts=args.texts))
+    print()
+    if args.json:
+        Path(args.json).write_text(json.dumps(comparison.to_dict(), ensure_ascii=False, indent=1), encoding="utf-8")
+        print(f"wrote {args.json}")
+    if args.report:
+        from .report import write_report
+
+        size = write_report(Path(args.report), comparison, loaded.tokenizer)
+        print(f"wrote {args.report} ({size / 1e6:.1f} MB): open it in a browser to replay the denoising")
+    passed, sentence = comparison.verdict()
+    print(f"{sentence}; {comparison.settings['total_seconds']:.0f} s in all")
+    return 1 if passed is False and not args.no_check else 0
+
+
+def compare(
+    loaded: loading.Loaded, prompts: Sequence[Prompt], methods: Sequence[str], config: GuidanceConfig, *,
+    trace: bool = False, progress: bool = False,
+) -> Comparison:
+    """Run ``methods`` on ``prompts`` under ``config``.
+
+    Args:
+        loaded: models; a judge and the rule score are used where they are there.
+        prompts: the same for every method; each method also starts from the same random numbers.
+        methods: names out of :data:`entrgi.loading.METHODS`.
+        config: settings; its method is replaced.
+        trace: keep every step of the samples, for the report (a reward forward more at each step).
+        progress: bars on standard error, where it is a terminal.
+    """
+    from tqdm import tqdm
+
+    prompts = list(prompts)
+    runs = []
+    hide = None if progress else True  # None: hidden where standard error is no terminal
+    with tqdm(total=len(methods), unit="method", desc="compare", leave=False, disable=hide) as bar:
+        for method in methods:
+            # EntRGi's weight may be given; the other methods are weights themselves.
+            chosen = config.replace(method=method, weight=config.weight if method == "entrgi" else None)
+            sampler = loading.make_sampler(loaded, chosen)
+            begin = time.perf_counter()
+            results: dict[int, Any] = {}
+            for index, result in loading.stream(sampler, prompts, trace=trace, progress=None if progress else False):
+                results[index] = result
+            seconds = time.perf_counter() - begin
+            ordered = [results[index] for index in range(len(prompts))]
+            runs.append(MethodRun(method, ordered, seconds, measure(loaded, sampler, prompts, ordered)))
+            bar.update()
+    about = {"prompts": len(prompts), "model": loaded.model_name, "reward": loaded.reward_name, "dtype": loaded.dtype,
+             "tiny": loaded.tiny, "traced": trace, **_versions()}
+    return Comparison(prompts, runs, {**about, **{k: v for k, v in config.to_dict().items() if k != "method"}})
+
+
+def measure(
+    loaded: loading.Loaded, sampler: GuidedSampler, prompts: Sequence[Prompt], results: Sequence[GenerationResult]
+) -> dict[str, list[float]]:
+    """Every metric that these models allow, one number per prompt."""
+    best = [result.best for result in results]
+    metrics = {"top1": [float(result.top1) for result in results], "avg": [float(result.mean) for result in results]}
+    if loaded.judge is not None:
+        from entrgi_kernels import rewards
+        from entrgi_kernels.rewards.template import conversation_from
+
+        judge = rewards.wrap(loaded.judge, loaded.judge_tokenizer)
+        texts = [sample.text for sample in best]
+        scores = judge.score_texts([conversation_from(prompt) for prompt in prompts], texts, batch_size=64)
+        metrics["judge"] = [float(score) for score in scores]
+    if loaded.tiny:
+        from entrgi import tiny
+
+        from .naturalness import nats_per_token
+
+        metrics["rule"] = [float(tiny.gold_score(prompt_text(p), s.text)) for p, s in zip(prompts, best, strict=True)]
+        metrics["nats"] = nats_per_token(sampler.model, loaded.tokenizer, prompts, [sample.tokens for sample in best])
+    return metrics
+
+
+def render(comparison: Comparison, *, texts: int = 3) -> str:
+    """The comparison for a terminal: what was run, the tables, and some texts side by side."""
+    s = comparison.settings
+    out = ["", f"{s['prompts']} prompts, {s['num_samples']} samples each, {s['max_new_tokens']} slots in {s['steps']} "
+               f"steps; M = {s['guidance_steps']}, eta = {s['learning_rate']}, tau = {s['temperature']}, "
+               f"top-p = {s['top_p']}, seed {s['seed']}"]
+    if s["tiny"]:
+        out.append(TINY_NOTE)
+    names = [name for name in METRICS if all(name in run.metrics for run in comparison.runs)]
+    head = ["method", *(METRICS[name] for name in names), "seconds"]
+    rows = []
+    for run in comparison.runs:
+        values = run.estimates()
+        rows.append([run.label, *(str(values[name]) for name in names), f"{run.seconds:.1f}"])
+    out += ["", "mean over prompts ± standard error", *_table(head, rows)]
+    differences = comparison.differences()
+    if differences:
+        rows = [[f"{a.label} - {b.label}", *(d[name].signed() for name in names)] for a, b, d in differences]
+        out += ["", "paired differences over the same prompts ± standard error",
+                *_table(["", *(METRICS[name] for name in names)], rows)]
+    width = max(len(METRICS[name]) for name in names)
+    out += ["", *(f"{METRICS[name].ljust(width)}  {EXPLAINED[name]}" for name in names)]
+    out += _texts(comparison, texts)
+    return "\n".join(out)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        return "  ".join(cells).rstrip()
+
+    return [line(head), "-" * len(line(head)), *(line(row) for row in rows)]
+
+
+def _texts(comparison: Comparison, count: int) -> list[str]:
+    """Best samples of the first prompts: side by side where the terminal is wide enough for two columns."""
+    out: list[str] = []
+    left, right = comparison.run_of("none"), comparison.run_of("entrgi")
+    columns = [run for run in (left, right) if run] if left and right else comparison.runs
+    total = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    width = (total - 3 * (len(columns) - 1)) // max(1, len(columns))
+    for index in range(min(count, len(comparison.prompts))):
+        prompt = " ".join(prompt_text(comparison.prompts[index]).split())
+        out += ["", *textwrap.wrap(f"prompt {index + 1}: {prompt}", total)]
+        cells = []
+        for run in columns:
+            best = run.results[index].best
+            body = " ".join(best.text.split()) or "(empty)"
+            cells.append([f"{run.label}  {best.reward:+.2f}", *textwrap.wrap(body, max(20, width))])
+        if width < 30:
+            out += [text for cell in cells for text in cell]
+            continue
+        for i in range(max(len(cell) for cell in cells)):
+            out.append(" | ".join((cell[i] if i < len(cell) else "").ljust(width) for cell in cells).rstrip())
+    return out
+
+
+def _methods(text: str) -> list[str]:
+    methods = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in methods if name not in loading.METHODS]
+    if unknown or not methods or len(set(methods)) != len(methods):
+        raise UsageError(f"--methods takes distinct names out of {', '.join(loading.METHODS)}, got {text!r}")
+    return methods
+
+
+def _prompts(args: argparse.Namespace, tiny: bool) -> list[Prompt]:
+    if args.num_prompts is not None and args.num_prompts < 1:
+        raise UsageError(f"--num-prompts must be at least 1, got {args.num_prompts}")
+    if tiny and not args.prompts and not args.file:
+        from entrgi import tiny as tiny_models
+
+        count = args.num_prompts or (6 if args.short else 24)
+        return list(tiny_models.prompts(count, seed=args.seed))
+    prompts = read_prompts(args.prompts, args.file, field=args.prompt_field)
+    return prompts[: args.num_prompts or (6 if args.short else None)]
+
+
+def _versions() -> dict[str, Any]:
+    import torch
+    import transformers
+
+    from entrgi import __version__
+
+    return {"entrgi_kernels": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "threads": torch.get_num_threads()}

@@ -1,0 +1,25 @@
+"""The one exception that commands turn into a single line and exit code 2, and the check of files to be written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done as asked; the message says what is accepted instead."""
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written, before minutes are spent on what goes into it.
+
+    Raises:
+        UsageError: a folder, a file in no folder, or one without permission.
+    """
+    if path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"cannot write {path}: there is no folder {folder}")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UsageError(f"cannot write {path}: permission denied")

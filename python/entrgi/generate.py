@@ -1,0 +1,230 @@
+"""``entrgi generate``: guided texts for prompts from arguments, files or standard input.
+
+Results leave prompt by prompt. A JSON-lines file is written one whole line per system call, so an interrupted run
+leaves a valid file, and ``--resume`` goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from . import loading
+from .errors import UsageError, check_writable
+from .prompts import Prompt, prompt_text, read_prompts
+from .prompts import add_arguments as add_prompt_arguments
+
+if TYPE_CHECKING:
+    from entrgi_kernels.guidance.results import GenerationResult
+
+# Settings that change speed, not texts (kernels agree on every backend but for ties within rounding).
+_NOT_IN_KEY = ("backend", "batch_size")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``entrgi generate``."""
+    parser.description = "Generate reward-guided texts; --method none is best-of-N without guidance."
+    add_prompt_arguments(parser, "standard input")
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--output", metavar="FILE", help="where results go (default: standard output)")
+    group.add_argument("--format", choices=("text", "jsonl"),
+                       help="default: jsonl when --output ends in .jsonl, else text")
+    group.add_argument("--best-only", action="store_true", help="keep the best sample of each prompt, not all K")
+    group.add_argument("--resume", action="store_true",
+                       help="continue a JSON-lines file: prompts finished there under the same settings are skipped")
+    group.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+    group.add_argument("--quiet", action="store_true", help="no progress bar")
+    group.add_argument("--traceback", action="store_true", help="show where an error came from")
+    loading.add_sampler_arguments(parser)
+    loading.add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate as asked.
+
+    Returns:
+        0 when all prompts are done, 130 when interrupted.
+
+    Raises:
+        UsageError: for bad input; the command line turns it into one line and exit code 2.
+    """
+    tiny = loading.uses_tiny(args)
+    as_jsonl = _is_jsonl(args)
+    prompts = read_prompts(args.prompts, args.file, field=args.prompt_field)
+    config = loading.config_from(args, tiny=tiny)
+    identity = {
+        "model": args.model or loading.TINY, "reward": args.reward or loading.TINY, "dtype": args.dtype,
+        "samples": "best" if args.best_only else "all",
+        **{name: value for name, value in config.to_dict().items() if name not in _NOT_IN_KEY},
+    }
+    items = keyed(prompts, identity)
+    done = repair(Path(args.output)) if args.resume and Path(args.output).exists() else set()
+    todo = {key for key, _ in items} - done
+    if len(todo) < len(items):
+        print(f"{len(items) - len(todo)} of {len(items)} prompts were already done", file=sys.stderr)
+    if not todo:
+        return 0
+    items = needed(items, todo)
+
+    loaded = loading.load(args)
+    sampler = loading.make_sampler(loaded, config)
+    finished = 0
+    out = _open(args)
+    try:
+        results = loading.stream(sampler, [prompt for _, prompt in items], progress=False if args.quiet else None)
+        start = time.perf_counter()
+        for index, result in results:
+            key, prompt = items[index]
+            if key not in todo:
+                continue
+            if as_jsonl:
+                entry = record(key, prompt, result, identity, best_only=args.best_only)
+                text = json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
+            else:
+                text = render(prompt, result, best_only=args.best_only)
+            _write(out, text)
+            finished += 1
+    except KeyboardInterrupt:
+        hint = "; go on with --resume" if as_jsonl and args.output else ""
+        print(f"\ninterrupted: {finished} of {len(todo)} prompts done{hint}", file=sys.stderr)
+        return 130
+    finally:
+        if args.output:
+            out.close()
+    if not args.quiet and args.output:
+        seconds = time.perf_counter() - start
+        print(f"wrote {finished} prompts to {args.output} in {seconds:.1f} s", file=sys.stderr)
+    return 0
+
+
+def render(prompt: Prompt, result: GenerationResult, *, best_only: bool = False) -> str:
+    """One prompt's results for a human reader, the best sample first marked with a star."""
+    lines = [f"> {line}" for line in prompt_text(prompt).splitlines()]
+    best = result.best
+    for sample in [best] if best_only else result.samples:
+        mark = "*" if sample is best else " "
+        text = sample.text.strip().replace("\n", "\n            ")
+        lines.append(f"{mark} {sample.reward:+8.3f}  {text}")
+    return "\n".join(lines) + "\n\n"
+
+
+def record(
+    key: str, prompt: Prompt, result: GenerationResult, identity: dict[str, Any], *, best_only: bool = False
+) -> dict[str, Any]:
+    """One line of the JSON-lines output: texts, tokens, rewards, and every setting that led to them."""
+    samples = [result.best] if best_only else result.samples
+    return {
+        "key": key,
+        "prompt": prompt,
+        "best": result.best.text,
+        "top1": _finite(result.top1),
+        "mean": _finite(result.mean),
+        "samples": [{"text": s.text, "reward": _finite(s.reward), "tokens": list(s.tokens)} for s in samples],
+        "settings": identity,
+    }
+
+
+def repair(path: Path) -> set[str]:
+    """Keys of the finished prompts of a JSON-lines file; a last line torn by a kill or a full disk is cut off.
+
+    Raises:
+        UsageError: an unreadable file, or a line before the last that is none of ours: such a file is left alone.
+    """
+    try:
+        data = path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        keys = set()
+        for number, line in enumerate(data[:end].splitlines(), start=1):
+            if line.strip():
+                keys.add(_key_of(line, f"{path}, line {number}"))
+        if end < len(data):
+            try:
+                keys.add(_key_of(data[end:], str(path)))
+                tail = data[end:] + b"\n"
+            except UsageError:
+                tail = b""
+            with path.open("r+b") as file:
+                file.truncate(end)
+                file.seek(end)
+                file.write(tail)
+    except OSError as error:
+        raise UsageError(f"cannot resume {path}: {error.strerror or error}") from None
+    return keys
+
+
+def _key_of(line: bytes, where: str) -> str:
+    try:
+        return json.loads(line)["key"]
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{where}: not a result of `entrgi generate`; --resume needs a file that it wrote") from None
+
+
+def keyed(prompts: Iterable[Prompt], identity: dict[str, Any]) -> list[tuple[str, Prompt]]:
+    """(key, prompt) in order: the key is that of the prompt, the settings, and how often the prompt came before."""
+    seen: collections.Counter[str] = collections.Counter()
+    out = []
+    for prompt in prompts:
+        content = json.dumps(prompt, ensure_ascii=False, sort_keys=True)
+        whole = json.dumps([content, seen[content], identity], ensure_ascii=False, sort_keys=True)
+        seen[content] += 1
+        out.append((hashlib.sha256(whole.encode()).hexdigest()[:24], prompt))
+    return out
+
+
+def needed(items: list[tuple[str, Prompt]], todo: set[str]) -> list[tuple[str, Prompt]]:
+    """The items to run for ``todo``: a repeated prompt brings its earlier, finished repetitions along.
+
+    The sampler numbers repetitions by what it is given, and draws by that number; without the earlier ones a resumed
+    run would write their texts again.
+    """
+    last = {json.dumps(prompt): index for index, (key, prompt) in enumerate(items) if key in todo}
+    return [item for index, item in enumerate(items) if index <= last.get(json.dumps(item[1]), -1)]
+
+
+def _is_jsonl(args: argparse.Namespace) -> bool:
+    named = bool(args.output) and Path(args.output).suffix.lower() in (".jsonl", ".ndjson")
+    as_jsonl = args.format == "jsonl" if args.format else named
+    if args.resume and not (as_jsonl and args.output):
+        raise UsageError("--resume needs JSON lines in a file: --output FILE.jsonl, or --format jsonl --output FILE")
+    if args.resume and args.overwrite:
+        raise UsageError("--resume and --overwrite exclude each other")
+    if args.output and not args.resume and not args.overwrite and Path(args.output).exists():
+        if not Path(args.output).is_file():  # /dev/stdout, a named pipe: nothing to lose
+            return as_jsonl
+        raise UsageError(f"{args.output} exists: --resume continues it (JSON lines), --overwrite replaces it")
+    if args.output:
+        check_writable(Path(args.output))
+    return as_jsonl
+
+
+def _open(args: argparse.Namespace) -> BinaryIO:
+    """Unbuffered, so that one result is one write and an interrupt cannot fall inside it."""
+    if not args.output:
+        sys.stdout.flush()
+        return sys.stdout.buffer
+    try:
+        return open(args.output, "ab" if args.resume else "wb", buffering=0)
+    except OSError as error:
+        raise UsageError(f"cannot write {args.output}: {error.strerror or error}") from None
+
+
+def _write(out: BinaryIO, text: str) -> None:
+    from tqdm import tqdm
+
+    data = memoryview(text.encode("utf-8"))
+    with tqdm.external_write_mode(file=sys.stdout):  # bars make way when both are terminals
+        while data:  # a pipe may take less than all of it
+            data = data[out.write(data):]
+        out.flush()
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,270 @@
+"""Flags shared by the commands that generate: which models, which sampler settings; and what they load.
+
+Nothing heavy is imported at module level, so ``entrgi --help`` stays quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError
+from .prompts import Prompt
+
+if TYPE_CHECKING:
+    from entrgi_kernels import GuidedSampler
+    from entrgi_kernels.guidance.config import GuidanceConfig
+    from entrgi_kernels.guidance.results import GenerationResult
+
+METHODS = ("none", "expectation", "aps", "entrgi")
+ALGS = ("entropy", "maskgit_plus", "topk_margin", "anchor", "origin")
+# Fields of GuidanceConfig that flags of the same name set.
+_OPTIONS = (
+    "method", "weight", "guidance_steps", "learning_rate", "num_samples", "max_new_tokens", "steps", "temperature",
+    "top_p", "top_k", "alg", "alg_temp", "confidence", "schedule", "deprioritize_eos", "batch_size", "seed", "backend",
+)
+TINY = "built-in tiny models"
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Models ready for a sampler. ``judge`` is an independent reward model, there for the tiny models only."""
+
+    model: Any
+    tokenizer: Any
+    reward: Any
+    reward_tokenizer: Any
+    judge: Any = None
+    judge_tokenizer: Any = None
+    model_name: str = TINY
+    reward_name: str = TINY
+    dtype: str = "float32"
+    tiny: bool = True
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that choose the models."""
+    group = parser.add_argument_group("models (the built-in tiny ones unless given)")
+    group.add_argument("--model", metavar="PATH", help="diffusion language model: a folder or a Hugging Face name")
+    group.add_argument("--reward", metavar="PATH", help="reward model: a sequence classifier with one label")
+    group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the models")
+    group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                       help="number format of the models (auto: as stored; float32 for the tiny ones)")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: cuda where there is one for "
+                       "models given by path, cpu for the tiny ones)")
+
+
+def add_sampler_arguments(
+    parser: argparse.ArgumentParser, *, method: bool = True, steps_help: str = "one per slot"
+) -> None:
+    """Flags that set the sampler up, with the published settings as defaults.
+
+    Args:
+        parser: where they go.
+        method: whether ``--method`` is one of them.
+        steps_help: what the help says of the default number of steps.
+    """
+    group = parser.add_argument_group("guidance")
+    if method:
+        group.add_argument("--method", default="entrgi", choices=METHODS, help="none is best-of-N (default: entrgi)")
+    group.add_argument("--weight", default=None, metavar="SCHEDULE",
+                       help="for entrgi: another weight of the entropy, as in 'threshold(1.0, 0.5)' or 'step(1.0)'")
+    group.add_argument("-M", "--guidance-steps", type=int, default=3, metavar="M",
+                       help="gradient steps at each denoising step (default: 3)")
+    group.add_argument("--learning-rate", type=float, default=0.5, metavar="ETA",
+                       help="Adam's step on the logits (default: 0.5)")
+    group.add_argument("--backend", default="auto", choices=("auto", "eager", "native", "triton", "cuda"),
+                       help="engine of the kernels (default: auto)")
+    group = parser.add_argument_group("sampling")
+    group.add_argument("-K", "--num-samples", type=int, default=4, metavar="K", help="samples per prompt (default: 4)")
+    group.add_argument("-L", "--max-new-tokens", type=int, default=None, metavar="L",
+                       help="slots of the response (default: 32 with the tiny models, else 128)")
+    group.add_argument("-T", "--steps", type=int, default=None, metavar="T",
+                       help=f"denoising steps (default: {steps_help})")
+    group.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
+    group.add_argument("--top-p", type=float, default=0.95, help="nucleus mass, 1 for no filter (default: 0.95)")
+    group.add_argument("--top-k", type=int, default=None, help="keep the K likeliest tokens (default: no filter)")
+    group.add_argument("--alg", default="entropy", choices=ALGS,
+                       help="confidence by which positions are committed (default: entropy)")
+    group.add_argument("--alg-temp", type=float, default=None,
+                       help="draw positions at this temperature (default: take the best)")
+    group.add_argument("--confidence", default="base", choices=("base", "guided"),
+                       help="whose logits give the entropy: before or after guidance (default: base)")
+    group.add_argument("--schedule", default="linspace", choices=("linspace", "even"),
+                       help="how many tokens a step commits (default: linspace)")
+    group.add_argument("--deprioritize-eos", action=argparse.BooleanOptionalAction, default=True,
+                       help="postpone a drawn end of text (default: yes)")
+    group.add_argument("--batch-size", type=int, default=None, metavar="B",
+                       help="prompts denoised together; changes no text (default: 4; 12 with the tiny models)")
+    group.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts (default: 0)")
+
+
+def config_from(args: argparse.Namespace, *, tiny: bool, method: str | None = None) -> GuidanceConfig:
+    """The sampler's settings from parsed flags, with the defaults that depend on the models filled in.
+
+    Raises:
+        UsageError: for a value no sampler accepts, so that nobody waits for models to load first.
+    """
+    from entrgi_kernels.guidance.config import GuidanceConfig
+
+    settings = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
+    if method:
+        settings["method"] = method
+    if settings["max_new_tokens"] is None:
+        settings["max_new_tokens"] = 32 if tiny else 128
+    if settings["steps"] is None:
+        settings["steps"] = settings["max_new_tokens"]
+    if settings["batch_size"] is None:
+        settings["batch_size"] = 12 if tiny else 4
+    try:
+        return GuidanceConfig(**settings)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def uses_tiny(args: argparse.Namespace) -> bool:
+    """Whether the flags mean the built-in models.
+
+    Raises:
+        UsageError: when only one of the two models is given: the tiny ones speak a vocabulary of their own.
+    """
+    if (args.model is None) != (args.reward is None):
+        missing = "--reward" if args.reward is None else "--model"
+        raise UsageError(f"--model and --reward go together: {missing} is missing (give neither for the tiny models)")
+    return args.model is None
+
+
+def load(args: argparse.Namespace, *, judge: bool = False) -> Loaded:
+    """Load what the flags name.
+
+    Args:
+        args: parsed flags of :func:`add_model_arguments`.
+        judge: also load the independent judge, where there is one (tiny models).
+
+    Raises:
+        UsageError: unknown device, missing files, a reward model that is none.
+    """
+    tiny = uses_tiny(args)
+    device = _device(args.device, tiny)
+    _quiet()
+    return _load_tiny(args.dtype, device, judge) if tiny else _load_paths(args, device)
+
+
+def make_sampler(loaded: Loaded, config: GuidanceConfig) -> GuidedSampler:
+    """A sampler of these models under these settings.
+
+    Raises:
+        UsageError: models or tokenizers that cannot serve, in the sampler's own words.
+    """
+    from entrgi_kernels import GuidedSampler
+
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    try:
+        return GuidedSampler(loaded.model, loaded.reward, loaded.tokenizer, loaded.reward_tokenizer, **settings)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def stream(sampler: GuidedSampler, prompts: Sequence[Prompt], **options: Any) -> Iterator[tuple[int, GenerationResult]]:
+    """``sampler.stream``: (index of the prompt, result) as prompts are finished.
+
+    Raises:
+        UsageError: what the sampler refuses (prompts, a backend, NaN weights), in its own words.
+    """
+    from entrgi_kernels.backends import BackendUnavailableError
+
+    try:
+        yield from sampler.stream(prompts, **options)
+    # ArithmeticError: logits that are not finite. The message names step, sample and prompt.
+    except (ValueError, TypeError, ArithmeticError, BackendUnavailableError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _quiet() -> None:
+    """No progress bars and no chatter of transformers between our own lines; its warnings stay."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _device(name: str, tiny: bool) -> Any:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"--device {name} is not usable here: {reason}") from None
+    return device
+
+
+def _dtype(name: str, auto: Any) -> Any:
+    import torch
+
+    return auto if name == "auto" else getattr(torch, name)
+
+
+def _load_tiny(dtype_name: str, device: Any, judge: bool) -> Loaded:
+    import torch
+
+    from entrgi import tiny
+
+    dtype = _dtype(dtype_name, torch.float32)
+    try:
+        model, tokenizer = tiny.load_diffusion(dtype)
+        reward, reward_tokenizer = tiny.load_reward(dtype)
+        judge_model, judge_tokenizer = tiny.load_judge(dtype) if judge else (None, None)
+    except FileNotFoundError as error:
+        raise UsageError(f"the built-in tiny models are not here ({error}); `entrgi tiny train` makes them") from None
+    return Loaded(
+        _to(model, device), tokenizer, _to(reward, device), reward_tokenizer,
+        None if judge_model is None else _to(judge_model, device), judge_tokenizer,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def _to(model: Any, device: Any) -> Any:
+    """Move a module or an adapter of one, in place (modules move in place)."""
+    getattr(model, "module", model).to(device)
+    return model
+
+
+def _load_paths(args: argparse.Namespace, device: Any) -> Loaded:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from entrgi_kernels import models
+
+    try:
+        model, tokenizer = models.load(
+            args.model, dtype=_dtype(args.dtype, "auto"), device=device, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"cannot load --model {args.model}: {_first_line(error)}") from error
+    options = {"trust_remote_code": args.trust_remote_code}
+    try:
+        reward_tokenizer = AutoTokenizer.from_pretrained(args.reward, **options)
+        reward, report = AutoModelForSequenceClassification.from_pretrained(
+            args.reward, dtype=_dtype(args.dtype, "auto"), output_loading_info=True, **options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"cannot load --reward {args.reward}: {_first_line(error)}") from error
+    # transformers fills a missing head with noise and only warns: guidance would then follow that noise.
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UsageError(f"--reward {args.reward} is no trained reward model: its files lack {missing}")
+    if reward.config.num_labels != 1:
+        raise UsageError(f"--reward {args.reward} has {reward.config.num_labels} labels; a reward model has one")
+    return Loaded(
+        model, tokenizer, reward.eval().to(device), reward_tokenizer, model_name=args.model, reward_name=args.reward,
+        dtype=str(reward.dtype).removeprefix("torch.") if args.dtype == "auto" else args.dtype, tiny=False,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

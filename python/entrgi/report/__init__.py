@@ -1,0 +1,201 @@
+"""One self-contained HTML page about a comparison: replay of the denoising, curves, tables, texts, settings.
+
+The page needs no network (its content security policy forbids any) and no server. Data go in as JSON inside a script
+element, with every ``<`` escaped, and reach the document as text nodes only, so no prompt can become markup.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..compare import EXPLAINED, METRICS, TINY_NOTE, Comparison, MethodRun
+from ..errors import UsageError
+from ..prompts import prompt_text
+
+# Replays grow with steps x slots; beyond this many numbers only the best samples are replayed, then fewer prompts.
+_BUDGET = 1_500_000
+
+
+def write_report(path: Path, comparison: Comparison, tokenizer: Any) -> int:
+    """Write the page of a comparison that was run with traces.
+
+    Args:
+        path: the HTML file.
+        comparison: of :func:`entrgi.compare.compare`; samples without a trace are listed but not replayed.
+        tokenizer: the diffusion model's, which turns token ids into text.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        UsageError: when the file cannot be written.
+    """
+    page = build_page(payload(comparison, tokenizer)).encode("utf-8")
+    try:
+        path.write_bytes(page)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+    return len(page)
+
+
+def build_page(data: dict[str, Any]) -> str:
+    """The page around ``data``: template, style and script are files of this package."""
+    template = _asset("page.html")
+    parts = {
+        "title": html.escape(data["title"]),
+        "style": _asset("style.css"),
+        "script": _asset("charts.js") + "\n" + _asset("app.js"),
+        "data": embed(data),
+    }
+    # One pass over the template, so that nothing inside a part is taken for a placeholder.
+    pieces = template.split("{{")
+    out = [pieces[0]]
+    for piece in pieces[1:]:
+        name, rest = piece.split("}}", 1)
+        out += [parts[name.strip()], rest]
+    return "".join(out)
+
+
+def embed(data: Any) -> str:
+    """JSON that is safe inside a script element: no ``<``, ``>``, ``&``, and no line separators of JavaScript."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def payload(comparison: Comparison, tokenizer: Any) -> dict[str, Any]:
+    """What the page's script reads; plain JSON values only."""
+    settings = comparison.settings
+    traces, strings = _replays(comparison, tokenizer)
+    names = [name for name in METRICS if all(name in run.metrics for run in comparison.runs)]
+    levels = [h for per_method in traces.values() for t in _flat(per_method) if t for step in t["h"] for h in step]
+    return {
+        "title": "EntRGi: a diffusion language model, steered",
+        "lead": _lead(comparison),
+        "note": TINY_NOTE if settings.get("tiny") else "",
+        "check": comparison.verdict()[1],
+        "samplesPerPrompt": settings["num_samples"],
+        "top": max(0.5, math.ceil(max(levels, default=100) / 50) / 2),  # nats at the end of the colour scale
+        "methods": [
+            {"key": run.method, "label": run.label, "seconds": round(run.seconds, 2),
+             "estimates": {name: value.to_dict() for name, value in run.estimates().items() if name in names}}
+            for run in comparison.runs
+        ],
+        "metrics": [{"key": name, "label": METRICS[name], "about": EXPLAINED[name], "lower": name == "nats"}
+                    for name in names],
+        "differences": [
+            {"a": a.label, "b": b.label, "values": {name: d[name].to_dict() for name in names}}
+            for a, b, d in comparison.differences()
+        ],
+        "prompts": [prompt_text(prompt) for prompt in comparison.prompts],
+        "samples": {run.method: [_samples(result) for result in run.results] for run in comparison.runs},
+        "traces": traces,
+        "strings": strings,
+        "eos": tokenizer.eos_token_id,
+        "settings": [[name.replace("_", " "), _plain(value)] for name, value in settings.items()],
+    }
+
+
+def _lead(comparison: Comparison) -> str:
+    base, ours = comparison.run_of("none"), comparison.run_of("entrgi")
+    s = comparison.settings
+    count = f"{s['prompts']} prompt" + "s" * (s["prompts"] != 1)
+    if not base or not ours:
+        return f"{count}, {s['num_samples']} samples each, under {', '.join(run.label for run in comparison.runs)}."
+    difference = next(d for a, b, d in comparison.differences() if a is ours and b is base)["top1"]
+    margin = "" if difference.error is None else f" ± {difference.error:.2f}"
+    return (f"Over {count}, the best of {s['num_samples']} unguided samples earns a mean reward of "
+            f"{base.estimates()['top1'].mean:.2f}. With the reward model steering every denoising step, the best of "
+            f"{s['num_samples']} earns {ours.estimates()['top1'].mean:.2f}: "
+            f"a paired difference of {difference.mean:+.2f}{margin}.")
+
+
+def _samples(result: Any) -> list[dict[str, Any]]:
+    best = result.best
+    return [{"text": s.text, "reward": _number(s.reward), "best": s is best} for s in result.samples]
+
+
+def _replays(comparison: Comparison, tokenizer: Any) -> tuple[dict[str, list[list[Any]]], dict[str, str]]:
+    """(traces by method, prompt and sample; text of every token that occurs)."""
+    used: set[int] = set()
+    budget = _BUDGET
+    cost = max((_cost(s) for run in comparison.runs for r in run.results for s in r.samples), default=0)
+    everything = sum(len(r.samples) for run in comparison.runs for r in run.results) * cost <= _BUDGET
+    traces: dict[str, list[list[Any]]] = {run.method: [] for run in comparison.runs}
+    for index in range(len(comparison.prompts)):
+        for run in comparison.runs:
+            result = run.results[index]
+            row: list[Any] = []
+            for sample in result.samples:
+                wanted = sample.trace and (everything or sample is result.best) and budget > 0
+                row.append(_compact(run, sample.trace) if wanted else None)
+                if wanted:
+                    budget -= _cost(sample)
+                    used.update(row[-1]["tokens"])
+            traces[run.method].append(row)
+    return traces, {str(token): _token_text(tokenizer, token) for token in sorted(used)}
+
+
+def _cost(sample: Any) -> int:
+    return len(sample.trace) * len(sample.trace[0].tokens) if sample.trace else 0
+
+
+def _compact(run: MethodRun, trace: Sequence[Any]) -> dict[str, Any]:
+    """A trace without its redundancy: when each slot was committed, and numbers of the masked slots only.
+
+    Entropies are in hundredths of a nat, weights in hundredths.
+    """
+    tokens = list(trace[-1].tokens)
+    at = [-1] * len(tokens)
+    for index, step in enumerate(trace):
+        for slot in step.committed:
+            at[slot] = index
+    entropies, weights = [], []
+    for step in trace:
+        masked = [slot for slot, value in enumerate(step.entropy) if value is not None]
+        entropies.append([_hundredths(step.entropy[slot]) for slot in masked])
+        weights.append([_hundredths(step.weight[slot]) for slot in masked])  # None throughout without guidance
+    flat = {value for row in weights for value in row}
+    return {
+        "tokens": tokens,
+        "at": at,
+        "h": entropies,
+        # Unless the method has a weight that varies, one number says it.
+        "w": weights if len(flat) > 1 else next(iter(flat), 0),
+        "reward": [_number(step.reward) for step in trace],
+        "before": [_number(step.reward_before) for step in trace],
+        "after": [_number(step.reward_after) for step in trace],
+    }
+
+
+def _hundredths(value: float | None) -> int:
+    return round(100 * value) if value is not None and math.isfinite(value) else 0
+
+
+def _number(value: float | None) -> float | None:
+    return round(float(value), 3) if value is not None and math.isfinite(value) else None
+
+
+def _token_text(tokenizer: Any, token: int) -> str:
+    return tokenizer.decode([token], skip_special_tokens=False)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "off" if value is None else str(value)
+
+
+def _flat(rows: Iterable[Iterable[Any]]) -> Iterable[Any]:
+    return (item for row in rows for item in row)
+
+
+def _asset(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")

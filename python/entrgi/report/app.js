@@ -1,0 +1,303 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const $ = (id) => document.getElementById(id);
+  const root = document.documentElement;
+  const calm = matchMedia("(prefers-reduced-motion: reduce)");
+  // Light paper to plum; in the dark the same road the other way, so that more entropy always stands out more.
+  const RAMPS = {
+    light: ["#fbf1de", "#f9cf96", "#f29a63", "#dd5f6d", "#a93680", "#6a1f7d", "#3b1256"],
+    dark: ["#2a2233", "#54265f", "#8b2f72", "#c4446b", "#ea7a5c", "#f8b878", "#fdeec2"],
+  };
+  const state = { prompt: 0, sample: "best", step: 0, sides: [], playing: false, speed: 1 };
+  let panels = [], frames = 1, curve = null, timer = 0;
+
+  // Everything enters the document through here: text nodes, never markup.
+  function el(name, properties = {}, ...children) {
+    const node = document.createElement(name);
+    for (const key in properties) {
+      if (key === "style" || key.startsWith("aria-") || key === "role" || key === "scope") node.setAttribute(key, properties[key]);
+      else node[key] = properties[key];
+    }
+    node.append(...children.filter((child) => child !== null && child !== undefined));
+    return node;
+  }
+  const methodOf = (key) => data.methods.find((m) => m.key === key);
+  const color = (key) => `var(--${["none", "expectation", "aps", "entrgi"].includes(key) ? key : "accent"})`;
+  const swatch = (key) => el("span", { className: "swatch", style: `--method:${color(key)}` });
+
+  // ---- theme -------------------------------------------------------------------------------------------------
+  const stored = { get(k) { try { return localStorage.getItem(k); } catch { return null; } }, set(k, v) { try { localStorage.setItem(k, v); } catch { /* private window */ } } };
+  let ramp = RAMPS.light;
+  function setTheme(theme) {
+    root.dataset.theme = theme;
+    ramp = RAMPS[theme];
+    $("ramp").style.background = `linear-gradient(90deg, ${ramp.join(",")})`;
+  }
+  function entropyColor(hundredths) {
+    const at = Math.min(1, Math.max(0, hundredths / 100 / data.top)) * (ramp.length - 1), i = Math.min(ramp.length - 2, Math.floor(at));
+    const mix = (k) => Math.round(parseInt(ramp[i].slice(k, k + 2), 16) * (1 - at + i) + parseInt(ramp[i + 1].slice(k, k + 2), 16) * (at - i));
+    return `rgb(${mix(1)} ${mix(3)} ${mix(5)})`;
+  }
+
+  // ---- one panel: a sample being denoised --------------------------------------------------------------------
+  function sampleIndex(method, prompt) {
+    const samples = data.samples[method][prompt];
+    return state.sample === "best" ? samples.findIndex((s) => s.best) : Math.min(Number(state.sample), samples.length - 1);
+  }
+  // Entropy of a slot when step `index` began (hundredths of a nat), by slot; null where it was not masked.
+  function levels(trace) {
+    return trace.h.map((row, index) => {
+      let next = 0;
+      return trace.at.map((at) => (at === -1 || at >= index ? row[next++] ?? 0 : null));
+    });
+  }
+  function weightOf(trace, index, slot) {
+    if (!Array.isArray(trace.w)) return trace.w;
+    const before = trace.at.slice(0, slot).filter((at) => at === -1 || at >= index).length;
+    return trace.w[index][before];
+  }
+  function buildPanel(side) {
+    const host = document.querySelector(`.panel[data-side="${side}"]`), method = state.sides[side];
+    const index = sampleIndex(method, state.prompt), sample = data.samples[method][state.prompt][index];
+    const trace = data.traces[method][state.prompt][index];
+    const pick = el("select", { "aria-label": side ? "Method on the right" : "Method on the left" },
+      ...data.methods.map((m) => el("option", { value: m.key, textContent: m.label, selected: m.key === method })));
+    pick.addEventListener("change", () => { state.sides[side] = pick.value; rebuild(); focusPick(side); });
+    const score = el("span", { className: "score" }), facts = el("div", { className: "facts" });
+    const canvas = el("div", { className: "canvas" });
+    host.style.setProperty("--method", color(method));
+    host.replaceChildren(el("header", {}, pick, score), canvas, facts);
+    if (!trace) {
+      canvas.append(el("div", { className: "empty", textContent: "This sample was not recorded. Its text:" }), sample.text);
+      score.replaceChildren("reward", el("b", { textContent: fixed(sample.reward) }));
+      return { method, sample, trace: null };
+    }
+    const stop = trace.tokens.indexOf(data.eos), nodes = [];
+    trace.tokens.forEach((token, slot) => {
+      const raw = data.strings[token] ?? "�", fill = token === data.eos;
+      const text = fill ? (slot === stop ? "∎" : "·") : raw.trim() || (raw.includes("\n") ? "⏎" : "␣");
+      if (fill || /^\s/.test(raw)) canvas.append(fill || raw[0] !== "\n" ? " " : "\n");
+      const node = el("i", { className: "tok", textContent: text });
+      if (fill) node.classList.add("fill");
+      if (fill && slot > stop) node.classList.add("after");
+      nodes.push(node);
+      canvas.append(node);
+    });
+    return { method, sample, trace, nodes, score, facts, levels: levels(trace) };
+  }
+  function focusPick(side) { document.querySelector(`.panel[data-side="${side}"] select`).focus(); }
+
+  function drawPanel(panel) {
+    const { trace, nodes, sample } = panel;
+    if (!trace) return;
+    const done = Math.min(state.step, trace.h.length), now = Math.min(done, trace.h.length - 1);
+    let left = 0, sum = 0;
+    nodes.forEach((node, slot) => {
+      const at = trace.at[slot], masked = at === -1 || at >= done;
+      const level = panel.levels[masked ? now : at][slot] ?? 0;
+      if (masked) { left += 1; sum += level; }
+      node.classList.toggle("masked", masked);
+      node.classList.toggle("fresh", !masked && at === done - 1);
+      node.style.setProperty("--h", entropyColor(level));
+      if (masked) node.setAttribute("aria-hidden", "true"); else node.removeAttribute("aria-hidden");
+      const weight = weightOf(trace, masked ? now : at, slot);
+      node.title = `slot ${slot + 1}: entropy ${(level / 100).toFixed(2)} nats` + (panel.method === "none" ? "" : `, weight ${(weight / 100).toFixed(2)}`)
+        + (masked ? ", masked" : `, committed in step ${at + 1}`);
+    });
+    const finished = done >= trace.h.length, before = done ? trace.before[done - 1] : null, after = done ? trace.after[done - 1] : null;
+    panel.score.replaceChildren(finished ? "reward of the text" : "reward", el("b", { textContent: fixed(finished ? sample.reward : done ? trace.reward[done - 1] : null) }));
+    const facts = [left ? `${left} masked, mean entropy ${(sum / left / 100).toFixed(2)} nats` : "all committed"];
+    if (before !== null && after !== null && panel.method !== "none") facts.push(`guidance in this step: ${fixed(before)} → ${fixed(after)}`);
+    panel.facts.replaceChildren(...facts.map((text) => el("span", { textContent: text })));
+  }
+
+  // ---- replay ------------------------------------------------------------------------------------------------
+  function rebuild() {
+    panels = [0, 1].map(buildPanel);
+    frames = Math.max(1, ...panels.map((p) => (p.trace ? p.trace.h.length : 0)));
+    $("question").textContent = data.prompts[state.prompt];
+    $("prompt").value = String(state.prompt);
+    $("previous").disabled = state.prompt === 0;
+    $("next").disabled = state.prompt === data.prompts.length - 1;
+    $("slider").max = String(frames);
+    state.step = Math.min(state.step, frames);
+    drawCurve();
+    draw();
+  }
+  function drawCurve() {
+    const shown = panels.filter((p, i) => p.trace && (i === 0 || p.method !== panels[0].method));
+    curve = rewardCurve($("curve"), shown.map((p) => ({
+      label: methodOf(p.method).label, color: color(p.method), values: p.trace.reward, before: p.trace.before, after: p.trace.after, final: p.sample.reward,
+    })), frames, (step) => { pause(); go(step); });
+    const lifted = shown.some((p) => p.trace.before.some((b) => b !== null));
+    $("curve-note").textContent = "masks filled with the likeliest tokens" + (lifted ? "; bars: what guidance added within a step" : "") + "; ◆ the finished text";
+  }
+  function draw() {
+    panels.forEach(drawPanel);
+    if (curve) curve.place(state.step);
+    const said = `step ${state.step} of ${frames}`;
+    $("slider").value = String(state.step);
+    $("slider").setAttribute("aria-valuetext", said);
+    $("position").textContent = innerWidth < 760 ? `${state.step} / ${frames}` : said;
+    $("first").disabled = $("back").disabled = state.step === 0;
+    $("last").disabled = $("forward").disabled = state.step === frames;
+    $("play").textContent = state.playing ? "Pause" : state.step === frames ? "Replay" : "Play";
+  }
+  function go(step) { state.step = Math.min(frames, Math.max(0, step)); draw(); }
+  function pause() { state.playing = false; clearTimeout(timer); }
+  function tick() {
+    if (!state.playing) return;
+    if (state.step >= frames) { pause(); draw(); return; }
+    go(state.step + 1);
+    // About nine seconds in all at normal speed, whatever the number of steps; the first frames stay a little longer.
+    timer = setTimeout(tick, Math.min(650, 9000 / frames) / state.speed);
+  }
+  function toggle() {
+    if (state.playing) { pause(); draw(); return; }
+    if (state.step >= frames) state.step = 0;
+    state.playing = true;
+    draw();
+    timer = setTimeout(tick, 350 / state.speed);
+  }
+  function choose(prompt) {
+    pause();
+    state.prompt = Math.min(data.prompts.length - 1, Math.max(0, prompt));
+    state.step = 0;
+    rebuild();
+  }
+
+  // ---- tables, plots, texts ----------------------------------------------------------------------------------
+  function pair(value, sign) {
+    const cell = el("td", {}, el("span", { textContent: sign ? signed(value.mean) : fixed(value.mean) }));
+    if (value.error !== null) cell.append(" ", el("small", { textContent: "± " + fixed(value.error) }));
+    return cell;
+  }
+  function tables() {
+    const metrics = data.metrics, heads = metrics.map((m) => el("th", { scope: "col", textContent: m.label, title: m.about }));
+    const best = Object.fromEntries(metrics.map((m) => {
+      const means = data.methods.map((x) => x.estimates[m.key].mean).filter((v) => v !== null);
+      return [m.key, m.lower ? Math.min(...means) : Math.max(...means)];
+    }));
+    $("table").replaceChildren(
+      el("caption", { textContent: "Mean over prompts ± standard error; the best of a column is bold" }),
+      el("thead", {}, el("tr", {}, el("th", { scope: "col", textContent: "Method" }), ...heads, el("th", { scope: "col", textContent: "seconds" }))),
+      el("tbody", {}, ...data.methods.map((m) => el("tr", {}, el("th", { scope: "row" }, swatch(m.key), m.label),
+        ...metrics.map((metric) => {
+          const cell = pair(m.estimates[metric.key], false);
+          if (m.estimates[metric.key].mean === best[metric.key]) cell.firstChild.className = "lead-value";
+          return cell;
+        }), el("td", { textContent: m.seconds.toFixed(1) })))));
+    if (!data.differences.length) return;
+    $("differences").replaceChildren(
+      el("caption", { textContent: "Paired differences over the same prompts ± standard error" }),
+      el("thead", {}, el("tr", {}, el("th", { scope: "col", textContent: "Difference" }), ...heads.map((h) => h.cloneNode(true)))),
+      el("tbody", {}, ...data.differences.map((d) => el("tr", {}, el("th", { scope: "row", textContent: `${d.a} − ${d.b}` }),
+        ...metrics.map((metric) => pair(d.values[metric.key], true))))));
+  }
+  function plots() {
+    const hosts = data.metrics.map((metric) => {
+      const host = el("div");
+      $("plots").append(el("div", {}, el("h3", {}, metric.label, el("small", { textContent: metric.lower ? "lower is better" : "" })), host));
+      return () => dotPlot(host, data.methods.map((m) => ({ label: m.label, color: color(m.key), ...m.estimates[metric.key] })).filter((r) => r.mean !== null), metric.label);
+    });
+    return () => hosts.forEach((drawOne) => drawOne());
+  }
+  function listing() {
+    const first = data.methods[0].key, last = data.methods[data.methods.length - 1].key;
+    const top = (key, i) => Math.max(...data.samples[key][i].map((s) => s.reward ?? -Infinity));
+    data.prompts.forEach((prompt, i) => {
+      const body = el("div", { className: "columns" });
+      const fold = el("details", {}, el("summary", {}, el("span", { className: "q", textContent: prompt }),
+        el("span", { className: "gain", textContent: `${fixed(top(first, i))} → ${fixed(top(last, i))}` })), body);
+      // Filled when opened: hundreds of texts cost nothing until somebody wants them.
+      const fillIn = () => {
+        if (body.childElementCount) return;
+        for (const m of data.methods) {
+          const order = data.samples[m.key][i].map((s, k) => [s, k]).sort((a, b) => (b[0].reward ?? -1e9) - (a[0].reward ?? -1e9));
+          body.append(el("div", {}, el("h4", {}, swatch(m.key), m.label), el("ol", {}, ...order.map(([s, k]) => {
+            const recorded = data.traces[m.key][i][k];
+            const mark = recorded ? el("button", { type: "button", title: "Replay this sample", "aria-label": `Replay, reward ${fixed(s.reward)}`, textContent: fixed(s.reward) })
+              : el("span", { className: "plain", textContent: fixed(s.reward) });
+            if (recorded) mark.addEventListener("click", () => show(i, m.key, k));
+            return el("li", { className: s.best ? "best" : "" }, mark, el("span", { className: "text", textContent: s.text.trim() || "(empty)" }));
+          }))));
+        }
+      };
+      fold.addEventListener("toggle", () => { if (fold.open) fillIn(); });
+      $("listing").append(fold);
+    });
+    $("unfold").addEventListener("click", () => {
+      const folds = [...$("listing").children], open = folds.some((f) => !f.open);
+      folds.forEach((f) => { f.open = open; });
+      $("unfold").textContent = open ? "Close all" : "Open all";
+    });
+  }
+  function show(prompt, method, sample) {
+    state.sample = String(sample);
+    $("sample").value = state.sample;
+    state.sides[method === state.sides[0] ? 0 : 1] = method;
+    choose(prompt);
+    $("replay").scrollIntoView();
+    if (!calm.matches) toggle();
+  }
+
+  // ---- start -------------------------------------------------------------------------------------------------
+  function start() {
+    const wish = new URLSearchParams(location.hash.slice(1));
+    const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+    const theme = wish.get("theme") || stored.get("entrgi-theme") || (dark ? "dark" : "light");
+    setTheme(theme === "dark" ? "dark" : "light");
+    $("lead").textContent = data.lead;
+    $("note").textContent = data.note;
+    $("note").hidden = !data.note;
+    $("ramp-top").textContent = `${data.top} nats`;
+    const keys = data.methods.map((m) => m.key);
+    const right = [wish.get("method"), "entrgi", keys[keys.length - 1]].find((k) => keys.includes(k));
+    state.sides = [keys.includes("none") && right !== "none" ? "none" : keys[0], right];
+    $("prompt").append(...data.prompts.map((p, i) => el("option", { value: String(i), textContent: `${i + 1}. ${p.replace(/\s+/g, " ").slice(0, 90)}` })));
+    $("sample").append(el("option", { value: "best", textContent: "best sample" }),
+      ...Array.from({ length: data.samplesPerPrompt }, (_, k) => el("option", { value: String(k), textContent: `sample ${k + 1}` })));
+    $("metrics").append(...data.metrics.flatMap((m) => [el("dt", { textContent: m.label }), el("dd", { textContent: m.about })]));
+    $("setting-list").append(...data.settings.map(([name, value]) => el("div", {}, el("dt", { textContent: name }), el("dd", { textContent: value }))));
+    $("footer").textContent = `${data.check}. Written by entrgi compare; this page loads nothing from the network.`;
+    tables();
+    listing();
+    const drawPlots = plots();
+    state.prompt = Math.min(data.prompts.length - 1, Math.max(0, Number(wish.get("prompt") || 1) - 1 || 0));
+    state.step = Number(wish.get("step") || 0) || 0;
+    rebuild();
+    drawPlots();
+
+    $("theme").addEventListener("click", () => { setTheme(root.dataset.theme === "dark" ? "light" : "dark"); stored.set("entrgi-theme", root.dataset.theme); draw(); });
+    $("play").addEventListener("click", toggle);
+    const step = (by) => () => { pause(); go(state.step + by); };
+    $("back").addEventListener("click", step(-1));
+    $("forward").addEventListener("click", step(1));
+    $("first").addEventListener("click", step(-1e9));
+    $("last").addEventListener("click", step(1e9));
+    $("slider").addEventListener("input", () => { pause(); go(Number($("slider").value)); });
+    $("speed").addEventListener("change", () => { state.speed = Number($("speed").value); });
+    $("prompt").addEventListener("change", () => choose(Number($("prompt").value)));
+    $("sample").addEventListener("change", () => { state.sample = $("sample").value; choose(state.prompt); });
+    $("previous").addEventListener("click", () => choose(state.prompt - 1));
+    $("next").addEventListener("click", () => choose(state.prompt + 1));
+    document.addEventListener("keydown", (event) => {
+      if (event.ctrlKey || event.metaKey || event.altKey) return;
+      const at = event.target.tagName, arrows = event.key.startsWith("Arrow") || event.key === "Home" || event.key === "End";
+      if (at === "SELECT" || (at === "INPUT" && arrows)) return;
+      if (event.key === " " && (at === "BUTTON" || at === "SUMMARY" || at === "A")) return;
+      const action = {
+        " ": toggle, ArrowLeft: step(-1), ArrowRight: step(1), Home: step(-1e9), End: step(1e9),
+        "[": () => choose(state.prompt - 1), "]": () => choose(state.prompt + 1),
+      }[event.key];
+      if (!action) return;
+      event.preventDefault();
+      action();
+    });
+    let width = innerWidth;
+    addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawCurve(); draw(); drawPlots(); } });
+    if (!wish.has("step") && !calm.matches) toggle();
+  }
+  start();
+})();
