@@ -1,0 +1,100 @@
+"""The `entrgi` command: its table of subcommands and its exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from entrgi import cli
+from entrgi.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_row_of_the_table_works(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = importlib.import_module(cli.COMMANDS[name].module)
+    assert callable(module.run)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*name.split(), "--help"])
+    assert stop.value.code == 0
+    assert f"usage: entrgi {name}" in capsys.readouterr().out
+
+
+def test_help_lists_every_command_and_imports_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(name.split()[0] in text for name in cli.COMMANDS)
+
+    program = (
+        "import sys\nfrom entrgi.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'transformers', 'entrgi.generate', 'entrgi.compare'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
+
+
+def _command(monkeypatch: pytest.MonkeyPatch, run: object) -> None:
+    module = types.ModuleType("entrgi_test_command")
+    module.add_arguments = lambda parser: parser.add_argument("--traceback", action="store_true")  # type: ignore
+    module.run = run  # type: ignore
+    monkeypatch.setitem(sys.modules, "entrgi_test_command", module)
+    monkeypatch.setitem(cli.COMMANDS, "probe", cli.Command("entrgi_test_command", "for this test"))
+
+
+def _raises(error: BaseException):
+    def run(args: argparse.Namespace) -> int:
+        raise error
+
+    return run
+
+
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _command(monkeypatch, lambda args: 7)
+    assert cli.main(["probe"]) == 7
+    _command(monkeypatch, lambda args: None)
+    assert cli.main(["probe"]) == 0
+    _command(monkeypatch, _raises(UsageError("K must be at least 1, got 0")))
+    assert cli.main(["probe"]) == 2
+    assert capsys.readouterr().err == "entrgi probe: error: K must be at least 1, got 0\n"
+    with pytest.raises(UsageError):
+        cli.main(["probe", "--traceback"])
+    _command(monkeypatch, _raises(KeyboardInterrupt()))
+    assert cli.main(["probe"]) == 130
+    _command(monkeypatch, _raises(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
+        cli.main(["probe"])
+
+
+def test_unknown_command_and_missing_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["generat"])
+    assert stop.value.code == 2
+    assert "invalid choice: 'generat'" in capsys.readouterr().err
+    monkeypatch.setitem(cli.COMMANDS, "probe", cli.Command("entrgi_no_such_module", "for this test"))
+    assert cli.main(["probe"]) == 1
+    assert "entrgi_no_such_module" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "entrgi", "env", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=environment, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert (process.wait(timeout=120), errors) == (0, "")
