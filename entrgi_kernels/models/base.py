@@ -180,7 +180,7 @@ class BackboneModel:
             return self._rows(canvas, arguments, positions)
 
     def _arguments(self, attention_mask: Tensor) -> tuple[bool, dict[str, Any]]:
-        """``(padded, keyword arguments)``, computed once per mask tensor: a run keeps the same one for all its steps."""
+        """``(padded, keyword arguments)``, computed once per mask tensor: a run keeps one for all its steps."""
         version = -1 if attention_mask.is_inference() else attention_mask._version
         seen = self._seen_mask
         if seen is not None and version >= 0 and seen[0]() is attention_mask and seen[1] == version:
@@ -238,7 +238,8 @@ class BackboneModel:
         rows = embedding_rows(self.module)
         if rows is not None and not 0 <= self.mask_token_id < rows:
             raise ValueError(
-                f"mask_token_id {self.mask_token_id} is outside the embedding table of {name}; accepted: 0 to {rows - 1}"
+                f"mask_token_id {self.mask_token_id} is outside the embedding table of {name}; "
+                f"accepted: 0 to {rows - 1}"
             )
         if any(p.is_meta for p in self.module.parameters()):  # offloaded weights: nothing can be run cheaply
             self.vocab_size = rows or 0

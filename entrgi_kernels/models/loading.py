@@ -43,9 +43,12 @@ def wrap(
         if isinstance(model, DiffusionModel):
             return _unchanged(model, mask_token_id, shift)
         if isinstance(model, str):
-            raise TypeError(f"model must be a loaded network, got the string {model!r}; models.load({model!r}) loads it")
+            raise TypeError(
+                f"model must be a loaded network, got the string {model!r}; models.load({model!r}) loads it"
+            )
         raise TypeError(
-            f"model must be a torch.nn.Module or follow entrgi_kernels.models.DiffusionModel, got {type(model).__name__}"
+            "model must be a torch.nn.Module or follow entrgi_kernels.models.DiffusionModel, "
+            f"got {type(model).__name__}"
         )
     config = getattr(model, "config", None)
     mark = _mark(config)
@@ -137,7 +140,7 @@ def _mark(config: Any) -> dict[str, Any]:
 
 
 def _mask_token(model: nn.Module, tokenizer: Any, mark: dict[str, Any]) -> int:
-    """The mask token's id: the checkpoint's own mark, its config, its generation config, the tokenizer, in this order."""
+    """The mask token's id: from the checkpoint's own mark, its configs or the tokenizer, in this order."""
     config = getattr(model, "config", None)
     candidates = (
         mark.get("mask_token_id"),

@@ -79,7 +79,10 @@ def first_nonfinite_parameter(module: nn.Module) -> str | None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.is_meta or parameter.dtype not in (
-                torch.float16, torch.bfloat16, torch.float32, torch.float64,
+                torch.float16,
+                torch.bfloat16,
+                torch.float32,
+                torch.float64,
             ):
                 continue
             # Doubles, because the sum of finite float32 values may overflow float32 (and float16 much sooner).

@@ -1,0 +1,224 @@
+"""What the guided sampler asks of a reward, and what rewards built on input embeddings share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from entrgi_kernels.models.modules import input_embedding, module_device, module_dtype, plain_precision
+from entrgi_kernels.rewards.template import Conversation, split_template
+from entrgi_kernels.rewards.vocabulary import VocabularyMap, check_tokenizer, check_unmatched
+
+
+@dataclass
+class PreparedPrompts:
+    """Prompts as a reward model reads them: what comes before and after the response, computed once per run.
+
+    Attributes:
+        conversations: the prompts.
+        prefix_ids, suffix_ids: token ids before and after the response, per prompt.
+        prefix: [P, A, D] embeddings of the prefixes, left-padded with zeros to the longest.
+        prefix_valid: [P, A] bool, False at padding.
+        suffix: [P, Z, D] embeddings of the suffixes, right-aligned, so that every suffix ends at the last position.
+        suffix_valid: [P, Z] bool.
+        extra: room for what a kind of reward keeps per prompt beyond these (a prefix cache, the parts of a sum).
+    """
+
+    conversations: list[Conversation]
+    prefix_ids: list[list[int]] = field(default_factory=list)
+    suffix_ids: list[list[int]] = field(default_factory=list)
+    prefix: Tensor | None = None
+    prefix_valid: Tensor | None = None
+    suffix: Tensor | None = None
+    suffix_valid: Tensor | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """A reward as the guided sampler sees it: differentiable in the response's embeddings, and able to score texts."""
+
+    def embedding_table(self, tokenizer: Any, vocab_size: int) -> Tensor:
+        """E [V, D]: the embedding that stands for each token of the diffusion LM; cached."""
+        ...
+
+    def prepare(self, conversations: list[Conversation]) -> PreparedPrompts:
+        """Everything about the prompts that stays the same during a run."""
+        ...
+
+    def score_embeddings(self, prepared: PreparedPrompts, index: Tensor, response: Tensor, alive: Tensor) -> Tensor:
+        """Rewards [B] of responses given as embeddings.
+
+        Args:
+            prepared: what :meth:`prepare` returned.
+            index: [B] int64, the prompt of each row.
+            response: [B, L, D] embeddings of the response slots; the result is differentiable in them.
+            alive: [B, L] bool, False at slots after the end of the response: nothing attends to them, and they keep
+                their position ids.
+        """
+        ...
+
+    def score_texts(self, conversations: list[Conversation], responses: list[str], batch_size: int = 8) -> list[float]:
+        """Rewards of finished responses, through the chat template and the reward model's own tokenizer."""
+        ...
+
+
+class EmbeddingReward:
+    """Base of the rewards that run a network on input embeddings: vocabulary map, prompts, sequence layout.
+
+    Args:
+        module: the network; its input embedding gives the table.
+        tokenizer: its tokenizer, with a chat template.
+        unmatched: see :class:`VocabularyMap`.
+        chat_template: a template to use instead of the tokenizer's own.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be, named in the message.
+    """
+
+    def __init__(
+        self, module: nn.Module, tokenizer: Any, *, unmatched: str = "unk", chat_template: str | None = None
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"a reward model must be a torch.nn.Module, got {type(module).__name__}")
+        check_tokenizer(tokenizer, "the reward model's tokenizer")
+        check_unmatched(unmatched)
+        embedding = input_embedding(module)
+        if embedding is None or not isinstance(getattr(embedding, "weight", None), Tensor):
+            raise TypeError(f"{type(module).__name__} exposes no input embedding (get_input_embeddings)")
+        self.module = module
+        self.tokenizer = tokenizer
+        self.unmatched = unmatched
+        self.chat_template = chat_template
+        self._maps: dict[tuple[int, int, int], tuple[Any, VocabularyMap]] = {}
+        self._tables: dict[tuple[int, int, int], tuple[tuple[Any, ...], Tensor]] = {}
+        # Now rather than in the middle of a run: says what to pass when the tokenizer has no usable chat template.
+        split_template(tokenizer, [{"role": "user", "content": "a"}], chat_template=chat_template)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the network takes its inputs on."""
+        return module_device(self.module)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the input embeddings."""
+        return self.embedding.weight.dtype if self.embedding.weight.is_floating_point() else module_dtype(self.module)
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The network's input embedding."""
+        embedding = input_embedding(self.module)
+        assert embedding is not None  # checked at construction
+        return embedding
+
+    def vocabulary_map(self, tokenizer: Any, vocab_size: int) -> VocabularyMap:
+        """The map from a diffusion LM's tokens to this reward model's; cached per tokenizer and size."""
+        check_tokenizer(tokenizer, "tokenizer")
+        key = id(tokenizer), len(tokenizer), vocab_size
+        if key not in self._maps:
+            rows = self.embedding.weight.shape[0]
+            built = VocabularyMap(
+                tokenizer, vocab_size, self.tokenizer, unmatched=self.unmatched, reward_vocab_size=rows
+            )
+            self._maps[key] = tokenizer, built  # the tokenizer is kept, so that its id stays its own
+        return self._maps[key][1]
+
+    def embedding_table(self, tokenizer: Any, vocab_size: int) -> Tensor:
+        """E [V, D] in the reward model's dtype, on its device; cached until the model's embedding changes.
+
+        Args:
+            tokenizer: the diffusion LM's tokenizer.
+            vocab_size: V, the rows of the diffusion LM's head.
+        """
+        vocabulary = self.vocabulary_map(tokenizer, vocab_size)
+        weight = self.embedding.weight
+        key = id(tokenizer), len(tokenizer), vocab_size
+        version = -1 if weight.is_inference() else weight._version
+        state = weight.device, weight.dtype, weight.data_ptr(), version
+        if key not in self._tables or self._tables[key][0] != state:
+            with plain_precision(self.device), torch.no_grad():
+                self._tables[key] = state, vocabulary.table(self.embedding)
+        return self._tables[key][1]
+
+    def prepare(self, conversations: list[Conversation]) -> PreparedPrompts:
+        """Prefix and suffix of every prompt, as ids and as padded embeddings."""
+        if not conversations:
+            raise ValueError("there are no prompts to prepare; accepted: at least one conversation")
+        split = [split_template(self.tokenizer, turns, chat_template=self.chat_template) for turns in conversations]
+        prefix_ids, suffix_ids = [list(ids) for ids, _ in split], [list(ids) for _, ids in split]
+        prefix, prefix_valid = self.embed_right_aligned(prefix_ids)
+        suffix, suffix_valid = self.embed_right_aligned(suffix_ids)
+        return PreparedPrompts(
+            [list(turns) for turns in conversations],
+            prefix_ids,
+            suffix_ids,
+            prefix,
+            prefix_valid,
+            suffix,
+            suffix_valid,
+        )
+
+    def embed_right_aligned(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Embeddings [R, T, D] of token ids, padded with zeros on the left, and which positions are real [R, T]."""
+        device = self.device
+        longest = max(map(len, rows))
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        valid = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for row, tokens in enumerate(rows):
+            if tokens:
+                ids[row, longest - len(tokens) :] = torch.tensor(tokens)
+                valid[row, longest - len(tokens) :] = True
+        ids, valid = ids.to(device), valid.to(device)
+        with plain_precision(device), torch.no_grad():
+            return self.embedding(ids).masked_fill(~valid[..., None], 0), valid
+
+
+def assemble(
+    prepared: PreparedPrompts, index: Tensor, response: Tensor, alive: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay out [prefix | response | suffix] for a batch of responses.
+
+    Positions are counted as if nothing were dead and nothing padded: a prefix starts at 0 behind its left padding, a
+    dead response slot keeps its own number, and a short suffix follows the response directly although padding lies
+    between them. So a row's positions depend on that row alone.
+
+    Args:
+        prepared: P prompts.
+        index: [B] int64, prompt of each row.
+        response: [B, L, D].
+        alive: [B, L] bool.
+
+    Returns:
+        ``(embeddings [B, T, D], mask [B, T] bool, position ids [B, T] int64)``; the last position is each row's last
+        real token, whatever the lengths, unless the suffix is empty.
+
+    Raises:
+        ValueError: shapes do not fit together.
+    """
+    if prepared.prefix is None or prepared.suffix is None:
+        raise ValueError("these prompts were prepared without embeddings")
+    width = prepared.prefix.shape[-1]
+    if response.dim() != 3 or response.shape[-1] != width:
+        raise ValueError(f"response must be [B, L, {width}], got shape {tuple(response.shape)}")
+    if alive.shape != response.shape[:2] or alive.dtype != torch.bool:
+        raise ValueError(
+            f"alive must be bool [B, L] = {tuple(response.shape[:2])}, got {alive.dtype} {tuple(alive.shape)}"
+        )
+    if index.shape != response.shape[:1]:
+        raise ValueError(f"index must be [B] = {tuple(response.shape[:1])}, got {tuple(index.shape)}")
+    device, length = prepared.prefix.device, response.shape[1]
+    index = index.to(device)
+    prefix_valid, suffix_valid = prepared.prefix_valid[index], prepared.suffix_valid[index]
+    response = response.to(device=device, dtype=prepared.prefix.dtype)
+    embeddings = torch.cat([prepared.prefix[index], response, prepared.suffix[index]], dim=1)
+    mask = torch.cat([prefix_valid, alive.to(device), suffix_valid], dim=1)
+    counted = torch.cat([prefix_valid, prefix_valid.new_ones(len(index), length), suffix_valid], dim=1)
+    positions = (counted.long().cumsum(1) - 1).clamp_min(0)
+    return embeddings, mask, positions
