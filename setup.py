@@ -285,9 +285,9 @@ def make_build_ext() -> type[build_ext]:
 class Sdist(sdist):
     """Adds the sources of the extension also where it cannot be built."""
 
-    def add_defaults(self) -> None:
-        super().add_defaults()
+    def make_distribution(self) -> None:
         self.filelist.extend(sources("csrc/*.*", "csrc/*/*.*"))
+        super().make_distribution()
 
 
 # Commands that only ask for metadata need no torch.
