@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,8 @@ class GuidanceConfig:
         top_p, top_k: filters of every draw; None keeps all.
         alg: how positions are ranked: "entropy", "maskgit_plus", "topk_margin", "anchor" or "origin".
         alg_temp: > 0 draws the positions from softmax(confidence / alg_temp) instead of taking the best.
-        confidence: for alg "entropy", of the logits before guidance, unfiltered ("base"), or after, filtered ("guided").
+        confidence: for alg "entropy", of the logits before guidance and unfiltered ("base"), or after and filtered
+            ("guided").
         schedule: positions a step, "linspace" or "even".
         schedule_eps: last time of the "linspace" schedule.
         deprioritize_eos: a drawn end-of-sequence token is committed last.
@@ -106,6 +108,11 @@ class GuidanceConfig:
         _integer("batch_size", self.batch_size, 1, None)
         _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
         check_name(self.backend)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            # numpy's scalars are welcome, but JSON and the operators want Python's.
+            if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
+                object.__setattr__(self, field.name, int(value) if isinstance(value, numbers.Integral) else float(value))
 
     @property
     def guided(self) -> bool:
@@ -144,7 +151,7 @@ def _one_of(name: str, value: object, accepted: tuple) -> None:
 
 def _integer(name: str, value: object, low: int, high: int | None, none: bool = False) -> None:
     wanted = ("None or " if none else "") + f"an integer >= {low}" + ("" if high is None else f" and <= {high}")
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}={value!r}: expected {wanted}")
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name}={value}: expected {wanted}")
@@ -156,7 +163,7 @@ def _number(
     wanted = "None or a" if none else "a"
     wanted += f" finite number {'>' if open_low else '>='} {low:g}"
     wanted += "" if high == math.inf else f" and <= {high:g}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r}: expected {wanted}")
     if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
         raise ValueError(f"{name}={value}: expected {wanted}")

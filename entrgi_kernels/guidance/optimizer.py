@@ -10,7 +10,7 @@ from .weights import WeightFunction, resolve_weight
 
 
 class LogitOptimizer:
-    """Moves logits toward a lower loss of their entropy-weighted embedding (arXiv 2602.05000, Algorithm 1's inner loop).
+    """Moves logits toward a lower loss of their entropy-weighted embedding (arXiv 2602.05000, Algorithm 1).
 
     For anybody's own loop::
 

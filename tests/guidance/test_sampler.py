@@ -1,0 +1,241 @@
+"""Guided generation end to end on small random models."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler, NonFiniteLogitsError
+
+SHORT = dict(num_samples=2, max_new_tokens=6, steps=4, temperature=0.9, top_p=0.95, seed=3)
+
+
+@pytest.fixture
+def sampler(diffusion, reward, tokenizer) -> GuidedSampler:
+    return GuidedSampler(diffusion, reward, tokenizer, shift=True)
+
+
+def tokens_of(results):
+    return [[sample.tokens for sample in result.samples] for result in results]
+
+
+def test_shapes_texts_and_rewards(sampler, tokenizer):
+    results = sampler.generate(["Why?", "A longer question, please."], **SHORT)
+    assert len(results) == 2
+    for result in results:
+        assert len(result.samples) == 2 == len(result.rewards)
+        assert result.best.reward == max(result.rewards) == result.top1
+        assert result.mean == pytest.approx(sum(result.rewards) / 2)
+        for sample in result.samples:
+            assert len(sample.tokens) == 6 and tokenizer.mask_token_id not in sample.tokens
+            assert sample.trace is None and math.isfinite(sample.reward)
+    assert json.loads(results[0].to_json())["config"]["steps"] == 4
+    assert sampler.statistics.steps == sampler.statistics.model_forwards == 4
+    assert sampler.statistics.reward_evaluations == 12 and 0 < sampler.statistics.mean_weight < 1
+
+
+def test_reward_is_that_of_the_text_scored_on_its_own(sampler):
+    (result,) = sampler.generate(["Why?"], **SHORT)
+    texts = [sample.text for sample in result.samples]
+    alone = [sampler.reward.score_texts([[{"role": "user", "content": "Why?"}]], [text])[0] for text in texts]
+    assert result.rewards == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["entrgi", "aps", "expectation"])
+def test_guidance_raises_the_reward(sampler, method):
+    prompts = [f"Tell me about {i}." for i in range(6)]
+    settings = dict(num_samples=4, max_new_tokens=8, steps=8, temperature=1.0, top_p=None, seed=1)
+    base = sampler.generate(prompts, method="none", **settings)
+    guided = sampler.generate(prompts, method=method, guidance_steps=3, learning_rate=2.0, **settings)
+    mean = lambda results: sum(r.mean for r in results) / len(results)  # noqa: E731
+    assert mean(guided) > mean(base)
+
+
+def test_a_seed_reproduces_and_another_differs(sampler):
+    one, two = (tokens_of(sampler.generate(["Why?"], **SHORT)) for _ in range(2))
+    assert one == two
+    assert tokens_of(sampler.generate(["Why?"], **{**SHORT, "seed": 4})) != one
+
+
+def test_a_prompts_result_does_not_depend_on_its_batch(diffusion, reward, tokenizer):
+    sampler = GuidedSampler(diffusion.double(), reward.double(), tokenizer, shift=True)
+    prompts = ["Why?", "A much longer question than the other one.", "Why?", "Hm."]
+    together = tokens_of(sampler.generate(prompts, **SHORT))
+    apart = tokens_of(sampler.generate(prompts, **SHORT, batch_size=1))
+    assert together == apart
+    assert together[0] != together[2]  # a repeated prompt is another draw
+    assert tokens_of(sampler.generate(["Hm."], **SHORT))[0] == together[3]
+
+
+def test_samples_do_not_depend_on_their_number(diffusion, reward, tokenizer):
+    sampler = GuidedSampler(diffusion.double(), reward.double(), tokenizer, shift=True)
+    four = tokens_of(sampler.generate(["Why?"], **{**SHORT, "num_samples": 4}))[0]
+    assert tokens_of(sampler.generate(["Why?"], **SHORT))[0] == four[:2]
+
+
+ALGS = ["entropy", "maskgit_plus", "topk_margin", "anchor", "origin"]
+
+
+@pytest.mark.parametrize(("alg", "schedule"), itertools.product(ALGS, ["linspace", "even"]))
+def test_every_alg_and_schedule_fills_the_response(sampler, tokenizer, alg, schedule):
+    for extra in (
+        dict(confidence="guided", top_k=5),
+        dict(alg_temp=0.5, steps=9),
+        dict(temperature=0.0, top_p=None, steps=1),
+        dict(deprioritize_eos=False, guidance_steps=1, state_dtype="float32"),
+    ):
+        (result,) = sampler.generate(["Why?"], alg=alg, schedule=schedule, **{**SHORT, **extra})
+        assert all(tokenizer.mask_token_id not in sample.tokens for sample in result.samples)
+
+
+def test_temperature_zero_is_deterministic_across_seeds(sampler):
+    settings = {**SHORT, "temperature": 0.0, "method": "none"}
+    assert tokens_of(sampler.generate(["Why?"], **settings)) == tokens_of(
+        sampler.generate(["Why?"], **{**settings, "seed": 99})
+    )
+
+
+def test_steps_that_commit_nothing_change_nothing(sampler):
+    # T above L: the published schedule then has steps without a commit.
+    results = sampler.generate(["Why?"], **{**SHORT, "steps": 20}, trace=True)
+    steps = [entry.step for entry in results[0].samples[0].trace]
+    assert len(steps) < 20 and steps[-1] == 19
+    assert sampler.statistics.steps == len(steps) == sampler.statistics.model_forwards
+
+
+def test_trace_tells_the_whole_story(sampler, tokenizer):
+    (result,) = sampler.generate(["Why?"], **SHORT, trace=True)
+    mask = tokenizer.mask_token_id
+    for sample in result.samples:
+        open_slots = set(range(6))
+        for entry in sample.trace:
+            assert {i for i, h in enumerate(entry.entropy) if h is not None} == open_slots
+            assert all(0 <= w <= 1 for w in entry.weight if w is not None)
+            open_slots -= set(entry.committed)
+            assert {i for i, token in enumerate(entry.tokens) if token == mask} == open_slots
+            assert None not in (entry.reward_before, entry.reward_after) and math.isfinite(entry.reward)
+        assert not open_slots and sample.trace[-1].tokens == sample.tokens
+    json.dumps(result.to_dict())
+    (base,) = sampler.generate(["Why?"], **SHORT, trace=True, method="none")
+    entry = base.samples[0].trace[0]
+    assert entry.reward_before is None and set(entry.weight) == {None} and math.isfinite(entry.reward)
+
+
+def test_trace_changes_no_token(sampler):
+    assert tokens_of(sampler.generate(["Why?"], **SHORT, trace=True)) == tokens_of(sampler.generate(["Why?"], **SHORT))
+
+
+def test_deprioritized_eos_is_only_postponed(sampler, tokenizer, diffusion):
+    with torch.no_grad():  # a network that wants nothing but EOS
+        diffusion.lm_head.weight.zero_()
+        bias = torch.zeros(len(tokenizer))
+        bias[tokenizer.eos_token_id] = 50
+        diffusion.lm_head.bias = torch.nn.Parameter(bias)
+    (result,) = sampler.generate(["Why?"], **SHORT, method="none")
+    assert all(set(sample.tokens) == {tokenizer.eos_token_id} for sample in result.samples)
+    assert all(sample.text == "" for sample in result.samples)
+
+
+def test_eos_commits_later_when_deprioritized(sampler, tokenizer, diffusion):
+    with torch.no_grad():
+        diffusion.lm_head.weight[tokenizer.eos_token_id] += 3
+    settings = {**SHORT, "method": "none", "steps": 6, "num_samples": 8, "max_new_tokens": 12}
+
+    def mean_rank(**changes):
+        (result,) = sampler.generate(["Why?"], **{**settings, **changes}, trace=True)
+        ranks = [
+            entry.step
+            for sample in result.samples
+            for entry in sample.trace
+            for slot in entry.committed
+            if entry.tokens[slot] == tokenizer.eos_token_id
+        ]
+        return sum(ranks) / len(ranks)
+
+    assert mean_rank(deprioritize_eos=True) > mean_rank(deprioritize_eos=False)
+
+
+def test_a_padded_head_never_draws_ids_without_a_token(reward, tokenizer, padded_diffusion):
+    sampler = GuidedSampler(padded_diffusion, reward, tokenizer, shift=True)
+    results = sampler.generate(["Why?", "How?"], **{**SHORT, "temperature": 2.0, "top_p": None})
+    drawn = {token for result in results for sample in result.samples for token in sample.tokens}
+    assert max(drawn) < len(tokenizer) and tokenizer.mask_token_id not in drawn
+
+
+def test_a_prompt_that_holds_the_mask_token_keeps_it(sampler, tokenizer):
+    (result,) = sampler.generate(["a <|mask|> and <|im_end|> b"], **SHORT)
+    assert all(tokenizer.mask_token_id not in sample.tokens for sample in result.samples)
+
+
+def test_conversations_with_system_and_turns(sampler):
+    conversation = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "And now?"},
+    ]
+    (result,) = sampler.generate([conversation], **SHORT)
+    assert result.prompt == conversation
+
+
+def test_models_keep_their_mode_and_gradients(sampler, diffusion, reward):
+    diffusion.train()
+    diffusion.model.layers[0].eval()
+    reward.train()
+    sampler.generate(["Why?"], **SHORT)
+    assert diffusion.training and reward.training and not diffusion.model.layers[0].training
+    assert all(p.grad is None and p.requires_grad for m in (diffusion, reward) for p in m.parameters())
+
+
+def test_callers_under_inference_mode_are_served(sampler):
+    expected = tokens_of(sampler.generate(["Why?"], **SHORT))
+    with torch.inference_mode():
+        assert tokens_of(sampler.generate(["Why?"], **SHORT)) == expected
+
+
+def test_callback_and_stream(sampler):
+    seen = []
+    sampler.generate(["a", "b", "c"], **SHORT, batch_size=2, callback=lambda i, r: seen.append((i, r.prompt)))
+    assert seen == [(0, "a"), (1, "b"), (2, "c")]
+
+
+def test_nan_logits_name_step_prompt_and_sample(sampler, diffusion):
+    def poison(module, arguments, output):
+        output.logits[1] = math.nan  # the second trajectory
+        return output
+
+    handle = diffusion.register_forward_hook(poison)
+    try:
+        with pytest.raises(NonFiniteLogitsError, match="step 0, sample 1 of prompt 'Why"):
+            sampler.generate(["Why?"], **SHORT, method="none")
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [([""], "empty"), ([3], "3|int"), ([[]], "empty|at least"), ([[{"role": "user"}]], "content")],
+)
+def test_bad_prompts_are_refused(sampler, prompts, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        sampler.generate(prompts, **SHORT)
+
+
+def test_no_prompts_no_results(sampler):
+    assert sampler.generate([], **SHORT) == []
+
+
+def test_settings_are_checked_before_anything_runs(sampler):
+    with pytest.raises(ValueError, match="top_p=1.5"):
+        sampler.generate(["Why?"], top_p=1.5)
+    with pytest.raises(TypeError, match="max_tokens"):
+        sampler.generate(["Why?"], max_tokens=5)
+
+
+def test_config_is_kept_with_the_result(sampler):
+    (result,) = sampler.generate(["Why?"], **SHORT)
+    assert result.config == GuidanceConfig(**SHORT)
