@@ -52,7 +52,9 @@ class BackendInfo:
 def _load(name: str) -> ModuleType | str:
     """The backend's module, or the reason why it cannot be imported."""
     try:
-        return importlib.import_module(_MODULES[name])
+        module = importlib.import_module(_MODULES[name])
+        # A folder without an __init__.py imports as an empty package.
+        return module if hasattr(module, "why_not") else f"this version of entrgi_kernels has no {name} backend"
     except ModuleNotFoundError as error:
         if error.name == _MODULES[name]:
             return f"this version of entrgi_kernels has no {name} backend"
@@ -63,7 +65,12 @@ def _load(name: str) -> ModuleType | str:
 
 def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     module = _load(name)
-    return module if isinstance(module, str) else module.why_not(device, dtype)
+    if isinstance(module, str):
+        return module
+    try:
+        return module.why_not(device, dtype)
+    except Exception as error:
+        return f"asking whether it can serve failed: {type(error).__name__}: {error}"
 
 
 @cache
