@@ -61,12 +61,12 @@ gpu:
 	@echo "make gpu: not there yet" >&2; exit 1
 
 lint: $(VENV)/.lint
-	$(BIN)/ruff check $(RUFF_PATHS)
-	$(BIN)/ruff format --check $(RUFF_PATHS)
+	$(PY) -m ruff check $(RUFF_PATHS)
+	$(PY) -m ruff format --check $(RUFF_PATHS)
 
 format: $(VENV)/.lint
-	$(BIN)/ruff check --fix $(RUFF_PATHS)
-	$(BIN)/ruff format $(RUFF_PATHS)
+	$(PY) -m ruff check --fix $(RUFF_PATHS)
+	$(PY) -m ruff format $(RUFF_PATHS)
 
 fresh:
 	@bash .ci/fresh $(ARGS)

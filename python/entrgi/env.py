@@ -369,4 +369,4 @@ PROBES: dict[str, Mapping[str, Callable[[], Any]] | Callable[[], Mapping[str, Ca
     "built-in models": _tiny_section,
     "environment": {name: lambda name=name: os.environ.get(name) for name in VARIABLES},
 }
-BRIEF = ("entrgi-kernels", "backends")
+BRIEF = ("entrgi-kernels", "backends", "extension")
