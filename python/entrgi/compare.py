@@ -26,10 +26,15 @@ if TYPE_CHECKING:
 
 LABELS = {"none": "Best-of-N", "expectation": "Expectation", "aps": "APS", "entrgi": "EntRGi"}
 METRICS = {
-    "top1": "Top@1", "avg": "Avg@N", "judge": "judge Top@1", "rule": "rule Top@1", "nats": "nats/token",
+    "top1": "Top@1",
+    "avg": "Avg@N",
+    "judge": "judge Top@1",
+    "rule": "rule Top@1",
+    "nats": "nats/token",
 }
 EXPLAINED = {
-    "top1": "reward of the best of K samples", "avg": "mean reward of the K samples",
+    "top1": "reward of the best of K samples",
+    "avg": "mean reward of the K samples",
     "judge": "that best sample under a second reward model, which guided nothing",
     "rule": "that best sample under the rules that labelled the tiny models' training texts",
     "nats": "how unlikely the diffusion model finds that best sample; lower is more natural",
@@ -75,8 +80,9 @@ class Comparison:
             pairs += [(run, base) for run in self.runs if run is not base]
         if ours:
             pairs += [(ours, run) for run in self.runs if run is not base and run is not ours]
-        return [(a, b, {name: paired_difference(a.metrics[name], b.metrics[name]) for name in a.metrics})
-                for a, b in pairs]
+        return [
+            (a, b, {name: paired_difference(a.metrics[name], b.metrics[name]) for name in a.metrics}) for a, b in pairs
+        ]
 
     def verdict(self) -> tuple[bool | None, str]:
         """(passed, sentence): whether every guided method has more reward than best-of-N; None where none was run."""
@@ -84,13 +90,18 @@ class Comparison:
         if not leads:
             return None, "nothing checked: it takes best-of-N and a guided method"
         # `not (> 0)` and not `<= 0`: a NaN fails too.
-        failed = [f"{a.label} (Top@1 {top.signed()}, Avg@N {avg.signed()})"
-                  for a, top, avg in leads if not (top.mean > 0 and avg.mean > 0)]
+        failed = [
+            f"{a.label} (Top@1 {top.signed()}, Avg@N {avg.signed()})"
+            for a, top, avg in leads
+            if not (top.mean > 0 and avg.mean > 0)
+        ]
         if failed:
             return False, "check FAILED: not above best-of-N: " + "; ".join(failed)
         least = min(leads, key=lambda lead: lead[1].mean)
-        return True, (f"check passed: every guided method is above best-of-N in Top@1 and in Avg@N "
-                      f"(smallest lead in Top@1: {least[0].label} {least[1].signed()})")
+        return True, (
+            f"check passed: every guided method is above best-of-N in Top@1 and in Avg@N "
+            f"(smallest lead in Top@1: {least[0].label} {least[1].signed()})"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, JSON-safe: settings, estimates, paired differences, and every sample."""
@@ -98,11 +109,15 @@ class Comparison:
             "settings": self.settings,
             "methods": [
                 {
-                    "method": run.method, "label": run.label, "seconds": run.seconds,
+                    "method": run.method,
+                    "label": run.label,
+                    "seconds": run.seconds,
                     "estimates": {name: value.to_dict() for name, value in run.estimates().items()},
                     "per_prompt": run.metrics,
-                    "samples": [[{"text": s.text, "reward": s.reward, "tokens": list(s.tokens)} for s in result.samples]
-                                for result in run.results],
+                    "samples": [
+                        [{"text": s.text, "reward": s.reward, "tokens": list(s.tokens)} for s in result.samples]
+                        for result in run.results
+                    ],
                 }
                 for run in self.runs
             ],
@@ -117,13 +132,22 @@ class Comparison:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``entrgi compare``."""
-    parser.description = ("Run the same prompts under best-of-N, Expectation, APS and EntRGi. "
-                          "Exit code 1: a guided method is not above best-of-N.")
+    parser.description = (
+        "Run the same prompts under best-of-N, Expectation, APS and EntRGi. "
+        "Exit code 1: a guided method is not above best-of-N."
+    )
     add_prompt_arguments(parser, "the tiny models' own")
-    parser.add_argument("-n", "--num-prompts", type=int, default=None, metavar="N",
-                        help="how many prompts (default: all that are given; 24 of the tiny models' own)")
-    parser.add_argument("--methods", default=",".join(loading.METHODS), metavar="LIST",
-                        help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "-n",
+        "--num-prompts",
+        type=int,
+        default=None,
+        metavar="N",
+        help="how many prompts (default: all that are given; 24 of the tiny models' own)",
+    )
+    parser.add_argument(
+        "--methods", default=",".join(loading.METHODS), metavar="LIST", help="comma-separated (default: %(default)s)"
+    )
     parser.add_argument("--short", action="store_true", help="a few prompts only: a check in seconds")
     parser.add_argument("--no-check", action="store_true", help="exit code 0 even when guidance does not help")
     group = parser.add_argument_group("output")
@@ -176,8 +200,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def compare(
-    loaded: loading.Loaded, prompts: Sequence[Prompt], methods: Sequence[str], config: GuidanceConfig, *,
-    trace: bool = False, progress: bool = False,
+    loaded: loading.Loaded,
+    prompts: Sequence[Prompt],
+    methods: Sequence[str],
+    config: GuidanceConfig,
+    *,
+    trace: bool = False,
+    progress: bool = False,
 ) -> Comparison:
     """Run ``methods`` on ``prompts`` under ``config``.
 
@@ -207,8 +236,15 @@ def compare(
             ordered = [results[index] for index in range(len(prompts))]
             runs.append(MethodRun(method, ordered, seconds, measure(loaded, sampler, prompts, ordered)))
             bar.update()
-    about = {"prompts": len(prompts), "model": loaded.model_name, "reward": loaded.reward_name, "dtype": loaded.dtype,
-             "tiny": loaded.tiny, "traced": trace, **_versions()}
+    about = {
+        "prompts": len(prompts),
+        "model": loaded.model_name,
+        "reward": loaded.reward_name,
+        "dtype": loaded.dtype,
+        "tiny": loaded.tiny,
+        "traced": trace,
+        **_versions(),
+    }
     return Comparison(prompts, runs, {**about, **{k: v for k, v in config.to_dict().items() if k != "method"}})
 
 
@@ -239,9 +275,12 @@ def measure(
 def render(comparison: Comparison, *, texts: int = 3) -> str:
     """The comparison for a terminal: what was run, the tables, and some texts side by side."""
     s = comparison.settings
-    out = ["", f"{s['prompts']} prompts, {s['num_samples']} samples each, {s['max_new_tokens']} slots in {s['steps']} "
-               f"steps; M = {s['guidance_steps']}, eta = {s['learning_rate']}, tau = {s['temperature']}, "
-               f"top-p = {s['top_p']}, seed {s['seed']}"]
+    out = [
+        "",
+        f"{s['prompts']} prompts, {s['num_samples']} samples each, {s['max_new_tokens']} slots in {s['steps']} "
+        f"steps; M = {s['guidance_steps']}, eta = {s['learning_rate']}, tau = {s['temperature']}, "
+        f"top-p = {s['top_p']}, seed {s['seed']}",
+    ]
     if s["tiny"]:
         out.append(TINY_NOTE)
     names = [name for name in METRICS if all(name in run.metrics for run in comparison.runs)]
@@ -254,8 +293,11 @@ def render(comparison: Comparison, *, texts: int = 3) -> str:
     differences = comparison.differences()
     if differences:
         rows = [[f"{a.label} - {b.label}", *(d[name].signed() for name in names)] for a, b, d in differences]
-        out += ["", "paired differences over the same prompts ± standard error",
-                *_table(["", *(METRICS[name] for name in names)], rows)]
+        out += [
+            "",
+            "paired differences over the same prompts ± standard error",
+            *_table(["", *(METRICS[name] for name in names)], rows),
+        ]
     width = max(len(METRICS[name]) for name in names)
     out += ["", *(f"{METRICS[name].ljust(width)}  {EXPLAINED[name]}" for name in names)]
     out += _texts(comparison, texts)
@@ -321,5 +363,9 @@ def _versions() -> dict[str, Any]:
 
     from entrgi import __version__
 
-    return {"entrgi_kernels": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            "threads": torch.get_num_threads()}
+    return {
+        "entrgi_kernels": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }

@@ -35,11 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_prompt_arguments(parser, "standard input")
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", metavar="FILE", help="where results go (default: standard output)")
-    group.add_argument("--format", choices=("text", "jsonl"),
-                       help="default: jsonl when --output ends in .jsonl, else text")
+    group.add_argument(
+        "--format", choices=("text", "jsonl"), help="default: jsonl when --output ends in .jsonl, else text"
+    )
     group.add_argument("--best-only", action="store_true", help="keep the best sample of each prompt, not all K")
-    group.add_argument("--resume", action="store_true",
-                       help="continue a JSON-lines file: prompts finished there under the same settings are skipped")
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue a JSON-lines file: prompts finished there under the same settings are skipped",
+    )
     group.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
     group.add_argument("--traceback", action="store_true", help="show where an error came from")
@@ -61,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts, args.file, field=args.prompt_field)
     config = loading.config_from(args, tiny=tiny)
     identity = {
-        "model": args.model or loading.TINY, "reward": args.reward or loading.TINY, "dtype": args.dtype,
+        "model": args.model or loading.TINY,
+        "reward": args.reward or loading.TINY,
+        "dtype": args.dtype,
         "samples": "best" if args.best_only else "all",
         **{name: value for name, value in config.to_dict().items() if name not in _NOT_IN_KEY},
     }
@@ -222,7 +228,7 @@ def _write(out: BinaryIO, text: str) -> None:
     data = memoryview(text.encode("utf-8"))
     with tqdm.external_write_mode(file=sys.stdout):  # bars make way when both are terminals
         while data:  # a pipe may take less than all of it
-            data = data[out.write(data):]
+            data = data[out.write(data) :]
         out.flush()
 
 

@@ -22,8 +22,24 @@ METHODS = ("none", "expectation", "aps", "entrgi")
 ALGS = ("entropy", "maskgit_plus", "topk_margin", "anchor", "origin")
 # Fields of GuidanceConfig that flags of the same name set.
 _OPTIONS = (
-    "method", "weight", "guidance_steps", "learning_rate", "num_samples", "max_new_tokens", "steps", "temperature",
-    "top_p", "top_k", "alg", "alg_temp", "confidence", "schedule", "deprioritize_eos", "batch_size", "seed", "backend",
+    "method",
+    "weight",
+    "guidance_steps",
+    "learning_rate",
+    "num_samples",
+    "max_new_tokens",
+    "steps",
+    "temperature",
+    "top_p",
+    "top_k",
+    "alg",
+    "alg_temp",
+    "confidence",
+    "schedule",
+    "deprioritize_eos",
+    "batch_size",
+    "seed",
+    "backend",
 )
 TINY = "built-in tiny models"
 
@@ -50,10 +66,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="PATH", help="diffusion language model: a folder or a Hugging Face name")
     group.add_argument("--reward", metavar="PATH", help="reward model: a sequence classifier with one label")
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the models")
-    group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-                       help="number format of the models (auto: as stored; float32 for the tiny ones)")
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: cuda where there is one for "
-                       "models given by path, cpu for the tiny ones)")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="number format of the models (auto: as stored; float32 for the tiny ones)",
+    )
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, ... (auto: cuda where there is one for models given by path, cpu for the tiny ones)",
+    )
 
 
 def add_sampler_arguments(
@@ -69,35 +92,76 @@ def add_sampler_arguments(
     group = parser.add_argument_group("guidance")
     if method:
         group.add_argument("--method", default="entrgi", choices=METHODS, help="none is best-of-N (default: entrgi)")
-    group.add_argument("--weight", default=None, metavar="SCHEDULE",
-                       help="for entrgi: another weight of the entropy, as in 'threshold(1.0, 0.5)' or 'step(1.0)'")
-    group.add_argument("-M", "--guidance-steps", type=int, default=3, metavar="M",
-                       help="gradient steps at each denoising step (default: 3)")
-    group.add_argument("--learning-rate", type=float, default=0.5, metavar="ETA",
-                       help="Adam's step on the logits (default: 0.5)")
-    group.add_argument("--backend", default="auto", choices=("auto", "eager", "native", "triton", "cuda"),
-                       help="engine of the kernels (default: auto)")
+    group.add_argument(
+        "--weight",
+        default=None,
+        metavar="SCHEDULE",
+        help="for entrgi: another weight of the entropy, as in 'threshold(1.0, 0.5)' or 'step(1.0)'",
+    )
+    group.add_argument(
+        "-M",
+        "--guidance-steps",
+        type=int,
+        default=3,
+        metavar="M",
+        help="gradient steps at each denoising step (default: 3)",
+    )
+    group.add_argument(
+        "--learning-rate", type=float, default=0.5, metavar="ETA", help="Adam's step on the logits (default: 0.5)"
+    )
+    group.add_argument(
+        "--backend",
+        default="auto",
+        choices=("auto", "eager", "native", "triton", "cuda"),
+        help="engine of the kernels (default: auto)",
+    )
     group = parser.add_argument_group("sampling")
     group.add_argument("-K", "--num-samples", type=int, default=4, metavar="K", help="samples per prompt (default: 4)")
-    group.add_argument("-L", "--max-new-tokens", type=int, default=None, metavar="L",
-                       help="slots of the response (default: 32 with the tiny models, else 128)")
-    group.add_argument("-T", "--steps", type=int, default=None, metavar="T",
-                       help=f"denoising steps (default: {steps_help})")
+    group.add_argument(
+        "-L",
+        "--max-new-tokens",
+        type=int,
+        default=None,
+        metavar="L",
+        help="slots of the response (default: 32 with the tiny models, else 128)",
+    )
+    group.add_argument(
+        "-T", "--steps", type=int, default=None, metavar="T", help=f"denoising steps (default: {steps_help})"
+    )
     group.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
     group.add_argument("--top-p", type=float, default=0.95, help="nucleus mass, 1 for no filter (default: 0.95)")
     group.add_argument("--top-k", type=int, default=None, help="keep the K likeliest tokens (default: no filter)")
-    group.add_argument("--alg", default="entropy", choices=ALGS,
-                       help="confidence by which positions are committed (default: entropy)")
-    group.add_argument("--alg-temp", type=float, default=None,
-                       help="draw positions at this temperature (default: take the best)")
-    group.add_argument("--confidence", default="base", choices=("base", "guided"),
-                       help="whose logits give the entropy: before or after guidance (default: base)")
-    group.add_argument("--schedule", default="linspace", choices=("linspace", "even"),
-                       help="how many tokens a step commits (default: linspace)")
-    group.add_argument("--deprioritize-eos", action=argparse.BooleanOptionalAction, default=True,
-                       help="postpone a drawn end of text (default: yes)")
-    group.add_argument("--batch-size", type=int, default=None, metavar="B",
-                       help="prompts denoised together; changes no text (default: 4; 12 with the tiny models)")
+    group.add_argument(
+        "--alg", default="entropy", choices=ALGS, help="confidence by which positions are committed (default: entropy)"
+    )
+    group.add_argument(
+        "--alg-temp", type=float, default=None, help="draw positions at this temperature (default: take the best)"
+    )
+    group.add_argument(
+        "--confidence",
+        default="base",
+        choices=("base", "guided"),
+        help="whose logits give the entropy: before or after guidance (default: base)",
+    )
+    group.add_argument(
+        "--schedule",
+        default="linspace",
+        choices=("linspace", "even"),
+        help="how many tokens a step commits (default: linspace)",
+    )
+    group.add_argument(
+        "--deprioritize-eos",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="postpone a drawn end of text (default: yes)",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        default=None,
+        metavar="B",
+        help="prompts denoised together; changes no text (default: 4; 12 with the tiny models)",
+    )
     group.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts (default: 0)")
 
 
@@ -222,8 +286,12 @@ def _load_tiny(dtype_name: str, device: Any, judge: bool) -> Loaded:
     except FileNotFoundError as error:
         raise UsageError(f"the built-in tiny models are not here ({error}); `entrgi tiny train` makes them") from None
     return Loaded(
-        _to(model, device), tokenizer, _to(reward, device), reward_tokenizer,
-        None if judge_model is None else _to(judge_model, device), judge_tokenizer,
+        _to(model, device),
+        tokenizer,
+        _to(reward, device),
+        reward_tokenizer,
+        None if judge_model is None else _to(judge_model, device),
+        judge_tokenizer,
         dtype=str(dtype).removeprefix("torch."),
     )
 
@@ -260,8 +328,14 @@ def _load_paths(args: argparse.Namespace, device: Any) -> Loaded:
     if reward.config.num_labels != 1:
         raise UsageError(f"--reward {args.reward} has {reward.config.num_labels} labels; a reward model has one")
     return Loaded(
-        model, tokenizer, reward.eval().to(device), reward_tokenizer, model_name=args.model, reward_name=args.reward,
-        dtype=str(reward.dtype).removeprefix("torch.") if args.dtype == "auto" else args.dtype, tiny=False,
+        model,
+        tokenizer,
+        reward.eval().to(device),
+        reward_tokenizer,
+        model_name=args.model,
+        reward_name=args.reward,
+        dtype=str(reward.dtype).removeprefix("torch.") if args.dtype == "auto" else args.dtype,
+        tiny=False,
     )
 
 

@@ -15,8 +15,14 @@ from .prompts import Prompt
 
 
 def nats_per_token(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]], *, samples: int = 8,
-    rows_per_pass: int = 64, seed: int = 0,
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    responses: Sequence[Sequence[int]],
+    *,
+    samples: int = 8,
+    rows_per_pass: int = 64,
+    seed: int = 0,
 ) -> list[float]:
     """Nats per token of each response under the diffusion model.
 
@@ -51,7 +57,7 @@ def nats_per_token(
         rows.extend((owner, ids, list(response), hidden) for hidden in hidden_of[length])
     totals = [0.0] * len(responses)
     for start in range(0, len(rows), rows_per_pass):
-        for owner, nats in _score(model, tokenizer, rows[start:start + rows_per_pass]):
+        for owner, nats in _score(model, tokenizer, rows[start : start + rows_per_pass]):
             totals[owner] += nats
     eos = tokenizer.eos_token_id
     lengths = [next((i + 1 for i, token in enumerate(r) if token == eos), len(r)) for r in responses]
@@ -94,5 +100,7 @@ def _score(model: Any, tokenizer: Any, rows: list[tuple[int, list[int], list[int
         logits = model.masked_logits(canvas.to(model.device), real.to(model.device), masked.to(model.device))
         nats = torch.nn.functional.cross_entropy(logits.float(), truth.to(logits.device), reduction="none").cpu()
     per_row = torch.zeros(len(rows)).index_add_(0, masked.nonzero()[:, 0], nats)
-    return [(owner, per_row[i].item() * len(response) / int(hidden.sum()))
-            for i, (owner, _, response, hidden) in enumerate(rows)]
+    return [
+        (owner, per_row[i].item() * len(response) / int(hidden.sum()))
+        for i, (owner, _, response, hidden) in enumerate(rows)
+    ]

@@ -21,11 +21,20 @@ Prompt = str | list[dict[str, str]]
 def add_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     """Flags that name prompts; ``default`` says in the help what is read without any."""
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help=f"prompts (default: {default})")
-    parser.add_argument("-f", "--file", action="append", default=[], metavar="FILE",
-                        help="prompts, one per line, or JSON lines when the name ends in .jsonl; - is standard input; "
-                        "may be repeated")
-    parser.add_argument("--prompt-field", default="prompt", metavar="NAME",
-                        help="field of a JSON line: a string or a list of turns (default: prompt)")
+    parser.add_argument(
+        "-f",
+        "--file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="prompts, one per line, or JSON lines when the name ends in .jsonl; - is standard input; may be repeated",
+    )
+    parser.add_argument(
+        "--prompt-field",
+        default="prompt",
+        metavar="NAME",
+        help="field of a JSON line: a string or a list of turns (default: prompt)",
+    )
 
 
 def read_prompts(

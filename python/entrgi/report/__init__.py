@@ -84,12 +84,17 @@ def payload(comparison: Comparison, tokenizer: Any) -> dict[str, Any]:
         "samplesPerPrompt": settings["num_samples"],
         "top": max(0.5, math.ceil(max(levels, default=100) / 50) / 2),  # nats at the end of the colour scale
         "methods": [
-            {"key": run.method, "label": run.label, "seconds": round(run.seconds, 2),
-             "estimates": {name: value.to_dict() for name, value in run.estimates().items() if name in names}}
+            {
+                "key": run.method,
+                "label": run.label,
+                "seconds": round(run.seconds, 2),
+                "estimates": {name: value.to_dict() for name, value in run.estimates().items() if name in names},
+            }
             for run in comparison.runs
         ],
-        "metrics": [{"key": name, "label": METRICS[name], "about": EXPLAINED[name], "lower": name == "nats"}
-                    for name in names],
+        "metrics": [
+            {"key": name, "label": METRICS[name], "about": EXPLAINED[name], "lower": name == "nats"} for name in names
+        ],
         "differences": [
             {"a": a.label, "b": b.label, "values": {name: d[name].to_dict() for name in names}}
             for a, b, d in comparison.differences()
@@ -111,10 +116,12 @@ def _lead(comparison: Comparison) -> str:
         return f"{count}, {s['num_samples']} samples each, under {', '.join(run.label for run in comparison.runs)}."
     difference = next(d for a, b, d in comparison.differences() if a is ours and b is base)["top1"]
     margin = "" if difference.error is None else f" ± {difference.error:.2f}"
-    return (f"Over {count}, the best of {s['num_samples']} unguided samples earns a mean reward of "
-            f"{base.estimates()['top1'].mean:.2f}. With the reward model steering every denoising step, the best of "
-            f"{s['num_samples']} earns {ours.estimates()['top1'].mean:.2f}: "
-            f"a paired difference of {difference.mean:+.2f}{margin}.")
+    return (
+        f"Over {count}, the best of {s['num_samples']} unguided samples earns a mean reward of "
+        f"{base.estimates()['top1'].mean:.2f}. With the reward model steering every denoising step, the best of "
+        f"{s['num_samples']} earns {ours.estimates()['top1'].mean:.2f}: "
+        f"a paired difference of {difference.mean:+.2f}{margin}."
+    )
 
 
 def _samples(result: Any) -> list[dict[str, Any]]:

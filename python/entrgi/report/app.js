@@ -77,7 +77,7 @@
     trace.tokens.forEach((token, slot) => {
       const raw = data.strings[token] ?? "�", fill = token === data.eos;
       const text = fill ? (slot === stop ? "∎" : "·") : raw.trim() || (raw.includes("\n") ? "⏎" : "␣");
-      if (fill || /^\s/.test(raw)) canvas.append(fill || raw[0] !== "\n" ? " " : "\n");
+      if (slot && (fill || /^\s/.test(raw))) canvas.append(fill || raw[0] !== "\n" ? " " : "\n");
       const node = el("i", { className: "tok", textContent: text });
       if (fill) node.classList.add("fill");
       if (fill && slot > stop) node.classList.add("after");
@@ -107,8 +107,8 @@
     });
     const finished = done >= trace.h.length, before = done ? trace.before[done - 1] : null, after = done ? trace.after[done - 1] : null;
     panel.score.replaceChildren(finished ? "reward of the text" : "reward", el("b", { textContent: fixed(finished ? sample.reward : done ? trace.reward[done - 1] : null) }));
-    const facts = [left ? `${left} masked, mean entropy ${(sum / left / 100).toFixed(2)} nats` : "all committed"];
-    if (before !== null && after !== null && panel.method !== "none") facts.push(`guidance in this step: ${fixed(before)} → ${fixed(after)}`);
+    const facts = [left ? `${left} masked, ${(sum / left / 100).toFixed(2)} nats on average` : "all committed"];
+    if (before !== null && after !== null && panel.method !== "none") facts.push(`guidance ${signed(after - before)}`);
     panel.facts.replaceChildren(...facts.map((text) => el("span", { textContent: text })));
   }
 
@@ -133,7 +133,8 @@
     const lifted = shown.some((p) => p.trace.before.some((b) => b !== null));
     $("curve-note").textContent = "masks filled with the likeliest tokens" + (lifted ? "; bars: what guidance added within a step" : "") + "; ◆ the finished text";
   }
-  function draw() {
+  function draw(smoothly = false) {
+    document.querySelector(".panels").classList.toggle("live", smoothly);
     panels.forEach(drawPanel);
     if (curve) curve.place(state.step);
     const said = `step ${state.step} of ${frames}`;
@@ -144,7 +145,11 @@
     $("last").disabled = $("forward").disabled = state.step === frames;
     $("play").textContent = state.playing ? "Pause" : state.step === frames ? "Replay" : "Play";
   }
-  function go(step) { state.step = Math.min(frames, Math.max(0, step)); draw(); }
+  function go(step) {
+    const near = Math.abs(step - state.step) === 1;
+    state.step = Math.min(frames, Math.max(0, step));
+    draw(near);
+  }
   function pause() { state.playing = false; clearTimeout(timer); }
   function tick() {
     if (!state.playing) return;

@@ -47,7 +47,7 @@ function rewardCurve(host, series, steps, onPick) {
   for (const step of niceTicks(0, steps, width < 520 ? 4 : 8)) {
     if (step <= steps && Number.isInteger(step)) svgNode("text", { x: x(step), y: height - 6, "text-anchor": "middle" }, svg, step);
   }
-  svgNode("text", { x: x(steps) + 10, y: height - 6 }, svg, "step");
+  svgNode("text", { x: x(steps) + 16, y: height - 6 }, svg, "step");
   const cursor = svgNode("line", { class: "cursor", y1: room.top - 4, y2: height - room.bottom + 2 }, svg);
   const dots = [];
   for (const s of series) {

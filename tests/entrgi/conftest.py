@@ -1,0 +1,113 @@
+"""Stand-ins for models and sampler, so that the application's own behaviour is tested in milliseconds."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from entrgi import loading
+from entrgi_kernels.guidance.config import GuidanceConfig
+from entrgi_kernels.guidance.results import GenerationResult, Sample, StepTrace
+
+WORDS = [" the", " soup", " was", " very", " good", " bad", " cold", " </script><b>", ".", " I", " lov", "ed"]
+EOS, MASK = len(WORDS), len(WORDS) + 1
+LIFT = {"none": 0.0, "expectation": 2.0, "aps": 1.5, "entrgi": 2.5}
+
+
+class FakeTokenizer:
+    eos_token_id = EOS
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(WORDS[i] for i in ids if i < EOS)
+
+
+class FakeSampler:
+    """Draws by (seed, prompt, occurrence, sample) alone, as the real one does; guided methods earn more."""
+
+    def __init__(self, config: GuidanceConfig, lift: dict[str, float]) -> None:
+        self.config = config
+        self.lift = lift
+        self.stop_after: int | None = None  # raise KeyboardInterrupt once so many prompts are done
+        self.prompts_seen: list[Any] = []
+
+    def stream(self, prompts: Any, *, trace: bool = False, progress: bool | None = None) -> Iterator[tuple[int, Any]]:
+        seen: collections.Counter[str] = collections.Counter()
+        for index, prompt in enumerate(prompts):
+            if index == self.stop_after:
+                raise KeyboardInterrupt
+            self.prompts_seen.append(prompt)
+            text = json.dumps(prompt)
+            samples = [self._sample((text, seen[text], k), trace) for k in range(self.config.num_samples)]
+            seen[text] += 1
+            yield index, GenerationResult(prompt, samples, self.config)
+
+    def _sample(self, key: tuple[Any, ...], trace: bool) -> Sample:
+        digest = hashlib.sha256(repr((self.config.seed, key)).encode()).digest()
+        slots, method = self.config.max_new_tokens, self.config.method
+        length = 1 + digest[0] % (slots - 1)
+        tokens = [digest[i % 32] % EOS if i < length else EOS for i in range(slots)]
+        reward = digest[1] / 128 - 1 + self.lift[method]
+        steps = []
+        for step in range(slots // 2):
+            done = 2 * step
+            steps.append(
+                StepTrace(
+                    step=step,
+                    tokens=[*tokens[: done + 2], *[MASK] * (slots - done - 2)],
+                    entropy=[None if i < done else digest[i % 32] / 100 for i in range(slots)],
+                    weight=[None if i < done or method == "none" else digest[i % 32] / 256 for i in range(slots)],
+                    committed=[done, done + 1],
+                    reward=reward * (step + 1) / (slots // 2),
+                    reward_before=None if method == "none" else 0.1,
+                    reward_after=None if method == "none" else 0.2,
+                )
+            )
+        text = FakeTokenizer().decode(tokens)
+        return Sample(text, tokens, reward, steps if trace else None)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """Puts the stand-ins in place; ``.samplers`` lists those that were made, ``.lift`` what methods earn."""
+    state = types.SimpleNamespace(samplers=[], lift=dict(LIFT), prepare=lambda sampler: None, loads=0)
+
+    def load(args: Any, *, judge: bool = False) -> loading.Loaded:
+        state.loads += 1
+        # tiny=False: the built-in models' own measures need the models themselves.
+        return loading.Loaded(None, FakeTokenizer(), None, None, model_name="fake", reward_name="fake", tiny=False)
+
+    def make_sampler(loaded: loading.Loaded, config: GuidanceConfig) -> FakeSampler:
+        sampler = FakeSampler(config, state.lift)
+        state.prepare(sampler)
+        state.samplers.append(sampler)
+        return sampler
+
+    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(loading, "make_sampler", make_sampler)
+    return state
+
+
+@pytest.fixture
+def entrgi() -> Callable[..., int]:
+    """Runs ``entrgi`` with these arguments in this process and returns its exit code."""
+    from entrgi.cli import main
+
+    return lambda *arguments: main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="session")
+def tiny_weights() -> None:
+    """Skips where the built-in models have not been trained."""
+    from entrgi import tiny
+
+    try:
+        for name in tiny.MODELS:
+            tiny.weights_path(name)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))

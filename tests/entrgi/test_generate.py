@@ -1,0 +1,191 @@
+"""`entrgi generate`: what it writes, that it goes on where it was stopped, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from entrgi import generate
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = ["a", "b", "a", "c", "d"]
+SIZE = ("-L", 8, "-T", 8)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_text_on_standard_output(fake, entrgi, capsys) -> None:
+    assert entrgi("generate", "Hello", *SIZE) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "> Hello"
+    assert len(out) == 6 and sum(line.startswith("*") for line in out) == 1  # 4 samples, one of them the best
+
+
+def test_json_lines_hold_every_sample_and_setting(fake, entrgi, tmp_path) -> None:
+    out = tmp_path / "o.jsonl"
+    assert entrgi("generate", *PROMPTS, *SIZE, "-K", 3, "--top-k", 5, "-o", out) == 0
+    entries = lines(out)
+    assert [entry["prompt"] for entry in entries] == PROMPTS
+    for entry in entries:
+        rewards = [sample["reward"] for sample in entry["samples"]]
+        assert len(rewards) == 3 and entry["top1"] == max(rewards)
+        assert entry["best"] == entry["samples"][rewards.index(max(rewards))]["text"]
+        assert entry["settings"]["top_k"] == 5 and entry["settings"]["method"] == "entrgi"
+    assert entries[0]["samples"] != entries[2]["samples"], "a repeated prompt has draws of its own"
+    assert len({entry["key"] for entry in entries}) == len(PROMPTS)
+
+
+def test_best_only(fake, entrgi, tmp_path, capsys) -> None:
+    out = tmp_path / "o.jsonl"
+    assert entrgi("generate", "a", *SIZE, "--best-only", "-o", out) == 0
+    (entry,) = lines(out)
+    assert len(entry["samples"]) == 1 and entry["samples"][0]["reward"] == entry["top1"] > entry["mean"]
+    assert entrgi("generate", "a", *SIZE, "--best-only") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"key": "3f', b'{"key": "abc", "prompt": "\xc3'])
+@pytest.mark.parametrize("kept", range(len(PROMPTS)))
+def test_resume_gives_the_file_of_an_uninterrupted_run(fake, entrgi, tmp_path, kept: int, torn: bytes) -> None:
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    arguments = ["generate", *PROMPTS, *SIZE]
+    assert entrgi(*arguments, "-o", whole) == 0
+    expected = whole.read_bytes()
+    stopped.write_bytes(b"".join(expected.splitlines(keepends=True)[:kept]) + torn)
+    assert entrgi(*arguments, "-o", stopped, "--resume") == 0
+    assert stopped.read_bytes() == expected
+
+
+def test_resume_keeps_a_last_line_that_only_lacks_its_end(fake, entrgi, tmp_path) -> None:
+    out = tmp_path / "o.jsonl"
+    arguments = ["generate", *PROMPTS, *SIZE, "-o", out]
+    assert entrgi(*arguments) == 0
+    expected = out.read_bytes()
+    out.write_bytes(expected[:-1])
+    loads = fake.loads
+    assert entrgi(*arguments, "--resume") == 0
+    assert out.read_bytes() == expected
+    assert fake.loads == loads, "nothing was left to do, so no model was loaded"
+
+
+def test_other_settings_are_other_work(fake, entrgi, tmp_path, capsys) -> None:
+    out = tmp_path / "o.jsonl"
+    assert entrgi("generate", "a", "b", *SIZE, "-o", out) == 0
+    assert entrgi("generate", "a", "b", *SIZE, "-o", out, "--resume", "--backend", "eager", "--batch-size", 1) == 0
+    assert len(lines(out)) == 2, "backend and batch size change no text"
+    assert entrgi("generate", "a", "b", *SIZE, "-o", out, "--resume", "--temperature", 0.5) == 0
+    assert len(lines(out)) == 4
+
+
+def test_resume_leaves_foreign_files_alone(fake, entrgi, tmp_path, capsys) -> None:
+    out = tmp_path / "o.jsonl"
+    for content in ('{"text": "mine"}\n', "notes\n", '["key"]\n'):
+        out.write_text(content)
+        assert entrgi("generate", "a", *SIZE, "-o", out, "--resume") == 2
+        assert "line 1: not a result of" in capsys.readouterr().err
+        assert out.read_text() == content
+
+
+def test_interrupt_leaves_a_valid_file(fake, entrgi, tmp_path, capsys) -> None:
+    out = tmp_path / "o.jsonl"
+    fake.prepare = lambda sampler: setattr(sampler, "stop_after", 2)
+    assert entrgi("generate", *PROMPTS, *SIZE, "-o", out) == 130
+    assert [entry["prompt"] for entry in lines(out)] == PROMPTS[:2]
+    assert "2 of 5 prompts done; go on with --resume" in capsys.readouterr().err
+
+
+def test_results_are_written_as_they_come(fake, entrgi, tmp_path) -> None:
+    out = tmp_path / "o.jsonl"
+    sizes = []
+
+    class Watched(list):
+        def append(self, item) -> None:  # called by the sampler as it begins a prompt
+            sizes.append(len(lines(out)) if out.exists() else 0)
+
+    fake.prepare = lambda sampler: setattr(sampler, "prompts_seen", Watched())
+    assert entrgi("generate", *PROMPTS, *SIZE, "-o", out) == 0
+    assert sizes == [0, 1, 2, 3, 4]
+
+
+def test_existing_files_are_not_lost(fake, entrgi, tmp_path, capsys) -> None:
+    out = tmp_path / "o.jsonl"
+    out.write_text("precious")
+    assert entrgi("generate", "a", *SIZE, "-o", out) == 2
+    assert "--resume continues it" in capsys.readouterr().err and out.read_text() == "precious"
+    assert entrgi("generate", "a", *SIZE, "-o", out, "--overwrite") == 0
+    assert len(lines(out)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "--resume"], "--resume needs JSON lines"),
+        (["a", "--resume", "-o", "x.txt"], "--resume needs JSON lines"),
+        (["a", "--resume", "--overwrite", "-o", "x.jsonl"], "exclude each other"),
+        (["a", "--top-p", "0"], "top_p=0"),
+        (["a", "--top-p", "1.5"], "top_p=1.5"),
+        (["a", "-K", "0"], "num_samples=0"),
+        (["a", "-L", "-3"], "max_new_tokens=-3"),
+        (["a", "--batch-size", "0"], "batch_size=0"),
+        (["a", "--learning-rate", "nan"], "learning_rate=nan"),
+        (["a", "--model", "somewhere"], "--reward is missing"),
+        (["a", "-o", "/no/such/folder/x.jsonl"], "there is no folder"),
+        ([""], "prompt 1: the prompt is empty"),
+        (["-f", "/no/such/file"], "cannot read /no/such/file"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_model_is_loaded(fake, entrgi, capsys, arguments, message) -> None:
+    assert entrgi("generate", *arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("entrgi generate: error: ") and err.count("\n") == 1
+    assert fake.loads == 0
+
+
+def test_missing_models_are_one_line(entrgi, capsys, tmp_path) -> None:
+    assert entrgi("generate", "a", "--model", tmp_path / "m", "--reward", tmp_path / "r") == 2
+    err = capsys.readouterr().err
+    assert "cannot load --model" in err and err.count("\n") == 1
+
+
+def test_a_repeated_prompt_brings_its_earlier_ones_along() -> None:
+    items = [("k0", "a"), ("k1", "b"), ("k2", "a"), ("k3", "a")]
+    assert generate.needed(items, {"k2"}) == [("k0", "a"), ("k2", "a")]
+    assert generate.needed(items, {"k0", "k1"}) == [("k0", "a"), ("k1", "b")]
+    assert generate.needed(items, {"k3"}) == [("k0", "a"), ("k2", "a"), ("k3", "a")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_the_real_thing_stopped_and_resumed(tiny_weights, tmp_path) -> None:
+    """The built-in models, a real Ctrl-C from outside, and the same file in the end."""
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    prompts = ["What did you think of the soup?", "What did you think of the room?"]
+    command = [sys.executable, "-m", "entrgi", "generate", *prompts, "-K", "2", "-T", "8", "--batch-size", "1"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "OMP_NUM_THREADS": "2"}
+    subprocess.run([*command, "-o", whole], env=environment, check=True, timeout=300)
+    process = subprocess.Popen([*command, "-o", stopped], env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 300
+        while not (stopped.exists() and stopped.stat().st_size) and process.poll() is None:
+            assert time.monotonic() < deadline, "no result appeared"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    done = lines(stopped)
+    # 0: it was quicker than the signal. Otherwise one line says what was done, without a traceback.
+    assert process.returncode in (0, 130) and "Traceback" not in err
+    assert len(done) == (2 if process.returncode == 0 else 1)
+    subprocess.run([*command, "-o", stopped, "--resume"], env=environment, check=True, timeout=300)
+    assert stopped.read_bytes() == whole.read_bytes()
+    assert all(len(entry["samples"]) == 2 for entry in lines(whole))

@@ -1,0 +1,158 @@
+"""The report: self-contained, safe against any text, and faithful to the traces."""
+
+from __future__ import annotations
+
+import html
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from entrgi import report
+
+ROOT = Path(__file__).resolve().parents[2]
+NASTY = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)> {{ data }} \u2028 &amp; \"'"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def page(fake, entrgi, tmp_path) -> Path:
+    out = tmp_path / "r.html"
+    assert entrgi("compare", "a", NASTY, "c", "-L", 8, "-T", 4, "--report", out) == 0
+    return out
+
+
+class Reader(html.parser.HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.scripts: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.tags.append(tag)
+        self.inside = tag == "script"
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "action", "data", "poster")]
+        if self.inside:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag) -> None:
+        self.inside = False
+
+    def handle_data(self, data) -> None:
+        if self.inside:
+            self.scripts[-1] += data
+
+
+def data_of(path: Path) -> dict:
+    return json.loads(Reader(path.read_text(encoding="utf-8")).scripts[0])
+
+
+def test_loads_nothing(page) -> None:
+    text = page.read_text(encoding="utf-8")
+    reader = Reader(text)
+    assert all(link.startswith("#") for link in reader.links)
+    assert "default-src 'none'" in text
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|innerHTML|insertAdjacentHTML|document\.write", text)
+    assert set(re.findall(r"https?://[^\s\"']+", text)) == {"http://www.w3.org/2000/svg"}
+
+
+def test_text_stays_text(page) -> None:
+    reader = Reader(page.read_text(encoding="utf-8"))
+    assert len(reader.scripts) == 2, "the data and the program: nothing that a prompt brought along"
+    assert "img" not in reader.tags
+    data = json.loads(reader.scripts[0])
+    assert data["prompts"][1] == NASTY
+    assert any("</script>" in text for text in data["strings"].values())
+
+
+def test_embedding_round_trips_and_holds_no_markup() -> None:
+    value = {"text": NASTY, "list": [1, None, 2.5, "ünï"]}
+    text = report.embed(value)
+    assert json.loads(text) == value
+    assert not set("<>&\u2028\u2029") & set(text)
+    with pytest.raises(ValueError):
+        report.embed(float("nan"))
+
+
+def test_traces_can_be_played_back(fake, page) -> None:
+    """Canvas, entropies, weights and rewards of every step, from the compact form alone."""
+    data = data_of(page)
+    for sampler in fake.samplers:
+        method = sampler.config.method
+        results = [result for _, result in sampler.stream(["a", NASTY, "c"], trace=True)]
+        for index, result in enumerate(results):
+            for k, sample in enumerate(result.samples):
+                compact = data["traces"][method][index][k]
+                assert data["samples"][method][index][k]["text"] == sample.text
+                for i, step in enumerate(sample.trace):
+                    tokens = [t if at <= i else 13 for t, at in zip(compact["tokens"], compact["at"], strict=True)]
+                    assert tokens == step.tokens
+                    assert compact["h"][i] == [round(100 * h) for h in step.entropy if h is not None]
+                    assert compact["reward"][i] == pytest.approx(step.reward, abs=1e-3)
+                    assert compact["before"][i] == step.reward_before
+                    if method == "none":
+                        assert compact["w"] == 0
+                    else:
+                        assert compact["w"][i] == [round(100 * w) for w in step.weight if w is not None]
+
+
+def test_one_sample_of_each_prompt_is_the_best(page) -> None:
+    for per_prompt in data_of(page)["samples"].values():
+        for samples in per_prompt:
+            (best,) = [s for s in samples if s["best"]]
+            assert best["reward"] == max(s["reward"] for s in samples)
+
+
+def test_large_runs_keep_the_best_samples_only(fake, entrgi, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(report, "_BUDGET", 4 * 8 * 4 + 1)  # 4 steps of 8 slots: one prompt's best under four methods
+    out = tmp_path / "r.html"
+    assert entrgi("compare", "a", "b", "-L", 8, "-T", 4, "--report", out) == 0
+    data = data_of(out)
+    for method, traces in data["traces"].items():
+        kept = [[k for k, trace in enumerate(row) if trace] for row in traces]
+        best = next(k for k, s in enumerate(data["samples"][method][0]) if s["best"])
+        assert kept[0] == [best] and len(data["samples"][method][1]) == 4
+    assert sum(bool(t) for traces in data["traces"].values() for t in traces[1]) <= 1
+
+
+def test_the_installed_package_has_the_page() -> None:
+    """Every file of the page is named in pyproject.toml, or an installed `entrgi compare --report` fails."""
+    import fnmatch
+
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.split("[tool.setuptools.package-data]")[1].split("\n[")[0]
+    folder = Path(report.__file__).parent
+    assets = [path for path in folder.iterdir() if path.suffix in (".html", ".css", ".js")]
+    assert len(assets) == 4
+    owners = dict(re.findall(r'^"?([\w.]+)"?\s*=\s*(\[.*?\])', section, re.MULTILINE | re.DOTALL))
+    for path in assets:
+        names = {"entrgi": f"report/{path.name}", "entrgi.report": path.name}
+        patterns = [(names[o], p) for o in names for p in re.findall(r'"([^"]+)"', owners.get(o, ""))]
+        assert any(
+            fnmatch.fnmatch(name, pattern) and name.count("/") == pattern.count("/") for name, pattern in patterns
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium to run the page's program")
+def test_the_page_runs(page) -> None:
+    """A browser plays the page: the right words are covered, the prompt is text, and nothing went wrong."""
+    url = f"file://{page}#prompt=2&step=2&theme=dark"
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000",
+               "--enable-logging=stderr", "--dump-dom", url]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "Uncaught" not in done.stderr and "Content Security Policy" not in done.stderr, done.stderr[-2000:]
+    reader = Reader(done.stdout)
+    assert "img" not in reader.tags and len(reader.scripts) == 2
+    masked = re.findall(r'class="tok[^"]*masked[^"]*"', done.stdout)
+    fresh = re.findall(r'class="tok[^"]*fresh[^"]*"', done.stdout.split('class="legend"')[0])
+    assert len(masked) == 2 * 4 and len(fresh) == 2 * 2  # two panels, 8 slots, two committed in each step
+    assert 'data-theme="dark"' in done.stdout and "step 2 of 4" in done.stdout
+    assert html.unescape(re.search(r'<blockquote id="question">(.*?)</blockquote>', done.stdout, re.DOTALL)[1]) == NASTY
