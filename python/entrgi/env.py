@@ -97,10 +97,11 @@ def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         if set(value) == {"unavailable"}:
             return f"unavailable: {value['unavailable']}"
-        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+        parts = [f"{key} {_text(item)}" for key, item in value.items()]
+        return ("\n" if len(parts) > 4 else ", ").join(parts)
     if isinstance(value, (list, tuple)):
         return " ".join(map(_text, value)) or "none"
-    return "-" if value is None else str(value)
+    return "-" if value in (None, "") else str(value)
 
 
 def guarded(probe: Callable[[], Any]) -> Any:
@@ -308,10 +309,14 @@ def _record() -> dict[str, Any]:
 def _extension(name: str) -> Any:
     record = guarded(_record)
     if importlib.util.find_spec(name) is None:
-        said = record.get("extensions", {}).get(name)
-        raise Unavailable(
-            said or "not built: no record of an installation; run `pip install --no-build-isolation .` beside setup.py"
-        )
+        recorded = record.get("extensions", {})
+        if name not in recorded:
+            why = "not built: no record of an installation; run `pip install --no-build-isolation .` beside setup.py"
+        elif recorded[name] is None:
+            why = f"built for Python {record.get('python')}, this is {platform.python_version()}: install again"
+        else:
+            why = recorded[name]
+        raise Unavailable(why)
     import torch  # its libraries must be loaded first
 
     try:

@@ -112,6 +112,9 @@ def test_absent_extension_is_explained_by_the_record(monkeypatch: pytest.MonkeyP
     (tmp_path / "_build_info.json").write_text(json.dumps(record))
     probe = env.guarded(lambda: env._extension("entrgi_no_such_module"))
     assert probe == {"unavailable": "line one\nline two"}
+    (tmp_path / "_build_info.json").write_text('{"extensions": {"entrgi_no_such_module": null}, "python": "3.1.4"}')
+    again = env.guarded(lambda: env._extension("entrgi_no_such_module"))
+    assert "built for Python 3.1.4" in again["unavailable"] and "install again" in again["unavailable"]
     text = env.render({"extension": {"_C": probe}})
     assert text.splitlines() == ["extension", "  _C  unavailable: line one", "      line two"]
 
