@@ -1,0 +1,217 @@
+"""The other engine of both products: a chunk of the vocabulary at a time in memory, cuBLAS for the product.
+
+Forward: probabilities of a chunk in the table's dtype, then torch.addmm into float32. Backward: torch.mm of the
+gradient with a chunk of the table into float32, then one elementwise kernel that forms the softmax gradient and takes
+the Adam step. Chunks are sized by a byte budget, a share of the logits' own bytes, so that the memory beyond the logits
+and Adam's state stays under it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from . import config
+from .launch import cdiv, launch
+
+
+@triton.jit
+def _probability_kernel(
+    logits_ptr,
+    stride_n,
+    maximum_ptr,
+    logsum_ptr,
+    out_ptr,
+    first,
+    length,
+    inverse,
+    log2_scale,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < length
+    x = tl.load(logits_ptr + row * stride_n + first + index, mask=mask, other=float("-inf")).to(tl.float32)
+    offset = log2_scale - tl.load(logsum_ptr + row) * 1.4426950408889634
+    p = tl.exp2((x - tl.load(maximum_ptr + row)) * (inverse * 1.4426950408889634) + offset)
+    tl.store(out_ptr + row * length + index, p.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def adam(x, p, product, delta, m, v, inverse, step_size, root_correction, beta1, beta2, eps):
+    """(new logit, new first and second moment) from p, g . E_v = `product` and g . soft = `delta`; all float32."""
+    g = p * (product - delta) * inverse
+    m = beta1 * m + (1.0 - beta1) * g
+    v = beta2 * v + (1.0 - beta2) * g * g
+    return x - step_size * m / (tl.sqrt(v) * root_correction + eps), m, v
+
+
+@triton.jit
+def _update_kernel(
+    logits_ptr,
+    stride_n,
+    product_ptr,
+    delta_ptr,
+    lse_ptr,
+    exp_avg_ptr,
+    stride_m,
+    exp_avg_sq_ptr,
+    stride_v,
+    out_ptr,
+    stride_o,
+    first,
+    length,
+    inverse,
+    step_size,
+    root_correction,
+    beta1,
+    beta2,
+    eps,
+    ADAM: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < length
+    x = tl.load(logits_ptr + row * stride_n + first + index, mask=mask, other=float("-inf")).to(tl.float32)
+    product = tl.load(product_ptr + row * length + index, mask=mask, other=0.0).to(tl.float32)
+    p = tl.exp(x * inverse - tl.load(lse_ptr + row))
+    delta = tl.load(delta_ptr + row)
+    out = out_ptr + row * stride_o + first + index
+    if ADAM:
+        m = tl.zeros([BLOCK], tl.float32)
+        s = tl.zeros([BLOCK], tl.float32)
+        m_ptrs = exp_avg_ptr + row * stride_m + first + index
+        s_ptrs = exp_avg_sq_ptr + row * stride_v + first + index
+        if STATE:
+            m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
+            s = tl.load(s_ptrs, mask=mask, other=0.0).to(tl.float32)
+        x, m, s = adam(x, p, product, delta, m, s, inverse, step_size, root_correction, beta1, beta2, eps)
+        if STATE:
+            tl.store(m_ptrs, m.to(exp_avg_ptr.dtype.element_ty), mask=mask)
+            tl.store(s_ptrs, s.to(exp_avg_sq_ptr.dtype.element_ty), mask=mask)
+        tl.store(out, x.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(out, (p * (product - delta) * inverse).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def chunks(n: int, v: int, bytes_per_entry: int, budget: int) -> Iterator[tuple[int, int]]:
+    """(first, length) over the vocabulary: multiples of 256 (but for the last) within `budget` bytes where it can."""
+    length = max(256, budget // max(1, n * bytes_per_entry) // 256 * 256)
+    length = cdiv(v, cdiv(v, length) * 256) * 256  # even shares: no sliver at the end
+    return ((first, min(length, v - first)) for first in range(0, v, length))
+
+
+def _budget(architecture: config.Architecture, logits: torch.Tensor) -> int:
+    share = architecture.chunk_share * logits.shape[0] * logits.shape[1] * logits.element_size()
+    return max(architecture.chunk_least_bytes, int(share))
+
+
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    # "meta" counts: the ahead-of-time gate runs the host code on tensors without storage.
+    return tensor.device.type == "cuda"
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+    """out (float32) = a @ b, plus out when `add`; float32 sums of 16-bit operands."""
+    if a.dtype == torch.float32 or not _on_gpu(a):
+        product = a.float() @ b.float()
+        if add:
+            out += product
+        else:
+            out.copy_(product)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def forward(
+    logits: torch.Tensor,
+    embedding: torch.Tensor,
+    maximum: torch.Tensor,
+    logsum: torch.Tensor,
+    temperature: float,
+    log2_scale: float,
+) -> torch.Tensor:
+    """soft [N, D] float32. `logits` and `embedding` with dense rows; see :mod:`.soft_embedding` for the scale."""
+    (n, v), d = logits.shape, embedding.shape[1]
+    architecture = config.target(logits.device).architecture
+    block = architecture.elementwise
+    parts = list(chunks(n, v, embedding.element_size(), _budget(architecture, logits)))
+    scratch = torch.empty(n * parts[0][1], dtype=embedding.dtype, device=logits.device)
+    soft = torch.empty((n, d), dtype=torch.float32, device=logits.device)
+    for first, length in parts:
+        p = scratch[: n * length].view(n, length)
+        launch(
+            _probability_kernel,
+            (n, cdiv(length, block.block)),
+            logits,
+            logits.stride(0),
+            maximum,
+            logsum,
+            p,
+            first,
+            length,
+            1.0 / temperature,
+            log2_scale,
+            num_warps=block.num_warps,
+            BLOCK=block.block,
+        )
+        _product(p, embedding[first : first + length], soft, add=first > 0)
+    return soft.mul_(2.0**-log2_scale) if log2_scale else soft
+
+
+def backward(
+    logits: torch.Tensor,
+    grad: torch.Tensor,
+    embedding: torch.Tensor,
+    delta: torch.Tensor,
+    lse: torch.Tensor,
+    temperature: float,
+    out: torch.Tensor,
+    moments: tuple[torch.Tensor, torch.Tensor] | None,
+    adam_scalars: tuple[float, float, float, float, float] | None,
+) -> None:
+    """Softmax gradient into `out` [N, V]; with `adam_scalars`, an Adam step of `out` (the logits) and `moments`.
+
+    Args:
+        grad: [N, D] of the product's dtype. delta: [N] float32, g . soft.
+        adam_scalars: (lr / correction1, 1 / sqrt(correction2), beta1, beta2, eps).
+    """
+    n, v = logits.shape
+    architecture = config.target(logits.device).architecture
+    block = architecture.elementwise
+    parts = list(chunks(n, v, 4, _budget(architecture, logits)))
+    scratch = torch.empty(n * parts[0][1], dtype=torch.float32, device=logits.device)
+    exp_avg, exp_avg_sq = moments or (out, out)
+    for first, length in parts:
+        product = scratch[: n * length].view(n, length)
+        _product(grad, embedding[first : first + length].to(grad.dtype).t(), product, add=False)
+        launch(
+            _update_kernel,
+            (n, cdiv(length, block.block)),
+            logits,
+            logits.stride(0),
+            product,
+            delta,
+            lse,
+            exp_avg,
+            exp_avg.stride(0),
+            exp_avg_sq,
+            exp_avg_sq.stride(0),
+            out,
+            out.stride(0),
+            first,
+            length,
+            1.0 / temperature,
+            *(adam_scalars or (0.0,) * 5),
+            num_warps=block.num_warps,
+            ADAM=adam_scalars is not None,
+            STATE=moments is not None,
+            BLOCK=block.block,
+        )

@@ -1,0 +1,226 @@
+"""Tile sizes and engines per architecture and shape: frozen threshold tables, no tuning at run time.
+
+An entry serves row counts up to its `most_rows`; the last entry of a list has none. `benchmarks/tune.py` measures the
+candidates on a GPU and prints the tables; `evidence` beside an entry says where its numbers come from. Every entry
+below was chosen WITHOUT A GPU, from what ahead-of-time compilation shows (registers, shared memory, no spills: the
+table in docs/gpu.md) and from a count of bytes and operations. None has been timed yet.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+UNMEASURED = "not measured yet: chosen by AOT register/shared-memory analysis"
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """One program walks a slice of one row in tiles of `block` entries.
+
+    Attributes:
+        block: entries a tile. num_warps: warps a program.
+        slice_least: a row is split over programs only into slices at least this long.
+        programs_per_sm: programs that a launch aims at, per multiprocessor; rows are split until there are as many.
+    """
+
+    block: int
+    num_warps: int
+    slice_least: int
+    programs_per_sm: int
+    most_rows: int | None = None
+    evidence: str = UNMEASURED
+
+    def splits(self, rows: int, length: int, sms: int) -> int:
+        """How many programs share a row of `length` entries."""
+        wanted = max(1, self.programs_per_sm * sms // max(1, rows))
+        return max(1, min(wanted, length // self.slice_least, 128))
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Candidates of the filtered draw.
+
+    Attributes:
+        collect: the pass that gathers candidates. race: the unfiltered exponential race.
+        capacity_share: a row's list of candidates holds V / capacity_share entries (a split row: `capacity_slice` for
+            each slice); a row with more is searched in full.
+        block: entries a tile of the search. pivots: how many thresholds one pass tries. num_warps: of the search.
+    """
+
+    collect: RowConfig
+    race: RowConfig
+    capacity_share: int
+    capacity_slice: int
+    block: int
+    pivots: int
+    num_warps: int
+    evidence: str = UNMEASURED
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tiles of a product over the vocabulary.
+
+    Attributes:
+        block_n, block_v, block_d: tile over rows, vocabulary, embedding width (one of them is the summed axis).
+        engine: "fused" (own kernel) or "chunked" (probabilities or products of a chunk in memory, cuBLAS between).
+    """
+
+    block_n: int
+    block_v: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    engine: str = "fused"
+    most_rows: int | None = None
+    evidence: str = UNMEASURED
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything chosen for one architecture. GEMM tables are by operand width in bytes: 2 (bf16, fp16) or 4 (fp32)."""
+
+    name: str
+    statistics: tuple[RowConfig, ...]
+    sample: SampleConfig
+    confidence: RowConfig
+    elementwise: RowConfig
+    forward: dict[int, tuple[GemmConfig, ...]]
+    backward: dict[int, tuple[GemmConfig, ...]]
+    table: dict[int, tuple[GemmConfig, ...]]
+    merge_block: tuple[int, int] = (4, 256)
+    chunk_share: float = 0.1
+    chunk_least_bytes: int = 32 << 20
+
+
+def pick(entries, rows: int):
+    """The first entry that serves `rows` rows."""
+    for entry in entries:
+        if entry.most_rows is None or rows <= entry.most_rows:
+            return entry
+    return entries[-1]
+
+
+_ROWS = dict(
+    statistics=(RowConfig(4096, 8, 8192, 4),),
+    sample=SampleConfig(
+        collect=RowConfig(2048, 4, 8192, 4),
+        race=RowConfig(1024, 4, 8192, 4),
+        capacity_share=40,
+        capacity_slice=2048,
+        block=1024,
+        pivots=4,
+        num_warps=4,
+    ),
+    confidence=RowConfig(2048, 4, 8192, 4),
+    elementwise=RowConfig(1024, 4, 1024, 4),
+)
+
+# Forward: the summed axis is V. Rows decide: 16 rows and fewer fill one small tile and the kernel streams E once;
+# from 1,024 rows p recomputed for every block of D costs more exponentials than writing it once costs bytes.
+_FORWARD_16_BIT = (
+    GemmConfig(16, 128, 64, 4, 4, most_rows=32),
+    GemmConfig(64, 64, 128, 4, 4, most_rows=256),
+    GemmConfig(128, 64, 128, 8, 3, most_rows=1023),
+    GemmConfig(128, 64, 128, 8, 3, engine="chunked"),
+)
+_FORWARD_32_BIT = (
+    GemmConfig(16, 64, 64, 4, 3, most_rows=32),
+    GemmConfig(64, 32, 64, 4, 3),
+)
+# Backward: the summed axis is D; V is an output axis, and Adam's traffic is what a second program on the same
+# multiprocessor has to hide, so that tiles stay at half of the shared memory.
+_BACKWARD_16_BIT = (
+    GemmConfig(16, 128, 64, 4, 4, most_rows=32),
+    GemmConfig(64, 128, 64, 4, 3, most_rows=256),
+    GemmConfig(128, 128, 64, 8, 3),
+)
+_BACKWARD_32_BIT = (
+    GemmConfig(16, 64, 64, 4, 3, most_rows=32),
+    GemmConfig(64, 64, 32, 4, 3),
+)
+_TABLE_16_BIT = (GemmConfig(64, 128, 64, 8, 3),)
+_TABLE_32_BIT = (GemmConfig(32, 64, 64, 4, 3),)
+
+_SM_80 = Architecture(
+    "sm_80",
+    **_ROWS,
+    forward={2: _FORWARD_16_BIT, 4: _FORWARD_32_BIT},
+    backward={2: _BACKWARD_16_BIT, 4: _BACKWARD_32_BIT},
+    table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
+)
+_SM_90 = Architecture(
+    "sm_90",
+    **_ROWS,
+    forward={2: _FORWARD_16_BIT, 4: _FORWARD_32_BIT},
+    backward={2: _BACKWARD_16_BIT, 4: _BACKWARD_32_BIT},
+    table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
+)
+_SM_100 = Architecture(
+    "sm_100",
+    **_ROWS,
+    forward={2: _FORWARD_16_BIT, 4: _FORWARD_32_BIT},
+    backward={2: _BACKWARD_16_BIT, 4: _BACKWARD_32_BIT},
+    table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
+)
+
+# The interpreter runs one program at a time on a CPU; its tiles are small so that toy shapes reach every branch: split
+# rows, several tiles, overflowing lists of candidates, chunks. `most_rows` picks the engine so that tests see both.
+_INTERPRETER = Architecture(
+    "interpreter",
+    statistics=(RowConfig(64, 1, 128, 1),),
+    sample=SampleConfig(
+        collect=RowConfig(64, 1, 128, 1),
+        race=RowConfig(64, 1, 128, 1),
+        capacity_share=4,
+        capacity_slice=32,
+        block=64,
+        pivots=4,
+        num_warps=1,
+    ),
+    confidence=RowConfig(64, 1, 128, 1),
+    elementwise=RowConfig(64, 1, 64, 1),
+    forward={s: (GemmConfig(16, 32, 16, 1, 1, most_rows=20), GemmConfig(16, 32, 16, 1, 1, "chunked")) for s in (2, 4)},
+    backward={s: (GemmConfig(16, 32, 16, 1, 1, most_rows=20), GemmConfig(16, 32, 16, 1, 1, "chunked")) for s in (2, 4)},
+    table={s: (GemmConfig(16, 32, 16, 1, 1),) for s in (2, 4)},
+    merge_block=(2, 16),
+    chunk_least_bytes=1 << 12,
+)
+
+ARCHITECTURES = {a.name: a for a in (_SM_80, _SM_90, _SM_100, _INTERPRETER)}
+_BY_MAJOR = {8: _SM_80, 9: _SM_90, 10: _SM_100, 12: _SM_80}
+
+
+@dataclass(frozen=True)
+class Target:
+    """An architecture's tables, the number of multiprocessors, and how float32 products are formed.
+
+    `precision` is Triton's input_precision of float32 products: three TF32 products ("tf32x3": about 2^-22 relative,
+    on tensor cores) on NVIDIA, plain float32 ("ieee") elsewhere. A single TF32 product would miss the error bound.
+    """
+
+    architecture: Architecture
+    sms: int
+    precision: str
+
+
+@functools.cache
+def _of_cuda(index: int | None) -> Target:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    if torch.version.hip is not None:
+        return Target(_SM_80, properties.multi_processor_count, "ieee")
+    return Target(_BY_MAJOR.get(properties.major, _SM_80), properties.multi_processor_count, "tf32x3")
+
+
+# Tests and the ahead-of-time gate put a target here to be served as if on that machine.
+override: Target | None = None
+
+
+def target(device: torch.device) -> Target:
+    """The tables for a device; the interpreter's for a CPU."""
+    if override is not None:
+        return override
+    return _of_cuda(device.index) if device.type == "cuda" else Target(_INTERPRETER, 8, "ieee")

@@ -1,0 +1,225 @@
+"""The backward product g @ E^T with the softmax gradient, and Adam, in its epilogue: the N x V gradient never exists.
+
+    d phi_v = p_v (g . E_v - g . soft) / tau        p_v = exp(phi_v / tau - lse)
+
+A program owns one tile of the logits: it sums over D, recomputes p from the tile, takes the Adam step and writes the
+tile back, so logits and moments are read and written once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import eager
+from . import chunked, config
+from .chunked import adam
+from .launch import cdiv, launch, rows_of, vector
+from .nvtx import ranged
+
+
+@triton.jit
+def _rowdot_kernel(grad_ptr, soft_ptr, out_ptr, d, stride_g, stride_s, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, d, BLOCK):
+        index = start + lanes
+        g = tl.load(grad_ptr + row * stride_g + index, mask=index < d, other=0.0).to(tl.float32)
+        acc += g * tl.load(soft_ptr + row * stride_s + index, mask=index < d, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row, tl.sum(acc, axis=0))
+
+
+@triton.jit
+def _backward_kernel(
+    logits_ptr,
+    stride_n,
+    grad_ptr,
+    stride_g,
+    table_ptr,
+    stride_e,
+    delta_ptr,
+    lse_ptr,
+    exp_avg_ptr,
+    stride_m,
+    exp_avg_sq_ptr,
+    stride_v,
+    out_ptr,
+    stride_o,
+    n,
+    v,
+    d,
+    inverse,
+    step_size,
+    root_correction,
+    beta1,
+    beta2,
+    eps,
+    ADAM: tl.constexpr,
+    STATE: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Rows vary fastest: a tile of E is read from memory once, and serves all rows from the cache.
+    blocks_n = tl.cdiv(n, BLOCK_N)
+    pid = tl.program_id(0)
+    rows = (pid % blocks_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_n = rows < n
+    rows = tl.minimum(rows, n - 1)
+    first = (pid // blocks_n) * BLOCK_V
+    columns = first + tl.arange(0, BLOCK_V)
+    inside_v = columns < v
+    lanes = tl.arange(0, BLOCK_D)
+    g_ptrs = grad_ptr + rows[:, None] * stride_g + lanes[None, :]
+    e_ptrs = table_ptr + tl.minimum(columns, v - 1).to(tl.int64)[None, :] * stride_e + lanes[:, None]
+    acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for d0 in range(0, d, BLOCK_D):
+        if EVEN_D:
+            g = tl.load(g_ptrs + d0)
+            e = tl.load(e_ptrs + d0)
+        else:
+            g = tl.load(g_ptrs + d0, mask=(d0 + lanes)[None, :] < d, other=0.0)
+            e = tl.load(e_ptrs + d0, mask=(d0 + lanes)[:, None] < d, other=0.0)
+        acc = tl.dot(g, e.to(g.dtype), acc, input_precision=PRECISION)
+    mask = inside_n[:, None] & inside_v[None, :]
+    x = tl.load(logits_ptr + rows[:, None] * stride_n + columns[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+    p = tl.exp(x * inverse - tl.load(lse_ptr + rows)[:, None])
+    delta = tl.load(delta_ptr + rows)[:, None]
+    out = out_ptr + rows[:, None] * stride_o + columns[None, :]
+    if ADAM:
+        m = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        s = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        m_ptrs = exp_avg_ptr + rows[:, None] * stride_m + columns[None, :]
+        s_ptrs = exp_avg_sq_ptr + rows[:, None] * stride_v + columns[None, :]
+        if STATE:
+            m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
+            s = tl.load(s_ptrs, mask=mask, other=0.0).to(tl.float32)
+        x, m, s = adam(x, p, acc, delta, m, s, inverse, step_size, root_correction, beta1, beta2, eps)
+        if STATE:
+            tl.store(m_ptrs, m.to(exp_avg_ptr.dtype.element_ty), mask=mask)
+            tl.store(s_ptrs, s.to(exp_avg_sq_ptr.dtype.element_ty), mask=mask)
+        tl.store(out, x.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(out, (p * (acc - delta) * inverse).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def product_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The operands' dtype of a product: theirs when they agree, else float32."""
+    return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
+
+
+def _backward(
+    logits: torch.Tensor,
+    grad: torch.Tensor,
+    embedding: torch.Tensor,
+    soft: torch.Tensor,
+    lse: torch.Tensor,
+    temperature: float,
+    out: torch.Tensor,
+    moments: tuple[torch.Tensor, torch.Tensor] | None,
+    adam_scalars: tuple[float, float, float, float, float] | None,
+) -> None:
+    """Both raw functions below; tensors of shape [N, V] have dense rows."""
+    (n, v), d = logits.shape, embedding.shape[1]
+    if n == 0:
+        return
+    target = config.target(logits.device)
+    embedding, soft, lse = rows_of(embedding), rows_of(soft), vector(lse.float())
+    grad = rows_of(grad.to(product_dtype(grad.dtype, embedding.dtype)))
+    delta = torch.empty(n, dtype=torch.float32, device=logits.device)
+    launch(
+        _rowdot_kernel, (n,), grad, soft, delta, d, grad.stride(0), soft.stride(0), num_warps=4, BLOCK=512
+    )
+    entry = config.pick(target.architecture.backward[grad.element_size()], n)
+    if entry.engine == "chunked":
+        chunked.backward(logits, grad, embedding, delta, lse, temperature, out, moments, adam_scalars)
+        return
+    exp_avg, exp_avg_sq = moments or (out, out)
+    launch(
+        _backward_kernel,
+        (cdiv(n, entry.block_n) * cdiv(v, entry.block_v),),
+        logits,
+        logits.stride(0),
+        grad,
+        grad.stride(0),
+        embedding,
+        embedding.stride(0),
+        delta,
+        lse,
+        exp_avg,
+        exp_avg.stride(0),
+        exp_avg_sq,
+        exp_avg_sq.stride(0),
+        out,
+        out.stride(0),
+        n,
+        v,
+        d,
+        1.0 / temperature,
+        *(adam_scalars or (0.0,) * 5),
+        num_warps=entry.num_warps,
+        num_stages=entry.num_stages,
+        ADAM=adam_scalars is not None,
+        STATE=moments is not None,
+        EVEN_D=d % entry.block_d == 0,
+        PRECISION=target.precision,
+        BLOCK_N=entry.block_n,
+        BLOCK_V=entry.block_v,
+        BLOCK_D=entry.block_d,
+    )
+
+
+@ranged
+def soft_embedding_backward(
+    logits: torch.Tensor,
+    embedding: torch.Tensor,
+    grad: torch.Tensor,
+    soft: torch.Tensor,
+    lse: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """d loss/d logits [N, V] of the logits' dtype."""
+    if soft.dtype == torch.float64:  # of a float64 table
+        return eager.soft_embedding_backward(logits, embedding, grad, soft, lse, temperature)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _backward(rows_of(logits), grad, embedding, soft, lse, temperature, out, None, None)
+    return out
+
+
+@ranged
+def guidance_update_(
+    logits: torch.Tensor,
+    grad: torch.Tensor,
+    embedding: torch.Tensor,
+    soft: torch.Tensor,
+    lse: torch.Tensor,
+    exp_avg: torch.Tensor | None,
+    exp_avg_sq: torch.Tensor | None,
+    step: int,
+    temperature: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """One Adam step on the logits, in place; see :func:`entrgi_kernels.backends.eager.guidance_update_`."""
+    if soft.dtype == torch.float64:  # of a float64 table
+        eager.guidance_update_(
+            logits, grad, embedding, soft, lse, exp_avg, exp_avg_sq, step, temperature, lr, beta1, beta2, eps
+        )
+        return
+    moments = None if exp_avg is None or exp_avg_sq is None else (exp_avg, exp_avg_sq)
+    targets = (logits, *(moments or ()))
+    dense = [rows_of(tensor) for tensor in targets]
+    scalars = (lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), beta1, beta2, eps)
+    state = (dense[1], dense[2]) if moments else None
+    _backward(dense[0], grad, embedding, soft, lse, temperature, dense[0], state, scalars)
+    for tensor, copy in zip(targets, dense, strict=True):
+        if copy is not tensor:
+            tensor.copy_(copy)

@@ -1,0 +1,471 @@
+"""Filtered draws without a sort: gather the few entries that can matter, find the threshold among them, race them.
+
+1. collect. Entries below probability (1 - top_p) / (2 V) weigh less than 1 - top_p together, so none of them is kept:
+   one read of the row writes the others, in order, into a short list (value and index).
+2. pick. One program a row searches the ordered bit pattern for the smallest key t whose strictly larger entries weigh
+   at most top_p and number fewer than top_k (both conditions are monotone in t, so one search serves both filters),
+   then runs the exponential race over the kept entries alone. A 16-bit logit has 16 bits of key and the search starts
+   between the cut-off and the maximum: two to four short passes over the list. A row whose list overflows (a nearly
+   flat one) is searched and raced in full instead, by the same code.
+
+Masses are summed in a fixed order, so the kept set does not change from run to run. An unfiltered draw is one race over
+the whole row, split over programs when rows are few. Noise depends on (seed, step, row key, index) alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from . import config
+from .launch import cdiv, launch, next_power_of_2, rows_of, vector
+from .nvtx import ranged
+from .philox import log_exponential, log_exponential_of, words_of_pairs
+from .statistics import RowStatistics, row_statistics
+
+# A float32 that came from a narrower type ends in zeros: those bits of the key need no search.
+_KEY_SHIFT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+
+
+@triton.jit
+def ordered_key(x, SHIFT: tl.constexpr):
+    """int32 keys ordered like the float32 `x`; -0.0 and 0.0 share one."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+
+
+@triton.jit
+def _collect_kernel(
+    logits_ptr,
+    stride_n,
+    maximum_ptr,
+    logsum_ptr,
+    values_ptr,
+    index_ptr,
+    counts_ptr,
+    v,
+    slice_length,
+    splits,
+    temperature,
+    log_cut,
+    CAPACITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    base = logits_ptr + row * stride_n
+    start = split * slice_length
+    end = tl.minimum(start + slice_length, v)
+    cut = tl.load(maximum_ptr + row) + temperature * (tl.load(logsum_ptr + row) + log_cut)
+    segment = row * splits + split
+    out = segment * CAPACITY
+    lanes = tl.arange(0, BLOCK)
+    count = 0
+    for tile in range(start, end, BLOCK):
+        index = tile + lanes
+        raw = tl.load(base + index, mask=index < end, other=float("-inf"))
+        x = raw.to(tl.float32)
+        # Entries of -inf carry no mass; the cut-off is finite but for bad rows, where nothing passes.
+        keep = x >= cut
+        found = tl.sum(keep.to(tl.int32), axis=0)
+        if (found > 0) & (count < CAPACITY):
+            place = count + tl.cumsum(keep.to(tl.int32), axis=0) - 1
+            fits = keep & (place < CAPACITY)
+            tl.store(values_ptr + out + place, raw, mask=fits)
+            tl.store(index_ptr + out + place, index, mask=fits)
+        count += found
+    tl.store(counts_ptr + segment, count)
+
+
+@triton.jit
+def _search(
+    values_ptr,
+    segment_stride,
+    counts_ptr,
+    segments,
+    m,
+    c,
+    limit,
+    top_k,
+    lo,
+    hi,
+    LISTED: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PIVOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The smallest key in (lo, hi] whose strictly larger entries weigh at most `limit` and number fewer than top_k.
+
+    Invariant: `hi` satisfies that, and no key up to `lo` needs to be considered. `segments` counts lists (LISTED) or is
+    the length of the one row.
+    """
+    lanes = tl.arange(0, BLOCK)
+    steps = tl.arange(1, PIVOTS + 1)
+    while hi - lo > 1:
+        pivots = tl.maximum(lo + ((hi - lo) * steps) // (PIVOTS + 1), lo + 1)
+        mass = tl.zeros([PIVOTS], tl.float32)
+        number = tl.zeros([PIVOTS], tl.int32)
+        lists = segments if LISTED else 1
+        for segment in range(0, lists):
+            length = tl.load(counts_ptr + segment) if LISTED else segments
+            base = values_ptr + segment * segment_stride
+            for tile in range(0, length, BLOCK):
+                index = tile + lanes
+                x = tl.load(base + index, mask=index < length, other=float("-inf")).to(tl.float32)
+                e = tl.exp2((x - m) * c)
+                above = ordered_key(x, SHIFT)[None, :] > pivots.to(tl.int32)[:, None]
+                mass += tl.sum(tl.where(above, e[None, :], 0.0), axis=1)
+                number += tl.sum(above.to(tl.int32), axis=1)
+        good = (mass <= limit) & (number < top_k)
+        lo, hi = tl.max(tl.where(good, lo, pivots), axis=0), tl.min(tl.where(good, pivots, hi), axis=0)
+    return hi
+
+
+@triton.jit
+def _race(
+    values_ptr,
+    index_ptr,
+    segment_stride,
+    counts_ptr,
+    segments,
+    m,
+    inverse,
+    threshold,
+    rng_ptr,
+    row_key,
+    LISTED: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Index of the best score among entries whose key reaches `threshold`; the lowest index of ties."""
+    lanes = tl.arange(0, BLOCK)
+    best = float("-inf")
+    token = -1
+    lists = segments if LISTED else 1
+    for segment in range(0, lists):
+        length = tl.load(counts_ptr + segment) if LISTED else segments
+        for tile in range(0, length, BLOCK):
+            place = tile + lanes
+            inside = place < length
+            x = tl.load(values_ptr + segment * segment_stride + place, mask=inside, other=float("-inf")).to(tl.float32)
+            kept = (ordered_key(x, SHIFT) >= threshold) & (x > float("-inf"))
+            if tl.max(kept.to(tl.int32), axis=0) > 0:
+                if LISTED:
+                    index = tl.load(index_ptr + segment * segment_stride + place, mask=inside, other=0)
+                else:
+                    index = place
+                noise = log_exponential_of(index, rng_ptr, row_key)
+                score = tl.where(kept, (x - m) * inverse - noise, float("-inf"))
+                top = tl.max(score, axis=0)
+                # Indices rise from tile to tile, so an equal score later on never wins.
+                if top > best:
+                    best = top
+                    token = tl.min(tl.where(score == top, index, 2147483647), axis=0)
+    return token
+
+
+@triton.jit
+def _pick_kernel(
+    logits_ptr,
+    stride_n,
+    maximum_ptr,
+    logsum_ptr,
+    values_ptr,
+    index_ptr,
+    counts_ptr,
+    rng_ptr,
+    rows_ptr,
+    tokens_ptr,
+    thresholds_ptr,
+    v,
+    splits,
+    temperature,
+    inverse,
+    log_cut,
+    top_p,
+    top_k,
+    need,
+    DRAW: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PIVOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    m = tl.load(maximum_ptr + row)
+    logsum = tl.load(logsum_ptr + row)
+    token = -1
+    threshold = 0
+    if m == m:
+        c = inverse * 1.4426950408889634
+        limit = top_p * tl.exp(logsum)
+        counts = counts_ptr + row * splits
+        split = tl.arange(0, SPLITS)
+        found = tl.load(counts + split, mask=split < splits, other=0)
+        complete = (tl.max(found, axis=0) <= CAPACITY) & (tl.sum(found, axis=0) >= need)
+        cut = m + temperature * (logsum + log_cut)
+        hi = ordered_key(m, SHIFT).to(tl.int64)
+        lowest = ordered_key(cut, SHIFT).to(tl.int64)
+        if tl.sum(found, axis=0) < need:
+            # top-k reaches below the cut-off: search from the smallest key there is.
+            lowest = lowest * 0 - 2147483647
+        lo = tl.minimum(lowest, hi) - 1
+        key = 0
+        if DRAW:
+            key = tl.load(rows_ptr + row)
+        if complete:
+            listed = row * splits * CAPACITY
+            threshold = _search(
+                values_ptr + listed, CAPACITY, counts, splits, m, c, limit, top_k, lo, hi, True, SHIFT, PIVOTS, BLOCK
+            ).to(tl.int32)
+            if DRAW:
+                token = _race(
+                    values_ptr + listed,
+                    index_ptr + listed,
+                    CAPACITY,
+                    counts,
+                    splits,
+                    m,
+                    inverse,
+                    threshold,
+                    rng_ptr,
+                    key,
+                    True,
+                    SHIFT,
+                    BLOCK,
+                )
+        else:
+            base = logits_ptr + row * stride_n
+            threshold = _search(
+                base, 0, counts, v, m, c, limit, top_k, lo, hi, False, SHIFT, PIVOTS, BLOCK
+            ).to(tl.int32)
+            if DRAW:
+                token = _race(
+                    base, index_ptr, 0, counts, v, m, inverse, threshold, rng_ptr, key, False, SHIFT, BLOCK
+                )
+    if DRAW:
+        tl.store(tokens_ptr + row, token.to(tl.int64))
+    else:
+        tl.store(thresholds_ptr + row, threshold)
+
+
+@triton.jit
+def _race_kernel(
+    logits_ptr,
+    stride_n,
+    maximum_ptr,
+    rng_ptr,
+    rows_ptr,
+    scores_ptr,
+    places_ptr,
+    v,
+    slice_length,
+    splits,
+    inverse,
+    BLOCK: tl.constexpr,
+):
+    """Unfiltered race over one slice of one row; a Philox call serves two neighbouring entries."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    base = logits_ptr + row * stride_n
+    start = split * slice_length
+    end = tl.minimum(start + slice_length, v)
+    m = tl.load(maximum_ptr + row)
+    key = tl.load(rows_ptr + row)
+    lanes = tl.arange(0, BLOCK)
+    pairs = tl.arange(0, BLOCK // 2)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    place = start + lanes
+    for tile in range(start, end, BLOCK):
+        index = tile + lanes
+        x = tl.load(base + index, mask=index < end, other=float("-inf")).to(tl.float32)
+        x0, x1, x2, x3 = words_of_pairs((tile >> 1) + pairs, rng_ptr, key)
+        noise = log_exponential(tl.interleave(x0, x2), tl.interleave(x1, x3))
+        score = (x - m) * inverse - noise
+        better = score > best
+        best = tl.where(better, score, best)
+        place = tl.where(better, index, place)
+    top = tl.max(best, axis=0)
+    tl.store(scores_ptr + row * splits + split, top)
+    tl.store(places_ptr + row * splits + split, tl.min(tl.where(best == top, place, 2147483647), axis=0))
+
+
+@triton.jit
+def _race_merge_kernel(maximum_ptr, scores_ptr, places_ptr, tokens_ptr, splits, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    mask = lanes < splits
+    scores = tl.load(scores_ptr + row * splits + lanes, mask=mask, other=float("-inf"))
+    places = tl.load(places_ptr + row * splits + lanes, mask=mask, other=2147483647)
+    token = tl.min(tl.where(scores == tl.max(scores, axis=0), places, 2147483647), axis=0)
+    m = tl.load(maximum_ptr + row)
+    tl.store(tokens_ptr + row, tl.where(m == m, token, -1).to(tl.int64))
+
+
+def is_filtered(v: int, top_k: int, top_p: float) -> bool:
+    """Whether top-k or top-p can drop anything."""
+    return top_p < 1.0 or 0 < top_k < v
+
+
+def _slices(entry: config.RowConfig, n: int, v: int, sms: int) -> tuple[int, int]:
+    """(entries a slice, slices a row); a slice is a whole number of tiles."""
+    length = cdiv(cdiv(v, entry.splits(n, v, sms)), entry.block) * entry.block
+    return length, cdiv(v, length)
+
+
+def _filtered(
+    logits: torch.Tensor,
+    maximum: torch.Tensor,
+    logsum: torch.Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    rng: torch.Tensor | None,
+    rows: torch.Tensor | None,
+) -> torch.Tensor:
+    """Tokens int64 [N] when `rng` and `rows` are given, else each row's threshold as an ordered int32 key [N]."""
+    n, v = logits.shape
+    device = logits.device
+    target = config.target(device)
+    entry = target.architecture.sample
+    length, splits = _slices(entry.collect, n, v, target.sms)
+    capacity = entry.capacity_slice if splits > 1 else max(64, cdiv(v, entry.capacity_share * 64) * 64)
+    capacity = min(capacity, length)
+    values = torch.empty((n, splits, capacity), dtype=logits.dtype, device=device)
+    index = torch.empty((n, splits, capacity), dtype=torch.int32, device=device)
+    counts = torch.empty((n, splits), dtype=torch.int32, device=device)
+    draw = rng is not None and rows is not None
+    out = torch.empty(n, dtype=torch.int64 if draw else torch.int32, device=device)
+    # The cut-off holds for top-p. For top-k alone any cut-off will do that leaves k entries: `need` says how many the
+    # list must hold to be trusted.
+    missing = 1.0 - top_p if top_p < 1.0 else 1e-3
+    log_cut = math.log(missing) - math.log(2.0 * v)
+    limited = 0 < top_k < v
+    need = top_k if limited and top_p >= 1.0 else 0
+    launch(
+        _collect_kernel,
+        (n, splits),
+        logits,
+        logits.stride(0),
+        maximum,
+        logsum,
+        values,
+        index,
+        counts,
+        v,
+        length,
+        splits,
+        temperature,
+        log_cut,
+        num_warps=entry.collect.num_warps,
+        CAPACITY=capacity,
+        BLOCK=entry.collect.block,
+    )
+    unused: Any = counts
+    launch(
+        _pick_kernel,
+        (n,),
+        logits,
+        logits.stride(0),
+        maximum,
+        logsum,
+        values,
+        index,
+        counts,
+        rng if draw else unused,
+        vector(rows) if draw and rows is not None else unused,
+        out,
+        out,
+        v,
+        splits,
+        temperature,
+        1.0 / temperature,
+        log_cut,
+        top_p if top_p < 1.0 else math.inf,
+        top_k if limited else v + 1,
+        need,
+        num_warps=entry.num_warps,
+        DRAW=draw,
+        CAPACITY=capacity,
+        SPLITS=next_power_of_2(splits),
+        SHIFT=_KEY_SHIFT[logits.dtype],
+        PIVOTS=entry.pivots,
+        BLOCK=entry.block,
+    )
+    return out
+
+
+def filter_thresholds(
+    logits: torch.Tensor, statistics: RowStatistics, temperature: float, top_k: int, top_p: float
+) -> torch.Tensor:
+    """Each row's threshold as an ordered key, int32 [N]: an entry is kept iff its key is at least that."""
+    return _filtered(logits, statistics.maximum, statistics.logsum, temperature, top_k, top_p, None, None)
+
+
+def draw(
+    logits: torch.Tensor,
+    maximum: torch.Tensor,
+    logsum: torch.Tensor,
+    rng: torch.Tensor,
+    rows: torch.Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> torch.Tensor:
+    """Tokens [N] int64 from dense-rowed `logits` whose maximum and logsum (at `temperature`) are known; -1 if bad."""
+    n, v = logits.shape
+    if is_filtered(v, top_k, top_p):
+        return _filtered(logits, maximum, logsum, temperature, top_k, top_p, rng, rows)
+    target = config.target(logits.device)
+    entry = target.architecture.sample.race
+    length, splits = _slices(entry, n, v, target.sms)
+    scores = torch.empty((n, splits), dtype=torch.float32, device=logits.device)
+    places = torch.empty((n, splits), dtype=torch.int32, device=logits.device)
+    tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
+    launch(
+        _race_kernel,
+        (n, splits),
+        logits,
+        logits.stride(0),
+        maximum,
+        rng,
+        vector(rows),
+        scores,
+        places,
+        v,
+        length,
+        splits,
+        1.0 / temperature,
+        num_warps=entry.num_warps,
+        BLOCK=entry.block,
+    )
+    launch(
+        _race_merge_kernel,
+        (n,),
+        maximum,
+        scores,
+        places,
+        tokens,
+        splits,
+        num_warps=1,
+        BLOCK=next_power_of_2(splits),
+    )
+    return tokens
+
+
+@ranged
+def sample_tokens(
+    logits: torch.Tensor, rng: torch.Tensor, rows: torch.Tensor, temperature: float, top_k: int, top_p: float
+) -> torch.Tensor:
+    """Tokens [N] int64; see :func:`entrgi_kernels.backends.eager.sample_tokens`."""
+    logits = rows_of(logits)
+    if temperature == 0:
+        statistics = row_statistics(logits, 1.0, argmax=True)
+        return torch.where(statistics.maximum.isnan(), -1, statistics.argmax)
+    statistics = row_statistics(logits, temperature)
+    return draw(logits, statistics.maximum, statistics.logsum, rng.contiguous(), rows, temperature, top_k, top_p)

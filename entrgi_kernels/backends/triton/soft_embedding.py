@@ -1,0 +1,310 @@
+"""softmax(logits / temperature) @ E with the probabilities formed inside the product, and the blend in its epilogue.
+
+The left operand of every tile product is exp((logit - maximum) / tau - logsum), computed in registers from the logits
+and the row statistics that the pass before left; N x V probabilities never exist. When rows are few the vocabulary is
+split over programs: since p is already normalised, the partial products simply add, in a fixed order.
+
+In float16 the probabilities are scaled by 2^10 inside the product (and back after it), so that p down to 6e-11 is not
+flushed to zero; bfloat16 and float32 need no scale.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import eager
+from . import chunked, config
+from .launch import cdiv, launch, rows_of, vector
+from .nvtx import ranged
+from .sampling import draw
+from .statistics import row_statistics
+
+_EMPTY_SPLIT_WASTE = 0.1
+
+
+@triton.jit
+def blend(soft, table_ptr, stride_e, tokens_ptr, weight_ptr, rows, columns, mask, v):
+    """soft + weight (E[token] - soft) by the formula of torch.lerp, which returns E[token] exactly at weight 1."""
+    token = tl.minimum(tl.maximum(tl.load(tokens_ptr + rows), 0), v - 1).to(tl.int64)
+    hard = tl.load(table_ptr + token[:, None] * stride_e + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(weight_ptr + rows)[:, None]
+    shift = hard - soft
+    return tl.where(w < 0.5, soft + w * shift, hard - shift * (1.0 - w))
+
+
+@triton.jit
+def _forward_kernel(
+    logits_ptr,
+    stride_n,
+    table_ptr,
+    stride_e,
+    maximum_ptr,
+    logsum_ptr,
+    tokens_ptr,
+    weight_ptr,
+    soft_ptr,
+    out_ptr,
+    n,
+    v,
+    d,
+    slice_length,
+    inverse,
+    log2_scale,
+    scale_back,
+    BLEND: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    blocks_n = tl.cdiv(n, BLOCK_N)
+    blocks_d = tl.cdiv(d, BLOCK_D)
+    pid = tl.program_id(0)
+    split = pid // (blocks_n * blocks_d)
+    # Rows vary fastest: programs that run together read the same tiles of E.
+    block_n = pid % blocks_n
+    block_d = (pid // blocks_n) % blocks_d
+    rows = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_n = rows < n
+    rows = tl.minimum(rows, n - 1)
+    columns = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside_d = columns < d
+    lanes = tl.arange(0, BLOCK_V)
+    m = tl.load(maximum_ptr + rows)
+    offset = log2_scale - tl.load(logsum_ptr + rows) * 1.4426950408889634
+    c = inverse * 1.4426950408889634
+    x_ptrs = logits_ptr + rows[:, None] * stride_n + lanes[None, :]
+    e_ptrs = table_ptr + lanes.to(tl.int64)[:, None] * stride_e + columns[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    start = split * slice_length
+    end = tl.minimum(start + slice_length, v)
+    for v0 in range(start, end, BLOCK_V):
+        far = tl.cast(v0, tl.int64)
+        if EVEN_V:
+            x = tl.load(x_ptrs + far)
+        else:
+            x = tl.load(x_ptrs + far, mask=(v0 + lanes)[None, :] < end, other=float("-inf"))
+        if EVEN_V and EVEN_D:
+            e = tl.load(e_ptrs + far * stride_e)
+        else:
+            e = tl.load(e_ptrs + far * stride_e, mask=((v0 + lanes) < end)[:, None] & inside_d[None, :], other=0.0)
+        p = tl.exp2((x.to(tl.float32) - m[:, None]) * c + offset[:, None])
+        acc = tl.dot(p.to(e.dtype), e, acc, input_precision=PRECISION)
+    acc *= scale_back
+    mask = inside_n[:, None] & inside_d[None, :]
+    place = rows[:, None] * d + columns[None, :]
+    tl.store(soft_ptr + split.to(tl.int64) * n * d + place, acc, mask=mask)
+    if BLEND:
+        mixed = blend(acc, table_ptr, stride_e, tokens_ptr, weight_ptr, rows, columns, mask, v)
+        tl.store(out_ptr + place, mixed.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _merge_kernel(
+    parts_ptr,
+    table_ptr,
+    stride_e,
+    tokens_ptr,
+    weight_ptr,
+    soft_ptr,
+    out_ptr,
+    n,
+    v,
+    d,
+    splits,
+    BLEND: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Adds the partial products of the slices in order, then blends."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (rows < n)[:, None] & (columns < d)[None, :]
+    rows = tl.minimum(rows, n - 1)
+    place = rows[:, None] * d + columns[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    stride = tl.cast(n, tl.int64) * d
+    for split in range(0, splits):
+        acc += tl.load(parts_ptr + split * stride + place, mask=mask, other=0.0)
+    tl.store(soft_ptr + place, acc, mask=mask)
+    if BLEND:
+        mixed = blend(acc, table_ptr, stride_e, tokens_ptr, weight_ptr, rows, columns, mask, v)
+        tl.store(out_ptr + place, mixed.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def split_count(tiles: int, blocks_v: int, slots: int, most: int) -> int:
+    """How many slices of the vocabulary let `tiles` output tiles fill `slots` concurrent programs.
+
+    The fewest slices that leave at most a tenth of the slots idle over all waves, else the best found.
+    """
+    best, best_waste = 1, math.inf
+    for splits in range(1, max(1, min(blocks_v, most)) + 1):
+        programs = tiles * splits
+        waste = 1.0 - programs / (cdiv(programs, slots) * slots)
+        if waste <= _EMPTY_SPLIT_WASTE:
+            return splits
+        if waste < best_waste:
+            best, best_waste = splits, waste
+    return best
+
+
+def scale_of(dtype: torch.dtype) -> float:
+    """Log2 of the factor that probabilities carry inside a product of `dtype`."""
+    return 10.0 if dtype == torch.float16 else 0.0
+
+
+def forward(
+    logits: torch.Tensor,
+    embedding: torch.Tensor,
+    maximum: torch.Tensor,
+    logsum: torch.Tensor,
+    temperature: float,
+    tokens: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    mix: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(soft [N, D] float32, blend [N, D] of the table's dtype or None).
+
+    Args:
+        maximum, logsum: [N] float32, from the row statistics at `temperature`.
+        tokens, weight: int64 [N] and float32 [N]; without them the blend is the soft embedding, rounded.
+        mix: whether the blend is wanted.
+    """
+    logits, embedding = rows_of(logits), rows_of(embedding)
+    (n, v), d = logits.shape, embedding.shape[1]
+    device = logits.device
+    target = config.target(device)
+    entry = config.pick(target.architecture.forward[embedding.element_size()], n)
+    soft = torch.empty((n, d), dtype=torch.float32, device=device)
+    blending = mix and tokens is not None and weight is not None
+    out = torch.empty((n, d), dtype=embedding.dtype, device=device) if blending else None
+    scale = scale_of(embedding.dtype)
+    if n == 0:
+        return soft, out if blending else (soft.to(embedding.dtype) if mix else None)
+    hard = (vector(tokens), vector(weight)) if tokens is not None and weight is not None else (soft, soft)
+    if entry.engine == "chunked":
+        parts, splits = chunked.forward(logits, embedding, maximum, logsum, temperature, scale), 1
+    else:
+        blocks_v = cdiv(v, entry.block_v)
+        tiles = cdiv(n, entry.block_n) * cdiv(d, entry.block_d)
+        # Partial products may take a tenth of the logits' bytes, or 32 MB where that is more.
+        most = max(32 << 20, n * v * logits.element_size() // 10) // (4 * n * d)
+        splits = split_count(tiles, blocks_v, target.sms * max(1, 8 // entry.num_warps), max(1, min(64, most)))
+        length = cdiv(blocks_v, splits) * entry.block_v
+        splits = cdiv(v, length)
+        parts = soft if splits == 1 else torch.empty((splits, n, d), dtype=torch.float32, device=device)
+        launch(
+            _forward_kernel,
+            (tiles * splits,),
+            logits,
+            logits.stride(0),
+            embedding,
+            embedding.stride(0),
+            maximum,
+            logsum,
+            *hard,
+            parts,
+            out if out is not None else soft,
+            n,
+            v,
+            d,
+            length,
+            1.0 / temperature,
+            scale,
+            2.0**-scale,
+            num_warps=entry.num_warps,
+            num_stages=entry.num_stages,
+            BLEND=blending and splits == 1,
+            EVEN_V=v % entry.block_v == 0,
+            EVEN_D=d % entry.block_d == 0,
+            PRECISION=target.precision,
+            BLOCK_N=entry.block_n,
+            BLOCK_V=entry.block_v,
+            BLOCK_D=entry.block_d,
+        )
+    if splits > 1 or (entry.engine == "chunked" and blending):
+        block_n, block_d = target.architecture.merge_block
+        launch(
+            _merge_kernel,
+            (cdiv(n, block_n), cdiv(d, block_d)),
+            parts,
+            embedding,
+            embedding.stride(0),
+            *hard,
+            soft,
+            out if out is not None else soft,
+            n,
+            v,
+            d,
+            splits,
+            num_warps=4,
+            BLEND=blending,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+        )
+    elif entry.engine == "chunked":
+        soft = parts
+    if mix and out is None:
+        out = soft.to(embedding.dtype, copy=True)
+    return soft, out
+
+
+@ranged
+def soft_embedding(
+    logits: torch.Tensor, embedding: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(softmax(logits / temperature) @ embedding [N, D], log-sum-exp [N]), float32."""
+    if embedding.dtype == torch.float64:
+        # float64 under narrower logits: its sums have to be float64, which only the eager backend forms on a GPU.
+        return eager.soft_embedding(logits, embedding, temperature)
+    logits = rows_of(logits)
+    rows = row_statistics(logits, temperature)
+    soft, _ = forward(logits, embedding, rows.maximum, rows.logsum, temperature)
+    return soft, rows.lse.clone()
+
+
+@ranged
+def entrgi_embedding(
+    logits: torch.Tensor,
+    embedding: torch.Tensor,
+    rng: torch.Tensor,
+    rows: torch.Tensor,
+    tokens: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    weight_mode: str,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The whole forward: one pass of statistics, a draw, one product; see the eager backend for the outputs."""
+    if embedding.dtype == torch.float64:
+        return eager.entrgi_embedding(
+            logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p
+        )
+    logits = rows_of(logits)
+    v = logits.shape[1]
+    found = row_statistics(logits, 1.0, second=temperature, argmax=True)
+    entropy = found.entropy.clone()
+    if weight_mode == "entropy":
+        weight = entropy / math.log(max(v, 2))
+    elif weight_mode == "given":
+        assert weight is not None
+        weight = weight.to(torch.float32, copy=True)
+    else:
+        weight = torch.full_like(entropy, 1.0 if weight_mode == "one" else 0.0)
+    if tokens is not None:
+        tokens = tokens.clone()
+    elif weight_mode == "zero":
+        tokens = torch.full_like(rows, -1)
+    else:
+        tokens = draw(logits, found.maximum, found.logsum2, rng.contiguous(), rows, temperature, top_k, top_p)
+    hard = (None, None) if weight_mode == "zero" else (tokens, weight)
+    soft, mixed = forward(logits, embedding, found.maximum, found.logsum2, temperature, *hard, mix=True)
+    assert mixed is not None
+    return mixed, tokens, weight, entropy, soft, found.lse2.clone(), found.argmax
