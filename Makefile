@@ -94,15 +94,15 @@ $(VENV)/.torch:
 	  echo "making a virtual environment failed (Debian: apt-get install python3-venv)" >&2; exit 1; }; \
 	$(PYTHON) -c 'import sys, sysconfig as s; sys.prefix != sys.base_prefix and print(s.get_path("purelib"))' \
 	  > "$$($(PY) -c 'import sysconfig as s; print(s.get_path("purelib"))')/parent.pth"; \
-	$(PY) -m pip install --quiet 'setuptools>=77' wheel ninja $$torch
+	$(PY) -m pip install -qq 'setuptools>=77' wheel ninja $$torch
 	@touch $@
 
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	@echo "Installing the package (and building its extension where there is a compiler) ..."
-	@$(PY) -m pip install --quiet --no-build-isolation --editable '.[test]'
+	@$(PY) -m pip install -qq --no-build-isolation --editable '.[test]'
 	@$(BIN)/entrgi env --brief
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch
-	@$(PY) -m pip install --quiet ruff
+	@$(PY) -m pip install -qq ruff
 	@touch $@
