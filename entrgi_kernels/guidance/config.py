@@ -112,7 +112,9 @@ class GuidanceConfig:
             value = getattr(self, field.name)
             # numpy's scalars are welcome, but JSON and the operators want Python's.
             if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
-                object.__setattr__(self, field.name, int(value) if isinstance(value, numbers.Integral) else float(value))
+                object.__setattr__(
+                    self, field.name, int(value) if isinstance(value, numbers.Integral) else float(value)
+                )
 
     @property
     def guided(self) -> bool:

@@ -130,6 +130,7 @@ class Denoiser:
         statistics: Statistics,
         traces: list[list[StepTrace]] | None = None,
         on_step: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
+        every_step: bool = False,
     ) -> torch.Tensor:
         """Fill every masked slot of the canvas, in place.
 
@@ -140,6 +141,7 @@ class Denoiser:
             statistics: added to.
             traces: a list a trajectory to which every step is added; None keeps no trace.
             on_step: called after each step with (step, canvas tokens [R, S]); what it returns replaces the tokens.
+            every_step: take steps that commit nothing too, for hosts that look at each step's logits.
 
         Returns:
             [R, L] int64, the responses.
@@ -153,7 +155,7 @@ class Denoiser:
         failed = torch.full_like(index, -1)
         for step in range(len(schedule)):
             # With keyed draws and Adam fresh at every step, a step that commits nothing leaves no trace at all.
-            idle = self.config.alg != "origin" and not any(schedule.counts[step])
+            idle = self.config.alg != "origin" and not any(schedule.counts[step]) and not every_step
             if not idle:
                 self._step(
                     canvas, prepared, index, step, counts[step], schedule.shares[step], failed, statistics, traces

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 from dataclasses import dataclass
@@ -84,11 +83,9 @@ class DreamGeneration:
             return self._generate(inputs.clone(), attention_mask, settings, tokens_hook, logits_hook)
 
     def _settings(self, generation_config: Any, kwargs: dict[str, Any], width: int) -> SimpleNamespace:
-        if hasattr(self._model, "_prepare_generation_config"):
-            config = self._model._prepare_generation_config(generation_config, **kwargs)
-        else:
-            config = copy.copy(generation_config) or SimpleNamespace()
-        values = {name: getattr(config, name, default) for name, default in _DEFAULTS.items()}
+        # The host's own resolution: arguments, then the config object, then defaults. Not through its
+        # _prepare_generation_config: transformers' mixin has a method of that name that refuses other configs.
+        values = {name: getattr(generation_config, name, default) for name, default in _DEFAULTS.items()}
         values.update((name, value) for name, value in kwargs.items() if name in _DEFAULTS)
         settings = SimpleNamespace(**{n: _DEFAULTS[n] if v is None else v for n, v in values.items()})
         if settings.max_new_tokens is None:
@@ -136,6 +133,7 @@ class DreamGeneration:
             canvas.masked = canvas.response == mask_id
         history: list[torch.Tensor] = []
         hooked = _Hooked(sampler.model, logits_hook)
+        hooks = logits_hook is not None or tokens_hook is not None
 
         def on_step(step: int, tokens: torch.Tensor) -> torch.Tensor:
             hooked.step = step + 1
@@ -155,7 +153,8 @@ class DreamGeneration:
             config,
             statistics=sampler.statistics,
             on_step=on_step,
-            model=hooked if logits_hook is not None or tokens_hook is not None else None,
+            model=hooked if hooks else None,
+            every_step=hooks,
         )
         repeated = [conversation for conversation in conversations for _ in range(k)]
         guidance.rewards = sampler.score(repeated, responses.tolist())

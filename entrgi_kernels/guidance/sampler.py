@@ -162,6 +162,7 @@ class GuidedSampler:
         traces: list[list[StepTrace]] | None = None,
         on_step: OnStep | None = None,
         model: DiffusionModel | None = None,
+        every_step: bool = False,
     ) -> torch.Tensor:
         """Fill the masked slots of a canvas of one's own, in place: what hosts with tokens in hand call.
 
@@ -170,7 +171,7 @@ class GuidedSampler:
             conversations: the prompts as the reward model is to see them.
             index: int64 [R], each trajectory's place in `conversations`.
             config: settings.
-            statistics, traces, on_step: as in :meth:`Denoiser.run`.
+            statistics, traces, on_step, every_step: as in :meth:`Denoiser.run`.
             model: takes the place of the sampler's own adapter (to put something between forward and guidance).
 
         Returns:
@@ -189,6 +190,7 @@ class GuidedSampler:
                 statistics=statistics or Statistics(),
                 traces=traces,
                 on_step=on_step,
+                every_step=every_step,
             )
 
     def decode(self, response: list[int]) -> str:

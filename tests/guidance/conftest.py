@@ -69,6 +69,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
 
 
+@pytest.fixture(name="make_diffusion")
+def make_diffusion_fixture():
+    return make_diffusion
+
+
 @pytest.fixture
 def diffusion(tokenizer) -> Qwen3ForCausalLM:
     return make_diffusion(len(tokenizer))

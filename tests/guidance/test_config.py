@@ -52,7 +52,9 @@ from entrgi_kernels.guidance import GuidanceConfig, Threshold
 def test_bad_settings_are_refused_by_name_and_value(name, value):
     with pytest.raises((ValueError, TypeError)) as error:
         GuidanceConfig(**{name: value})
-    assert name in str(error.value) and "expected" in str(error.value) and str(value).strip("()")[:3] in str(error.value)
+    assert (
+        name in str(error.value) and "expected" in str(error.value) and str(value).strip("()")[:3] in str(error.value)
+    )
 
 
 def test_unknown_setting_lists_the_known():

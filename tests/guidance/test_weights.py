@@ -11,7 +11,9 @@ from entrgi_kernels.guidance.weights import method_weight, resolve_weight
 ENTROPY = torch.tensor([0.0, 0.5, 1.0, 1.25, 4.0])
 
 
-@pytest.mark.parametrize(("name", "mode"), [("linear", "entropy"), ("entropy", "entropy"), ("one", "one"), ("zero", "zero")])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("linear", "entropy"), ("entropy", "entropy"), ("one", "one"), ("zero", "zero")]
+)
 def test_names_of_the_operators_own_modes(name, mode):
     assert resolve_weight(name) == mode
 
