@@ -6,6 +6,7 @@ import ast
 import fnmatch
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -260,3 +261,19 @@ def test_every_public_name_is_in_the_lazy_table() -> None:
         assert getattr(entrgi_kernels, name) is not None
     for name, module in entrgi_kernels._EXPORTS.items():
         assert name in importlib.import_module(module).__all__, f"{module} does not export {name}"
+
+
+def test_extension_shares_torchs_openmp_runtime() -> None:
+    """A second runtime's threads would spin on the same cores."""
+    if importlib.util.find_spec("entrgi_kernels._C") is None or not Path("/proc/self/maps").exists():
+        pytest.skip("no compiled extension, or no /proc to look it up")
+    code = """
+        import torch, entrgi_kernels._C
+        files = {line.split()[-1] for line in open("/proc/self/maps") if "/" in line}
+        for name in files:
+            if any(kind in name for kind in ("libgomp", "libomp", "libiomp")):
+                print(name)
+    """
+    result = run_blocked(code)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) <= 1, result.stdout
