@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entrgi_kernels.rewards.template import plain_ids
+from entrgi_kernels.rewards.plain import plain_ids
 from entrgi_kernels.rewards.tokens import added_tokens, special_roles, spellings, token_kind
 
 UNMATCHED_MODES = ("unk", "zero", "pieces")
