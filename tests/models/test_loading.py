@@ -1,0 +1,164 @@
+"""Recognising and loading: what is asked of a checkpoint, and what is never done without being asked."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from entrgi_kernels import models
+from entrgi_kernels.models import MaskedDiffusion
+
+WORDS = ["<pad>", "<eos>", "a", "b", "c", "d", "e", "f", "<mask>"]
+
+
+def qwen(**changes) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(WORDS) + 3, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, initializer_range=0.2, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+        **changes,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
+
+
+def words(mask: bool = True) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<pad>"))
+    roles = {"mask_token": "<mask>"} if mask else {}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", **roles)
+
+
+def test_mask_token_is_looked_for_in_order():
+    mark = {"kind": "masked_diffusion", "mask_token_id": 5, "shift": True}
+    marked = models.wrap(qwen(entrgi=mark, mask_token_id=6), words())
+    assert (marked.mask_token_id, marked.shift) == (5, True)
+    assert models.wrap(qwen(mask_token_id=6), words()).mask_token_id == 6
+    assert models.wrap(qwen(), words()).mask_token_id == 8
+    explicit = models.wrap(qwen(entrgi=mark, mask_token_id=6), words(), mask_token_id=7, shift=False)
+    assert (explicit.mask_token_id, explicit.shift) == (7, False)
+    assert models.wrap(qwen(), words()).shift is False
+
+
+def test_a_missing_mask_token_says_what_to_pass():
+    for tokenizer in (None, words(mask=False)):
+        with pytest.raises(ValueError, match="mask_token_id="):
+            models.wrap(qwen(), tokenizer)
+
+
+def test_a_mark_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="reward"):
+        models.wrap(qwen(entrgi={"kind": "reward"}), words())
+
+
+def test_wrapping_twice():
+    model = models.wrap(qwen(), words())
+    assert models.wrap(model) is model
+    assert models.wrap(model, mask_token_id=8, shift=False) is model
+    with pytest.raises(ValueError, match="shift=False.*shift=True"):
+        models.wrap(model, shift=True)
+
+
+@pytest.mark.parametrize(("given", "named"), [("org/model", "models.load"), (3, "int"), (None, "NoneType")])
+def test_what_is_no_model(given, named):
+    with pytest.raises(TypeError, match=named):
+        models.wrap(given)
+
+
+def save(folder, model, tokenizer, **config) -> str:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return str(folder)
+
+
+def test_load(tmp_path):
+    original = qwen(entrgi={"kind": "masked_diffusion", "mask_token_id": 8, "shift": True})
+    path = save(tmp_path, original, words())
+    model, tokenizer = models.load(path, dtype=torch.float64, device="cpu")
+    assert isinstance(model, MaskedDiffusion) and model.shift and model.mask_token_id == 8
+    assert model.dtype == torch.float64 and not model.module.training
+    assert tokenizer.mask_token_id == 8
+    ids = torch.tensor([[2, 3, 8, 8]])
+    real = torch.ones_like(ids, dtype=torch.bool)
+    expected = models.wrap(original.double()).masked_logits(ids, real, ids == 8)
+    torch.testing.assert_close(model.masked_logits(ids, real, ids == 8), expected, rtol=1e-6, atol=1e-6)
+    assert models.load(path)[0].dtype == torch.float32  # as stored
+
+
+def test_load_takes_the_head_that_the_architecture_names(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    path = save(tmp_path, transformers.BertForMaskedLM(config), words())
+    model, _ = models.load(path)
+    assert type(model.module).__name__ == "BertForMaskedLM" and model.mask_form == "2d"
+
+
+REMOTE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+open({marker!r}, "w").write("ran")
+class OwnConfig(PretrainedConfig):
+    model_type = "own-diffusion"
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = torch.nn.Embedding(12, 8)
+        self.head = torch.nn.Linear(8, 12)
+        self.post_init()
+    def _init_weights(self, module):
+        pass
+    def get_input_embeddings(self):
+        return self.embed
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        keep = attention_mask[:, :, None].to(x.dtype) if attention_mask.dim() == 2 else torch.ones_like(x[..., :1])
+        return (self.head(x + (x * keep).sum(1, keepdim=True)),)
+"""
+
+
+def test_remote_code_runs_only_when_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, marker = tmp_path / "checkpoint", tmp_path / "ran"
+    folder.mkdir()
+    (folder / "own.py").write_text(REMOTE.format(marker=str(marker)))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "own-diffusion", "mask_token_id": 8,
+                    "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}})
+    )  # fmt: skip
+    words().save_pretrained(folder)
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    weights = {"embed.weight": torch.randn(12, 8), "head.weight": torch.randn(12, 8), "head.bias": torch.zeros(12)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ValueError, match="own modelling code.*trust_remote_code=True"):
+        models.load(str(folder))
+    assert not marker.exists()
+    model, _ = models.load(str(folder), trust_remote_code=True)
+    assert marker.exists() and model.mask_token_id == 8 and model.vocab_size == 12
+    torch.testing.assert_close(model.module.embed.weight.detach(), weights["embed.weight"])
+
+
+def test_unknown_types_without_code(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nobody-knows"}))
+    with pytest.raises(ValueError, match="nobody-knows.*trust_remote_code"):
+        models.load(str(tmp_path))
+
+
+def test_bad_arguments_of_load(tmp_path):
+    with pytest.raises(TypeError, match="int"):
+        models.load(7)
+    with pytest.raises(TypeError, match="'yes'"):
+        models.load(str(tmp_path), trust_remote_code="yes")
+    with pytest.raises(OSError):
+        models.load(str(tmp_path / "nothing"))
