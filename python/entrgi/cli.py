@@ -43,14 +43,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0 done, 1 failed, 2 bad input (one line on standard error), 130 interrupted.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader is gone (`| head`). Python flushes standard output once more at exit: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+
+
+def _run(arguments: list[str]) -> int:
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     try:
         args = _parse(arguments)
     except ImportError as error:
-        print(
-            f"entrgi: error: cannot load this command: {error}; `entrgi env` shows what is installed", file=sys.stderr
-        )
+        print(f"entrgi: error: cannot load this command: {error} (`entrgi env` shows what is here)", file=sys.stderr)
         return EXIT_FAILURE
     name = f"entrgi {args.command}"
     try:
@@ -63,10 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader is gone (`| head`). Python flushes standard output once more at exit: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

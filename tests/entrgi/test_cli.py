@@ -88,13 +88,23 @@ def test_unknown_command_and_missing_package(
     assert "entrgi_no_such_module" in capsys.readouterr().err
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+@pytest.mark.parametrize("arguments", [("--help",), ("env", "--json")])
+def test_a_reader_that_leaves_is_no_error(arguments: tuple[str, ...]) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+    environment.pop("PYTHONUNBUFFERED", None)  # the pipe then breaks as late as in the last flush
+    quick = "import sys\nfor name in ('torch', 'transformers', 'triton'): sys.modules[name] = None\n"
+    program = f"{quick}input()\nfrom entrgi.cli import main\nsys.exit(main({list(arguments)!r}))"
     process = subprocess.Popen(
-        [sys.executable, "-m", "entrgi", "env", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=environment, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None and process.stderr is not None
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
     process.stdout.close()
+    process.stdin.write("go\n")
+    process.stdin.close()
     errors = process.stderr.read()
     assert (process.wait(timeout=120), errors) == (0, "")

@@ -15,6 +15,7 @@ import pytest
 from entrgi import cli, env
 
 ROOT = Path(__file__).resolve().parents[2]
+NO_PACKAGES = "for name in ('torch', 'numpy', 'transformers', 'triton', 'safetensors'): sys.modules[name] = None"
 
 
 def run_entrgi(*arguments: str, before: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
@@ -87,8 +88,7 @@ def test_guarded_makes_values_json_safe_and_lets_interrupts_through() -> None:
 
 def test_without_any_dependency() -> None:
     """A broken torch is the first thing that people run this for."""
-    before = "for name in ('torch', 'numpy', 'transformers', 'triton', 'safetensors'): sys.modules[name] = None"
-    result = run_entrgi("env", "--json", before=before, PATH="")
+    result = run_entrgi("env", "--json", before=NO_PACKAGES, PATH="")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     facts = json.loads(result.stdout)
@@ -98,7 +98,7 @@ def test_without_any_dependency() -> None:
 
 
 def test_ascii_terminal() -> None:
-    result = run_entrgi("env", PYTHONIOENCODING="ascii", ENTRGI_BACKEND="näive")
+    result = run_entrgi("env", before=NO_PACKAGES, PYTHONIOENCODING="ascii", ENTRGI_BACKEND="näive")
     assert result.returncode == 0, result.stderr
     assert r"n\xe4ive" in result.stdout
 
