@@ -136,10 +136,7 @@ def classifier() -> Callable[..., torch.nn.Module]:
         settings.update(changes)
         torch.manual_seed(seed)
         config = getattr(transformers, f"{name}Config")(**settings)
-        model_class = {"Gemma3Text": "Gemma3TextForSequenceClassification"}.get(
-            name, f"{name}ForSequenceClassification"
-        )
-        return getattr(transformers, model_class)(config).to(dtype).eval()
+        return getattr(transformers, f"{name}ForSequenceClassification")(config).to(dtype).eval()
 
     return build_classifier
 

@@ -165,12 +165,8 @@ def test_suffixes_of_different_lengths_and_empty_ones(tokenizer, classifier):
     table = reward.embedding_table(tokenizer, len(tokenizer))
     alive = torch.ones(3, 3, dtype=torch.bool)
     found = reward.score_embeddings(prepared, torch.arange(3), table[torch.tensor([response] * 3)], alive)
-    expected = [
-        own_score(module, prefix + response + suffix)
-        for prefix, suffix in (
-            template.split_template(tokenizer, c, chat_template=chat_template) for c in conversations
-        )
-    ]
+    splits = [template.split_template(tokenizer, turns, chat_template=chat_template) for turns in conversations]
+    expected = [own_score(module, prefix + response + suffix) for prefix, suffix in splits]
     assert found.tolist() == pytest.approx(expected, abs=1e-10)
     alive[2, 1:] = False  # behind an empty suffix the last live slot is read
     found = reward.score_embeddings(prepared, torch.arange(3), table[torch.tensor([response] * 3)], alive)
