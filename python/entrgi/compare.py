@@ -184,6 +184,8 @@ def run(args: argparse.Namespace) -> int:
     loaded = loading.load(args, judge=True)
     comparison = compare(loaded, prompts, methods, config, trace=bool(args.report), progress=not args.quiet)
     comparison.settings["total_seconds"] = round(time.perf_counter() - start, 1)
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal without a plus-minus sign shows a question mark
+        sys.stdout.reconfigure(errors="replace")
     print(render(comparison, texts=args.texts))
     print()
     if args.json:

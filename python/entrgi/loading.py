@@ -6,6 +6,7 @@ Nothing heavy is imported at module level, so ``entrgi --help`` stays quick.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -247,10 +248,23 @@ def stream(sampler: GuidedSampler, prompts: Sequence[Prompt], **options: Any) ->
 
 
 def _quiet() -> None:
-    """No progress bars and no chatter of transformers between our own lines; its warnings stay."""
+    """No progress bars of transformers between our own lines; its warnings stay."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """transformers prints a table of missing weights; we say the same in one line."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _device(name: str, tiny: bool) -> Any:
@@ -316,9 +330,10 @@ def _load_paths(args: argparse.Namespace, device: Any) -> Loaded:
     options = {"trust_remote_code": args.trust_remote_code}
     try:
         reward_tokenizer = AutoTokenizer.from_pretrained(args.reward, **options)
-        reward, report = AutoModelForSequenceClassification.from_pretrained(
-            args.reward, dtype=_dtype(args.dtype, "auto"), output_loading_info=True, **options
-        )
+        with _without_warnings():
+            reward, report = AutoModelForSequenceClassification.from_pretrained(
+                args.reward, dtype=_dtype(args.dtype, "auto"), output_loading_info=True, **options
+            )
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"cannot load --reward {args.reward}: {_first_line(error)}") from error
     # transformers fills a missing head with noise and only warns: guidance would then follow that noise.

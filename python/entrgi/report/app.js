@@ -185,7 +185,7 @@
       return [m.key, m.lower ? Math.min(...means) : Math.max(...means)];
     }));
     $("table").replaceChildren(
-      el("caption", { textContent: "Mean over prompts ± standard error; the best of a column is bold" }),
+      el("caption", { textContent: "Mean ± standard error over prompts, the best in bold" }),
       el("thead", {}, el("tr", {}, el("th", { scope: "col", textContent: "Method" }), ...heads, el("th", { scope: "col", textContent: "seconds" }))),
       el("tbody", {}, ...data.methods.map((m) => el("tr", {}, el("th", { scope: "row" }, swatch(m.key), m.label),
         ...metrics.map((metric) => {
@@ -195,7 +195,7 @@
         }), el("td", { textContent: m.seconds.toFixed(1) })))));
     if (!data.differences.length) return;
     $("differences").replaceChildren(
-      el("caption", { textContent: "Paired differences over the same prompts ± standard error" }),
+      el("caption", { textContent: "Paired differences ± standard error" }),
       el("thead", {}, el("tr", {}, el("th", { scope: "col", textContent: "Difference" }), ...heads.map((h) => h.cloneNode(true)))),
       el("tbody", {}, ...data.differences.map((d) => el("tr", {}, el("th", { scope: "row", textContent: `${d.a} − ${d.b}` }),
         ...metrics.map((metric) => pair(d.values[metric.key], true))))));
@@ -211,6 +211,7 @@
   function listing() {
     const first = data.methods[0].key, last = data.methods[data.methods.length - 1].key;
     const top = (key, i) => Math.max(...data.samples[key][i].map((s) => s.reward ?? -Infinity));
+    $("listing-hint").textContent = `Best reward of each prompt: ${methodOf(first).label} → ${methodOf(last).label}. Inside, a click on a reward replays that sample.`;
     data.prompts.forEach((prompt, i) => {
       const body = el("div", { className: "columns" });
       const fold = el("details", {}, el("summary", {}, el("span", { className: "q", textContent: prompt }),

@@ -32,7 +32,7 @@ function signed(value) {
 // series: [{label, color, values, before, after, final}], one value of each list per step. Returns {place(step)}.
 function rewardCurve(host, series, steps, onPick) {
   const width = Math.max(280, host.clientWidth), height = width < 520 ? 170 : 200;
-  const room = { left: 34, right: width < 520 ? 74 : 96, top: 10, bottom: 24 };
+  const room = { left: 34, right: width < 520 ? 86 : 100, top: 10, bottom: 24 };
   const values = series.flatMap((s) => [...s.values, ...s.before, ...s.after, s.final]).filter((v) => v !== null && v !== undefined);
   const ticks = niceTicks(Math.min(...values, 0), Math.max(...values, 1), 4);
   const low = ticks[0], high = ticks[ticks.length - 1];
