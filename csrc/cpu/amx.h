@@ -1,0 +1,278 @@
+// Products with a bfloat16 table in AMX tiles: 16 x 32 bf16 operands, float accumulators.
+// Included inside namespace entrgi::ENTRGI_ISA, after the plain kernels, whose epilogues it uses.
+//
+// forward   p is rounded to bf16 as it is produced; E is interleaved in pairs of rows (what a B operand wants) into an
+//           L2-sized block. The interleaving works within 128-bit lanes, so the accumulator's columns are permuted;
+//           LaneOrder undoes that when the splits are added.
+// backward  G^T = E grad^T: rows of E are A operands exactly as they lie in memory; grad is packed once.
+// Both prefetch what the next step reads while the tiles work: at few rows the table's bytes are what takes the time.
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+INLINE void tiles_begin() {
+  static const TileConfig config;
+  asm volatile("ldtilecfg %0" ::"m"(config));
+}
+INLINE void tiles_end() { asm volatile("tilerelease" ::: "memory"); }
+// GCC's tile loads do not tell the compiler that they read memory.
+#define ENTRGI_FENCE asm volatile("" ::: "memory")
+
+// C[16 R, 16 S] (+)= A B over `depth` steps of 32; tiles of A at a + i * a_tile + k * a_step (rows a_row bytes apart),
+// tiles of B (64-byte rows) at b + j * b_tile + k * b_step. C: rows ldc floats apart.
+template <int R, int S, bool LOAD>
+static void tiles(const char* a, int64_t a_tile, int64_t a_step, int64_t a_row, const char* b, int64_t b_tile,
+                  int64_t b_step, int64_t depth, float* c, int64_t ldc, bool clear, bool write, Prefetcher* prefetch) {
+  const int64_t row = ldc * 4;
+  ENTRGI_FENCE;
+  if (LOAD) {
+    _tile_loadd(0, c, row);
+    if (S > 1) _tile_loadd(1, c + 16, row);
+    if (R > 1) _tile_loadd(2, c + 16 * ldc, row);
+    if (R > 1 && S > 1) _tile_loadd(3, c + 16 * ldc + 16, row);
+  } else if (clear) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k++) {
+    _tile_loadd(4, a, a_row);
+    _tile_loadd(6, b, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (S > 1) {
+      _tile_loadd(7, b + b_tile, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (R > 1) {
+      _tile_loadd(5, a + a_tile, a_row);
+      _tile_dpbf16ps(2, 5, 6);
+      if (S > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+    prefetch->step();
+    a += a_step;
+    b += b_step;
+  }
+  if (write) {
+    _tile_stored(0, c, row);
+    if (S > 1) _tile_stored(1, c + 16, row);
+    if (R > 1) _tile_stored(2, c + 16 * ldc, row);
+    if (R > 1 && S > 1) _tile_stored(3, c + 16 * ldc + 16, row);
+  }
+  ENTRGI_FENCE;
+}
+
+// --- forward ----------------------------------------------------------------------------------------------------------
+INLINE bool amx_serves(const ForwardJob& job) {
+  return job.embedding.dtype == Dtype::bf16 && job.logits.dtype != Dtype::f64;
+}
+INLINE int64_t amx_forward_block(const ForwardJob& job) {
+  const int64_t columns = ceil_div(round_up(job.d, 32), job.groups), bytes = (job.n < 128 ? 256 : 768) << 10;
+  const int64_t fit = bytes / (columns * 2) / 32 * 32;
+  return fit < 32 ? 32 : fit > 512 ? 512 : fit;
+}
+static void amx_forward_padding(const ForwardJob& job, int64_t* rows, int64_t* columns) {
+  *rows = round_up(job.n, 16);
+  *columns = round_up(job.d, 32);
+}
+// A panel's bytes; 64 more than its tiles, so that writing a row of E does not hit one L1 set over and over.
+INLINE int64_t amx_panel(int64_t block) { return block / 32 * 2048 + 64; }
+static int64_t amx_forward_scratch(const ForwardJob& job) {
+  const int64_t block = amx_forward_block(job), rows = round_up(job.n < FORWARD_ROWS ? job.n : FORWARD_ROWS, 16);
+  return round_up(job.d, 32) / 32 * amx_panel(block) + rows * block * 2 + 128;
+}
+
+// Rows of E in pairs, into panels of 32 columns: [panel][k / 32][even lanes, odd lanes][16 pairs][64 bytes]
+static void amx_pack(const bf16* x, int64_t stride, int64_t depth, int64_t columns, char* out, int64_t panel) {
+  const int64_t padded = round_up(depth, 32);
+  for (int64_t k = 0; k < padded; k += 2) {
+    const bf16 *even = x + k * stride, *odd = even + stride;
+    char* to = out + k / 32 * 2048 + k % 32 / 2 * 64;
+    for (int64_t c = 0; c < columns; c += 32, to += panel) {
+      const __mmask32 mask = columns - c >= 32 ? 0xffffffffu : (1u << (columns - c)) - 1;
+      __m512i a = k < depth ? _mm512_maskz_loadu_epi16(mask, even + c) : _mm512_setzero_si512();
+      __m512i b = k + 1 < depth ? _mm512_maskz_loadu_epi16(mask, odd + c) : _mm512_setzero_si512();
+      _mm512_store_si512((__m512i*)to, _mm512_unpacklo_epi16(a, b));
+      _mm512_store_si512((__m512i*)(to + 1024), _mm512_unpackhi_epi16(a, b));
+    }
+  }
+}
+
+// One row of p as bf16 into A tiles [k / 32][16 rows][64 bytes]; zero beyond `count`.
+template <typename T>
+INLINE void amx_probability_row(const T* x, int64_t count, float top, float factor, Scale<float> scale, char* out) {
+  const vf s = set1(top), f = set1(factor);
+  for (int64_t i = 0; i < count; i += 32, out += 1024) {
+    vf p[2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      const int64_t at = i + 16 * j, rest = count - at;
+      const vf v = rest >= 16 ? load(x + at) : load_part(x + at, rest > 0 ? (int)rest : 0, -INFINITY);
+      p[j] = vexp(scaled(v, s, scale)) * f;
+    }
+    _mm512_store_si512((__m512i*)out, (__m512i)_mm512_cvtne2ps_pbh((__m512)p[1], (__m512)p[0]));
+  }
+}
+
+template <typename T>
+static void amx_forward(const ForwardJob& job, int64_t unit, void* scratch) {
+  const int64_t split = unit / job.groups, group = unit % job.groups;
+  const int64_t block = amx_forward_block(job), columns = round_up(job.d, 32), n_padded = round_up(job.n, 16);
+  const int64_t panel = amx_panel(block), tile_row = block / 32 * 1024;  // bytes of 16 rows of p
+  int64_t v0, v1, d0, d1;
+  part_of(job.v, 512, job.splits, split, &v0, &v1);
+  part_of(job.d, 32, job.groups, group, &d0, &d1);
+  const int64_t panels = ceil_div(d1 - d0, 32), size = (int64_t)sizeof(T);
+  char* packed = (char*)scratch;
+  char* p = packed + panels * panel;
+  float* c = (float*)job.accumulators + split * n_padded * columns + d0;
+  for (int64_t n = 0; n < n_padded; n++) __builtin_memset(c + n * columns, 0, 4 * panels * 32);
+  const Scale<float> scale = reciprocal<float>(job.temperature);
+  const bf16* table = (const bf16*)job.embedding.data + d0;
+  const T* logits = (const T*)job.logits.data;
+  tiles_begin();
+  for (int64_t v = v0; v < v1; v += block) {
+    const int64_t depth = v1 - v < block ? v1 - v : block, steps = ceil_div(depth, 32);
+    const int64_t after = v + block, next = after >= v1 ? 0 : v1 - after < block ? v1 - after : block;
+    amx_pack(table + v * job.embedding.stride, job.embedding.stride, depth, d1 - d0, packed, panel);
+    for (int64_t n0 = 0; n0 < job.n; n0 += FORWARD_ROWS) {
+      const int64_t rows = job.n - n0 < FORWARD_ROWS ? job.n - n0 : FORWARD_ROWS, row_tiles = ceil_div(rows, 16);
+      for (int64_t r = 0; r < rows; r++)
+        amx_probability_row(logits + (n0 + r) * job.logits.stride + v, depth, ((const float*)job.maximum)[n0 + r],
+                            1.0f / ((const float*)job.total)[n0 + r], scale, p + r / 16 * tile_row + r % 16 * 64);
+      Prefetcher ahead;
+      ahead.list[0].set(logits + n0 * job.logits.stride + after, job.logits.stride * size, next * size, next ? rows : 0);
+      if (n0 == 0)
+        ahead.list[1].set(table + after * job.embedding.stride, job.embedding.stride * 2, (d1 - d0) * 2, next);
+      ahead.start(panels * ceil_div(row_tiles, 2) * steps);
+      for (int64_t j = 0; j < panels; j++)
+        for (int64_t i = 0; i < row_tiles; i += 2) {
+          float* to = c + (n0 + 16 * i) * columns + 32 * j;
+          const char *a = p + i * tile_row, *b = packed + j * panel;
+          if (i + 1 < row_tiles)
+            tiles<2, 2, true>(a, tile_row, 1024, 64, b, 1024, 2048, steps, to, columns, false, true, &ahead);
+          else
+            tiles<1, 2, true>(a, tile_row, 1024, 64, b, 1024, 2048, steps, to, columns, false, true, &ahead);
+        }
+    }
+  }
+  tiles_end();
+}
+static void amx_forward_unit(const ForwardJob& job, int64_t unit, void* scratch) {
+  switch (job.logits.dtype) {
+    case Dtype::f32: return amx_forward<float>(job, unit, scratch);
+    case Dtype::bf16: return amx_forward<bf16>(job, unit, scratch);
+    case Dtype::f16: return amx_forward<f16>(job, unit, scratch);
+    case Dtype::f64: return;
+  }
+}
+
+struct LaneOrder {  // column -> place in the accumulator, see amx_pack
+  int64_t operator()(int64_t d) const { return (d & ~31ll) + ((d & 4) << 2) + ((d & 24) >> 1) + (d & 3); }
+};
+static void amx_forward_combine(const ForwardJob& job, int64_t begin, int64_t end) {
+  combine_any<float>(job, begin, end, round_up(job.n, 16), round_up(job.d, 32), LaneOrder());
+}
+
+// --- backward ---------------------------------------------------------------------------------------------------------
+INLINE bool amx_serves(const BackwardJob& job) {
+  return job.embedding.dtype == Dtype::bf16 && job.logits.dtype != Dtype::f64;
+}
+// A gradient that is not bf16 goes in as the sum of two bf16 terms: 16 bits of it are kept.
+INLINE int64_t amx_terms(const BackwardJob& job) { return job.grad.dtype == Dtype::bf16 ? 1 : 2; }
+static int64_t amx_gradient_pack_size(const BackwardJob& job) {
+  return amx_terms(job) * round_up(job.n, 16) * round_up(job.d, 32) * 2;
+}
+
+// [tile of n][term][d / 32][16 pairs of d][16 n x 2]
+template <typename T>
+static void amx_pack_rows(const T* x, int64_t stride, int64_t n, int64_t d, int64_t terms, uint16_t* out) {
+  const int64_t columns = round_up(d, 32), tile = columns * 16;
+  __builtin_memset(out, 0, (size_t)(terms * round_up(n, 16) * columns * 2));
+  for (int64_t r = 0; r < n; r++)
+    for (int64_t k = 0; k < d; k++) {
+      const float value = (float)to_acc(x[r * stride + k]);
+      uint16_t* to = out + r / 16 * terms * tile + k / 2 * 32 + r % 16 * 2 + k % 2;
+      bf16 high, low;
+      from_acc(value, &high);
+      to[0] = high.bits;
+      if (terms == 1) continue;
+      from_acc(value - to_acc(high), &low);
+      to[tile] = low.bits;
+    }
+}
+static void amx_pack_gradient(const BackwardJob& job) {
+  const void* x = job.grad.data;
+  const int64_t s = job.grad.stride, terms = amx_terms(job);
+  uint16_t* out = (uint16_t*)job.packed;
+  switch (job.grad.dtype) {
+    case Dtype::f64: return amx_pack_rows((const double*)x, s, job.n, job.d, terms, out);
+    case Dtype::f32: return amx_pack_rows((const float*)x, s, job.n, job.d, terms, out);
+    case Dtype::bf16: return amx_pack_rows((const bf16*)x, s, job.n, job.d, terms, out);
+    case Dtype::f16: return amx_pack_rows((const f16*)x, s, job.n, job.d, terms, out);
+  }
+}
+static int64_t amx_backward_units(const BackwardJob& job) { return backward_units_any(job); }
+static int64_t amx_backward_scratch(const BackwardJob& job) {
+  const int64_t block = backward_block(job), rows = round_up(job.n < BACKWARD_ROWS ? job.n : BACKWARD_ROWS, 16);
+  return (2 * block * rows + 64) * 4 + 32 * round_up(job.d, 32) * 2 + 128;
+}
+
+template <typename T>
+static void amx_backward(const BackwardJob& job, int64_t unit, void* scratch) {
+  const int64_t block = backward_block(job), v0 = unit * block, count = job.v - v0 < block ? job.v - v0 : block;
+  const int64_t most = job.n < BACKWARD_ROWS ? job.n : BACKWARD_ROWS, ldg = round_up(most, 16);
+  const int64_t columns = round_up(job.d, 32), steps = columns / 32, terms = amx_terms(job), tile = columns * 32;
+  float* gt = (float*)scratch;   // [block][ldg]
+  float* g = gt + block * ldg;   // [ldg][block]
+  bf16* edge = (bf16*)(g + ldg * block + 64);
+  const bf16* table = (const bf16*)job.embedding.data + v0 * job.embedding.stride;
+  tiles_begin();
+  for (int64_t n0 = 0; n0 < job.n; n0 += BACKWARD_ROWS) {
+    const int64_t rows = job.n - n0 < BACKWARD_ROWS ? job.n - n0 : BACKWARD_ROWS, row_tiles = ceil_div(rows, 16);
+    const char* b = (const char*)job.packed + n0 / 16 * terms * tile;
+    Prefetcher ahead;
+    for (int64_t r = 0; r < count; r += 32) {
+      const int64_t height = count - r < 32 ? count - r : 32, left = count - r - height;
+      for (int i = 0; i < AHEADS; i++) ahead.list[i].set(nullptr, 0, 0, 0);
+      if (n0 == 0)
+        ahead.list[0].set(table + (r + 32) * job.embedding.stride, job.embedding.stride * 2, job.d * 2,
+                          left < 32 ? left : 32);
+      if (r == 0) ahead_of_tile<T>(job, n0, rows, v0, count, 0, job.d, &ahead);
+      ahead.start(ceil_div(row_tiles, 2) * terms * steps);
+      const char* a = (const char*)(table + r * job.embedding.stride);
+      int64_t a_row = job.embedding.stride * 2;
+      if (height < 32 || columns != job.d) {
+        __builtin_memset(edge, 0, (size_t)(32 * columns * 2));
+        for (int64_t i = 0; i < height; i++)
+          __builtin_memcpy(edge + i * columns, table + (r + i) * job.embedding.stride, (size_t)(job.d * 2));
+        a = (const char*)edge;
+        a_row = columns * 2;
+      }
+      for (int64_t i = 0; i < row_tiles; i += 2)
+        for (int64_t t = 0; t < terms; t++) {
+          const char* right = b + (i * terms + t) * tile;
+          float* c = gt + r * ldg + 16 * i;
+          if (i + 1 < row_tiles)
+            tiles<2, 2, false>(a, 16 * a_row, 64, a_row, right, terms * tile, 1024, steps, c, ldg, t == 0,
+                               t + 1 == terms, &ahead);
+          else
+            tiles<2, 1, false>(a, 16 * a_row, 64, a_row, right, terms * tile, 1024, steps, c, ldg, t == 0,
+                               t + 1 == terms, &ahead);
+        }
+    }
+    transpose(gt, ldg, round_up(count, 16), round_up(rows, 16), g, block);
+    epilogue<T>(job, n0, rows, v0, count, g, block);
+  }
+  tiles_end();
+}
+static void amx_backward_unit(const BackwardJob& job, int64_t unit, void* scratch) {
+  switch (job.logits.dtype) {
+    case Dtype::f32: return amx_backward<float>(job, unit, scratch);
+    case Dtype::bf16: return amx_backward<bf16>(job, unit, scratch);
+    case Dtype::f16: return amx_backward<f16>(job, unit, scratch);
+    case Dtype::f64: return;
+  }
+}

@@ -1,0 +1,168 @@
+"""The compiled CPU kernels (csrc/) behind the raw functions of :mod:`entrgi_kernels.backends.eager`.
+
+The extension ``entrgi_kernels._C`` is built by setup.py; importing it registers ``torch.ops.entrgi_native``. Where it was
+not built, or cannot be loaded, :func:`why_not` says why and nothing else of the package is affected. docs/native.md
+describes the algorithms, the instruction sets and how to run the sanitisers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@lru_cache(maxsize=None)
+def _extension() -> ModuleType | str:
+    """The extension module, or the reason why it cannot be loaded."""
+    try:
+        return importlib.import_module("entrgi_kernels._C")
+    except ModuleNotFoundError:
+        return (
+            "the extension entrgi_kernels._C is not built (no C++ compiler at install time, or ENTRGI_DISABLE_EXTENSION "
+            "was set); build it with 'python setup.py build_ext --inplace'"
+        )
+    except ImportError as error:
+        return f"the extension entrgi_kernels._C cannot be loaded, probably built for another torch: {error}"
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot serve a device and dtype; None when it can."""
+    extension = _extension()
+    if isinstance(extension, str):
+        return extension
+    if device.type != "cpu":
+        return f"it runs on CPU tensors, not on {device.type}"
+    if dtype not in _DTYPES:
+        return f"it serves {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}, not {dtype}"
+    return None
+
+
+def build_info() -> dict[str, object]:
+    """Facts about the extension: compiler, instruction sets compiled in and supported here, the one in use.
+
+    Raises:
+        RuntimeError: the extension cannot be loaded; the message says why.
+    """
+    return dict(_loaded().build_info())
+
+
+def set_isa(name: str) -> None:
+    """Force an instruction set ("baseline", "avx2", "avx512", "amx"), "" for the best one. For tests and measurements.
+
+    Raises:
+        ValueError: this machine cannot run it.
+        RuntimeError: the extension cannot be loaded; the message says why.
+    """
+    _loaded().set_isa(name)
+
+
+def _loaded() -> ModuleType:
+    extension = _extension()
+    if isinstance(extension, str):
+        raise RuntimeError(extension)
+    return extension
+
+
+def softmax_entropy(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-sum-exp [N], entropy [N] in nats) of softmax(logits / temperature), both acc."""
+    return torch.ops.entrgi_native.softmax_entropy(logits, temperature)
+
+
+def softmax_entropy_backward(
+    logits: torch.Tensor,
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_lse: torch.Tensor,
+    grad_entropy: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """d lse/d logits = p / tau, d H/d logits = -p (log p + H) / tau; [N, V] of the logits' dtype."""
+    return torch.ops.entrgi_native.softmax_entropy_backward(
+        logits, lse, entropy, grad_lse, grad_entropy, temperature
+    )
+
+
+def sample_tokens(
+    logits: torch.Tensor, rng: torch.Tensor, rows: torch.Tensor, temperature: float, top_k: int, top_p: float
+) -> torch.Tensor:
+    """Tokens [N] int64 drawn from the filtered softmax(logits / temperature); argmax at temperature 0; -1 if bad."""
+    return torch.ops.entrgi_native.sample_tokens(logits, rng, rows, temperature, top_k, top_p)
+
+
+def soft_embedding(
+    logits: torch.Tensor, embedding: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(softmax(logits / temperature) @ embedding [N, D] in acc, log-sum-exp [N] in acc)."""
+    return torch.ops.entrgi_native.soft_embedding(logits, embedding, temperature)
+
+
+def soft_embedding_backward(
+    logits: torch.Tensor,
+    embedding: torch.Tensor,
+    grad: torch.Tensor,
+    soft: torch.Tensor,
+    lse: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """d loss/d logits [N, V] of the logits' dtype, from `grad` = d loss/d soft embedding [N, D]."""
+    return torch.ops.entrgi_native.soft_embedding_backward(logits, embedding, grad, soft, lse, temperature)
+
+
+def soft_embedding_grad_table(
+    logits: torch.Tensor, grad: torch.Tensor, lse: torch.Tensor, temperature: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """d loss/d embedding = p^T grad [V, D] of `dtype`."""
+    return torch.ops.entrgi_native.soft_embedding_grad_table(logits, grad, lse, temperature, dtype)
+
+
+def entrgi_embedding(
+    logits: torch.Tensor,
+    embedding: torch.Tensor,
+    rng: torch.Tensor,
+    rows: torch.Tensor,
+    tokens: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    weight_mode: str,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]:
+    """The whole forward: soft + weight (E[token] - soft); see the eager twin for arguments and returns."""
+    return torch.ops.entrgi_native.entrgi_embedding(
+        logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p
+    )
+
+
+def guidance_update_(
+    logits: torch.Tensor,
+    grad: torch.Tensor,
+    embedding: torch.Tensor,
+    soft: torch.Tensor,
+    lse: torch.Tensor,
+    exp_avg: torch.Tensor | None,
+    exp_avg_sq: torch.Tensor | None,
+    step: int,
+    temperature: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """One Adam step on the logits, in place, from `grad` = d loss/d embedding [N, D]; see the eager twin."""
+    torch.ops.entrgi_native.guidance_update_(
+        logits, grad, embedding, soft, lse, exp_avg, exp_avg_sq, step, temperature, lr, beta1, beta2, eps
+    )
+
+
+def unmask_confidence(
+    logits: torch.Tensor, tokens: torch.Tensor, alg: str, temperature: float, top_k: int, top_p: float
+) -> torch.Tensor:
+    """Confidence [N] in acc of each row's token; NaN for a bad row; see the eager twin for `alg`."""
+    return torch.ops.entrgi_native.unmask_confidence(logits, tokens, alg, temperature, top_k, top_p)
