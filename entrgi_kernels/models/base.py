@@ -22,8 +22,9 @@ from entrgi_kernels.models.modules import (
     plain_precision,
 )
 
-# Relative difference below which two ways through the same network count as the same result.
-_SAME = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+# Relative difference below which two ways through the same network count as the same result. Networks normalise and
+# rotate in float32 whatever their dtype, so float64 ones agree no better than this where positions are offset.
+_SAME = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 @runtime_checkable

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from entrgi_kernels.models.base import BackboneModel, DiffusionModel, mask_token_error
+from entrgi_kernels.models.compat import provide_default_rope
 from entrgi_kernels.models.dream import Dream
 from entrgi_kernels.models.llada import LLaDA
 from entrgi_kernels.models.masked_diffusion import MaskedDiffusion
@@ -104,6 +105,8 @@ def load(
             f"{path!r} (model_type {model_type!r}) {needs}; read that code, then pass trust_remote_code=True to run it"
         )
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if str(model_type).lower() == "dream":
+        provide_default_rope()
     auto = _auto_class(transformers, config, remote if not known else {})
     model = auto.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.eval()

@@ -1,0 +1,72 @@
+"""What older remote code needs under transformers 5; done only to models that need it, and said in a warning."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+logger = logging.getLogger("entrgi_kernels")
+
+
+def provide_default_rope() -> None:
+    """Give transformers its ``"default"`` rotary initialiser back.
+
+    Dream's code looks it up in ``ROPE_INIT_FUNCTIONS``, where transformers 5 no longer has it, so that the model
+    cannot even be built. The entry is added for the whole process; nothing that is there is changed.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if "default" not in ROPE_INIT_FUNCTIONS:
+        ROPE_INIT_FUNCTIONS["default"] = default_rope
+        logger.warning(
+            "this version of transformers lacks the 'default' rotary initialiser that Dream's code asks for; "
+            "entrgi_kernels added it to ROPE_INIT_FUNCTIONS"
+        )
+
+
+def default_rope(
+    config: Any, device: torch.device | None = None, seq_len: int | None = None, **_: Any
+) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies [head width / 2] of plain rotary embeddings, theta^(-2i / width), and the scaling 1."""
+    theta = getattr(config, "rope_theta", None)
+    if theta is None:
+        theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    exponents = torch.arange(0, width, 2, dtype=torch.int64).to(device=device, dtype=torch.float32) / width
+    return 1.0 / (theta**exponents), 1.0
+
+
+def repair_rotary(module: nn.Module) -> None:
+    """Recompute rotary frequencies that loading has left uninitialised.
+
+    transformers 5 builds models without memory and fills in what the checkpoint holds. Dream's frequencies are in no
+    checkpoint (a buffer that is not persistent) and stay whatever was in memory: the logits are wrong and nothing
+    says so. Modules that know how to compute their frequencies (``rope_init_fn`` and ``reset_parameters``) are
+    checked, and reset where they differ from it.
+    """
+    repaired = 0
+    for part in module.modules():
+        frequencies = getattr(part, "inv_freq", None)
+        initialise, reset = getattr(part, "rope_init_fn", None), getattr(part, "reset_parameters", None)
+        kind = getattr(part, "rope_type", None)
+        if not isinstance(frequencies, torch.Tensor) or frequencies.is_meta or not callable(reset):
+            continue
+        if not callable(initialise) or kind not in (None, "default"):  # others may rescale them while they run
+            continue
+        expected, _ = initialise(part.config, frequencies.device, **getattr(part, "rope_kwargs", {}))
+        close = frequencies.shape == expected.shape and torch.allclose(
+            frequencies.float(), expected.float(), rtol=1e-2, atol=0.0
+        )
+        if not close:
+            reset()
+            repaired += 1
+    if repaired:
+        logger.warning(
+            "%s was loaded with uninitialised rotary frequencies in %d of its modules (a known effect of transformers "
+            "5 on older remote code); entrgi_kernels recomputed them from its config",
+            type(module).__name__,
+            repaired,
+        )
