@@ -13,6 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+# A row is read by this many programs at most. Merging kernels have as many lanes whatever the split, so that a new
+# number of rows compiles nothing.
+MOST_SPLITS = 128
+
 UNMEASURED = "not measured yet: chosen by AOT register/shared-memory analysis"
 
 
@@ -36,7 +40,7 @@ class RowConfig:
     def splits(self, rows: int, length: int, sms: int) -> int:
         """How many programs share a row of `length` entries."""
         wanted = max(1, self.programs_per_sm * sms // max(1, rows))
-        return max(1, min(wanted, length // self.slice_least, 128))
+        return max(1, min(wanted, length // self.slice_least, MOST_SPLITS))
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class GemmConfig:
 
     Attributes:
         block_n, block_v, block_d: tile over rows, vocabulary, embedding width (one of them is the summed axis).
+        parts: 1, 2 or 4 parts in which the backward's epilogue works through its tile, for registers' sake.
         engine: "fused" (own kernel) or "chunked" (probabilities or products of a chunk in memory, cuBLAS between).
     """
 
@@ -75,6 +80,7 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     engine: str = "fused"
+    parts: int = 1
     most_rows: int | None = None
     evidence: str = UNMEASURED
 
@@ -135,8 +141,8 @@ _FORWARD_32_BIT = (
 # multiprocessor has to hide, so that tiles stay at half of the shared memory.
 _BACKWARD_16_BIT = (
     GemmConfig(16, 128, 64, 4, 4, most_rows=32),
-    GemmConfig(64, 128, 64, 4, 3, most_rows=256),
-    GemmConfig(128, 128, 64, 8, 3),
+    GemmConfig(64, 128, 64, 4, 3, parts=4, most_rows=256),
+    GemmConfig(128, 128, 64, 8, 3, parts=4),
 )
 _BACKWARD_32_BIT = (
     GemmConfig(16, 64, 64, 4, 3, most_rows=32),
@@ -171,20 +177,28 @@ _SM_100 = Architecture(
 # rows, several tiles, overflowing lists of candidates, chunks. `most_rows` picks the engine so that tests see both.
 _INTERPRETER = Architecture(
     "interpreter",
-    statistics=(RowConfig(64, 1, 128, 1),),
+    statistics=(RowConfig(128, 1, 128, 1),),
     sample=SampleConfig(
-        collect=RowConfig(64, 1, 128, 1),
-        race=RowConfig(64, 1, 128, 1),
+        collect=RowConfig(128, 1, 128, 1),
+        race=RowConfig(128, 1, 128, 1),
         capacity_share=4,
         capacity_slice=32,
-        block=64,
+        block=128,
         pivots=4,
         num_warps=1,
     ),
-    confidence=RowConfig(64, 1, 128, 1),
-    elementwise=RowConfig(64, 1, 64, 1),
+    confidence=RowConfig(128, 1, 128, 1),
+    elementwise=RowConfig(128, 1, 64, 1),
     forward={s: (GemmConfig(16, 32, 16, 1, 1, most_rows=20), GemmConfig(16, 32, 16, 1, 1, "chunked")) for s in (2, 4)},
-    backward={s: (GemmConfig(16, 32, 16, 1, 1, most_rows=20), GemmConfig(16, 32, 16, 1, 1, "chunked")) for s in (2, 4)},
+    backward={
+        s: (
+            GemmConfig(16, 32, 16, 1, 1, most_rows=4),
+            GemmConfig(16, 32, 16, 1, 1, parts=2, most_rows=8),
+            GemmConfig(16, 64, 16, 1, 1, parts=4, most_rows=20),
+            GemmConfig(16, 32, 16, 1, 1, "chunked"),
+        )
+        for s in (2, 4)
+    },
     table={s: (GemmConfig(16, 32, 16, 1, 1),) for s in (2, 4)},
     merge_block=(2, 16),
     chunk_least_bytes=1 << 12,

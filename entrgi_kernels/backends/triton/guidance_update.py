@@ -34,6 +34,64 @@ def _rowdot_kernel(grad_ptr, soft_ptr, out_ptr, d, stride_g, stride_s, BLOCK: tl
 
 
 @triton.jit
+def _halves(acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of the columns."""
+    return tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish(
+    product,
+    rows,
+    inside_n,
+    first,
+    v,
+    logits_ptr,
+    stride_n,
+    delta_ptr,
+    lse_ptr,
+    exp_avg_ptr,
+    stride_m,
+    exp_avg_sq_ptr,
+    stride_v,
+    out_ptr,
+    stride_o,
+    inverse,
+    step_size,
+    root_correction,
+    beta1,
+    beta2,
+    eps,
+    ADAM: tl.constexpr,
+    STATE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Softmax gradient of one part of the tile, from `product` = g . E_v; then Adam in place, or the gradient out."""
+    columns = first + tl.arange(0, COLUMNS)
+    mask = inside_n[:, None] & (columns < v)[None, :]
+    x = tl.load(logits_ptr + rows[:, None] * stride_n + columns[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+    p = tl.exp(x * inverse - tl.load(lse_ptr + rows)[:, None])
+    delta = tl.load(delta_ptr + rows)[:, None]
+    out = out_ptr + rows[:, None] * stride_o + columns[None, :]
+    if ADAM:
+        m = tl.zeros([ROWS, COLUMNS], tl.float32)
+        s = tl.zeros([ROWS, COLUMNS], tl.float32)
+        m_ptrs = exp_avg_ptr + rows[:, None] * stride_m + columns[None, :]
+        s_ptrs = exp_avg_sq_ptr + rows[:, None] * stride_v + columns[None, :]
+        if STATE:
+            m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
+            s = tl.load(s_ptrs, mask=mask, other=0.0).to(tl.float32)
+        x, m, s = adam(x, p, product, delta, m, s, inverse, step_size, root_correction, beta1, beta2, eps)
+        if STATE:
+            tl.store(m_ptrs, m.to(exp_avg_ptr.dtype.element_ty), mask=mask)
+            tl.store(s_ptrs, s.to(exp_avg_sq_ptr.dtype.element_ty), mask=mask)
+        tl.store(out, x.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(out, (p * (product - delta) * inverse).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n"])
 def _backward_kernel(
     logits_ptr,
     stride_n,
@@ -61,6 +119,7 @@ def _backward_kernel(
     ADAM: tl.constexpr,
     STATE: tl.constexpr,
     EVEN_D: tl.constexpr,
+    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -74,7 +133,6 @@ def _backward_kernel(
     rows = tl.minimum(rows, n - 1)
     first = (pid // blocks_n) * BLOCK_V
     columns = first + tl.arange(0, BLOCK_V)
-    inside_v = columns < v
     lanes = tl.arange(0, BLOCK_D)
     g_ptrs = grad_ptr + rows[:, None] * stride_g + lanes[None, :]
     e_ptrs = table_ptr + tl.minimum(columns, v - 1).to(tl.int64)[None, :] * stride_e + lanes[:, None]
@@ -87,26 +145,28 @@ def _backward_kernel(
             g = tl.load(g_ptrs + d0, mask=(d0 + lanes)[None, :] < d, other=0.0)
             e = tl.load(e_ptrs + d0, mask=(d0 + lanes)[:, None] < d, other=0.0)
         acc = tl.dot(g, e.to(g.dtype), acc, input_precision=PRECISION)
-    mask = inside_n[:, None] & inside_v[None, :]
-    x = tl.load(logits_ptr + rows[:, None] * stride_n + columns[None, :], mask=mask, other=float("-inf")).to(tl.float32)
-    p = tl.exp(x * inverse - tl.load(lse_ptr + rows)[:, None])
-    delta = tl.load(delta_ptr + rows)[:, None]
-    out = out_ptr + rows[:, None] * stride_o + columns[None, :]
-    if ADAM:
-        m = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-        s = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-        m_ptrs = exp_avg_ptr + rows[:, None] * stride_m + columns[None, :]
-        s_ptrs = exp_avg_sq_ptr + rows[:, None] * stride_v + columns[None, :]
-        if STATE:
-            m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
-            s = tl.load(s_ptrs, mask=mask, other=0.0).to(tl.float32)
-        x, m, s = adam(x, p, acc, delta, m, s, inverse, step_size, root_correction, beta1, beta2, eps)
-        if STATE:
-            tl.store(m_ptrs, m.to(exp_avg_ptr.dtype.element_ty), mask=mask)
-            tl.store(s_ptrs, s.to(exp_avg_sq_ptr.dtype.element_ty), mask=mask)
-        tl.store(out, x.to(out_ptr.dtype.element_ty), mask=mask)
+    # Part by part, so that logits and both moments of the whole tile never are in registers at once. The halves of an
+    # accumulator lie in the same threads: taking them apart moves nothing.
+    if PARTS == 1:
+        _finish(
+            acc, rows, inside_n, first, v, logits_ptr, stride_n, delta_ptr, lse_ptr, exp_avg_ptr, stride_m,
+            exp_avg_sq_ptr, stride_v, out_ptr, stride_o, inverse, step_size, root_correction, beta1, beta2, eps,
+            ADAM, STATE, BLOCK_N, BLOCK_V,
+        )  # fmt: skip
     else:
-        tl.store(out, (p * (acc - delta) * inverse).to(out_ptr.dtype.element_ty), mask=mask)
+        left, right = _halves(acc, BLOCK_N, BLOCK_V)
+        if PARTS == 2:
+            parts = (left, right)
+        else:
+            a, b = _halves(left, BLOCK_N, BLOCK_V // 2)
+            c, d_ = _halves(right, BLOCK_N, BLOCK_V // 2)
+            parts = (a, b, c, d_)
+        for i in tl.static_range(PARTS):
+            _finish(
+                parts[i], rows, inside_n, first + i * (BLOCK_V // PARTS), v, logits_ptr, stride_n, delta_ptr, lse_ptr,
+                exp_avg_ptr, stride_m, exp_avg_sq_ptr, stride_v, out_ptr, stride_o, inverse, step_size,
+                root_correction, beta1, beta2, eps, ADAM, STATE, BLOCK_N, BLOCK_V // PARTS,
+            )  # fmt: skip
 
 
 def product_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -168,6 +228,7 @@ def _backward(
         ADAM=adam_scalars is not None,
         STATE=moments is not None,
         EVEN_D=d % entry.block_d == 0,
+        PARTS=entry.parts,
         PRECISION=target.precision,
         BLOCK_N=entry.block_n,
         BLOCK_V=entry.block_v,

@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 
+# The number of rows changes from step to step: kernels name it, and what follows from it, in `do_not_specialize`, so
+# that a new N never compiles anew (Triton would tell 1 and multiples of 16 apart). Strides and V stay specialised: the
+# width of loads hangs on them.
+#
 # The ahead-of-time gate puts a function here that records a launch instead of making it: what is compiled for other
 # machines is then exactly what the raw functions would launch, argument for argument.
 recorder: Callable[..., None] | None = None
@@ -40,8 +44,3 @@ def vector(tensor: torch.Tensor) -> torch.Tensor:
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up."""
     return -(-a // b)
-
-
-def next_power_of_2(x: int) -> int:
-    """The smallest power of two that is at least x (x >= 1)."""
-    return 1 << (x - 1).bit_length()

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from . import config
-from .launch import cdiv, launch, next_power_of_2, rows_of, vector
+from .launch import cdiv, launch, rows_of, vector
 from .nvtx import ranged
 from .philox import log_exponential, log_exponential_of, words_of_pairs
 from .statistics import RowStatistics, row_statistics
@@ -38,7 +38,7 @@ def ordered_key(x, SHIFT: tl.constexpr):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _collect_kernel(
     logits_ptr,
     stride_n,
@@ -168,7 +168,7 @@ def _race(
     return token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "top_k", "need"])
 def _pick_kernel(
     logits_ptr,
     stride_n,
@@ -254,7 +254,7 @@ def _pick_kernel(
         tl.store(thresholds_ptr + row, threshold)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _race_kernel(
     logits_ptr,
     stride_n,
@@ -295,7 +295,7 @@ def _race_kernel(
     tl.store(places_ptr + row * splits + split, tl.min(tl.where(best == top, place, 2147483647), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _race_merge_kernel(maximum_ptr, scores_ptr, places_ptr, tokens_ptr, splits, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -392,7 +392,7 @@ def _filtered(
         num_warps=entry.num_warps,
         DRAW=draw,
         CAPACITY=capacity,
-        SPLITS=next_power_of_2(splits),
+        SPLITS=config.MOST_SPLITS,
         SHIFT=_KEY_SHIFT[logits.dtype],
         PIVOTS=entry.pivots,
         BLOCK=entry.block,
@@ -453,7 +453,7 @@ def draw(
         tokens,
         splits,
         num_warps=1,
-        BLOCK=next_power_of_2(splits),
+        BLOCK=config.MOST_SPLITS,
     )
     return tokens
 

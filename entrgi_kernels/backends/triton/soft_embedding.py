@@ -36,7 +36,7 @@ def blend(soft, table_ptr, stride_e, tokens_ptr, weight_ptr, rows, columns, mask
     return tl.where(w < 0.5, soft + w * shift, hard - shift * (1.0 - w))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _forward_kernel(
     logits_ptr,
     stride_n,
@@ -105,7 +105,7 @@ def _forward_kernel(
         tl.store(out_ptr + place, mixed.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "splits"])
 def _merge_kernel(
     parts_ptr,
     table_ptr,

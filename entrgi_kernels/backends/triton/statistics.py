@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import config
-from .launch import cdiv, launch, next_power_of_2, rows_of, vector
+from .launch import cdiv, launch, rows_of, vector
 from .nvtx import ranged
 
 _PART = 5  # floats a slice leaves: maximum, sum e, sum e * d, sum e at the second temperature, largest key of argmax
@@ -36,7 +36,7 @@ class RowStatistics(NamedTuple):
     argmax: torch.Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _statistics_kernel(
     logits_ptr,
     stride_n,
@@ -98,7 +98,7 @@ def _statistics_kernel(
         tl.store(index_ptr + row * splits + split, tl.min(tl.where(best == top, place, 2147483647), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "splits"])
 def _merge_kernel(
     parts_ptr,
     index_ptr,
@@ -191,7 +191,7 @@ def row_statistics(
         splits,
         *inverses,
         num_warps=1,
-        BLOCK=next_power_of_2(splits),
+        BLOCK=config.MOST_SPLITS,
         **flags,
     )
     maximum, lse, entropy, logsum, lse2, logsum2 = out.unbind(0)

@@ -14,7 +14,7 @@ from .nvtx import ranged
 from .soft_embedding import scale_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _table_kernel(
     logits_ptr,
     stride_n,

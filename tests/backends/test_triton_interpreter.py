@@ -1,0 +1,362 @@
+"""The Triton kernels against the eager oracle on a CPU, through Triton's interpreter.
+
+The interpreter has to be chosen before the kernels are decorated, and other tests of the same run may have imported
+them already: so the file runs itself once more in a process of its own, with the variable set.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the inner process")
+def test_parity_with_eager_in_an_interpreting_process():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=1500
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and " failed" not in done.stdout
+
+
+def _patch_once() -> None:
+    """Let nested device functions reuse the language patch of the launch that calls them.
+
+    The interpreter walks through all of triton.language at every call of a device function, tl.sum included: nine
+    tenths of a launch. Inside one launch the second walk changes nothing.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original, active = interpreter._patch_lang, []
+
+    def once(function):
+        if active:
+            return interpreter._LangPatchScope()
+        scope = original(types.FunctionType((lambda: 0).__code__, {"tl": tl, "core": tl.core}))
+        active.append(scope)
+        restore = scope.restore
+
+        def done():
+            active.clear()
+            restore()
+
+        scope.restore = done
+        return scope
+
+    if hasattr(interpreter, "_LangPatchScope"):
+        interpreter._patch_lang = once
+
+
+if INTERPRETED:
+    import triton
+    import triton.language as tl
+
+    from entrgi_kernels import backends, ops
+    from entrgi_kernels.backends import eager
+    from entrgi_kernels.backends import philox as reference
+    from entrgi_kernels.backends import triton as kernels
+    from entrgi_kernels.backends.triton import config, philox, sampling, statistics
+
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's opinion of inf - inf
+    _patch_once()
+
+inner = pytest.mark.skipif(not INTERPRETED, reason="runs in the inner process")
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 3e-3}
+DTYPES = [torch.float32, torch.float16]
+# (N, V, D): V no multiple of any tile; rows split over programs; every tile of the tables; the chunked engine (N > 20).
+SHAPES = [(1, 1, 3), (3, 300, 20), (7, 150, 36), (18, 63, 17), (22, 130, 16)]
+ADAM = (0.7, 0.5, 0.9, 0.999, 1e-8)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_buffers(monkeypatch):
+    """torch.empty gives NaN and a number no index has, so that an entry nobody writes shows."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(math.nan if tensor.is_floating_point() else -77)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def make(n, v, d, dtype, seed=0, bad=True):
+    """Logits with awkward rows where there is room for them, a table and a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, v, generator=generator) * 3
+    if v > 20 and n > 2:
+        logits[0, 3:9] = -math.inf
+        logits[1, 10:20] = logits[1].max()
+    if bad and n > 6:
+        logits[2] = -math.inf
+        logits[2, v // 2] = 1.0
+        logits[3], logits[4, 5], logits[5, v - 1] = -math.inf, math.nan, math.inf
+    table, grad = torch.randn(v, d, generator=generator), torch.randn(n, d, generator=generator)
+    return logits.to(dtype), table.to(dtype), grad.to(dtype)
+
+
+def close(ours, theirs, dtype, what=""):
+    """Same dtype, shape, NaN and infinities; finite entries within the tolerance of the largest."""
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, what
+    if not ours.is_floating_point():
+        assert torch.equal(ours, theirs), what
+        return
+    finite = theirs.isfinite()
+    assert torch.equal(ours.isnan(), theirs.isnan()), f"{what}: NaN elsewhere"
+    assert torch.equal(ours[~finite & ~ours.isnan()], theirs[~finite & ~theirs.isnan()]), what
+    if finite.any():
+        scale = theirs[finite].double().abs().max().clamp(min=1e-6)
+        error = float((ours[finite].double() - theirs[finite].double()).abs().max() / scale)
+        assert error <= TOLERANCE[dtype], f"{what}: relative error {error:.2e}"
+
+
+@inner
+def test_what_it_serves():
+    cpu = torch.device("cpu")
+    assert kernels.why_not(cpu, torch.float32) is None
+    assert "float64" in kernels.why_not(cpu, torch.float64)
+    assert "meta" in kernels.why_not(torch.device("meta"), torch.float32)
+    with pytest.raises(backends.BackendUnavailableError, match="float64"):
+        ops.softmax_entropy(torch.zeros(1, 2, dtype=torch.float64), backend="triton")
+
+
+@inner
+def test_philox_words_are_the_specification():
+    @triton.jit
+    def kernel(rng, out, key, B: tl.constexpr):
+        pair = tl.arange(0, B)
+        x0, x1, x2, x3 = philox.words_of_pairs(pair, rng, tl.load(key))
+        tl.store(out + pair * 4, x0.to(tl.int64))
+        tl.store(out + pair * 4 + 1, x1.to(tl.int64))
+        tl.store(out + pair * 4 + 2, x2.to(tl.int64))
+        tl.store(out + pair * 4 + 3, x3.to(tl.int64))
+
+    for seed, step, key in ((0, 0, 0), (-(1 << 62) + 12345, (1 << 40) + 7, -(1 << 50) + 3)):
+        rng = torch.tensor([seed, step])
+        out = torch.zeros(32, 4, dtype=torch.int64)
+        kernel[(1,)](rng, out, torch.tensor([key]), B=32)
+        high, low = reference.words(rng, torch.tensor(key), torch.arange(64))
+        assert torch.equal(out.view(-1, 2), torch.stack([high, low], dim=1))
+
+
+@inner
+def test_noise_keeps_both_tails():
+    """log E at words near 0 and near 2^64, where a careless logarithm or a rounded uniform would be off."""
+
+    @triton.jit
+    def kernel(high, low, out, B: tl.constexpr):
+        lanes = tl.arange(0, B)
+        tl.store(
+            out + lanes, philox.log_exponential(tl.load(high + lanes).to(tl.uint32), tl.load(low + lanes).to(tl.uint32))
+        )
+
+    top = (1 << 32) - 1
+    words = [(0, 0), (0, 1), (0, top), (1, 0), (1 << 20, 5), ((1 << 31) - 1, top), (1 << 31, 0), (top, top)]
+    high, low = (torch.tensor([pair[i] for pair in words]) for i in (0, 1))
+    out = torch.zeros(len(words))
+    kernel[(1,)](high, low, out, B=len(words))
+    for (a, b), value in zip(words, out.tolist(), strict=True):
+        w = (a << 32) + b
+        exact = (
+            math.log(-math.log1p(-(w + 0.5) / 2**64))
+            if w < 1 << 63
+            else math.log(-math.log(((2**64 - 1 - w) + 0.5) / 2**64))
+        )
+        assert abs(value - exact) <= 4e-7 * max(1.0, abs(exact))
+
+
+@inner
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES[:4])
+def test_statistics(shape, dtype):
+    logits, _, _ = make(*shape, dtype)
+    found = statistics.row_statistics(logits, 1.0, second=0.7, argmax=True)
+    lse, entropy = eager.softmax_entropy(logits, 1.0)
+    close(found.lse, lse, torch.float32, "lse")
+    close(found.entropy, entropy, torch.float32, "entropy")
+    close(found.lse2, eager.softmax_entropy(logits, 0.7)[0], torch.float32, "lse2")
+    assert torch.equal(found.argmax, logits.argmax(dim=-1))
+
+
+@inner
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (0, 0.9), (5, 1.0), (40, 0.5), (3, 0.99), (0, 0.05)])
+def test_draws_are_the_oracles(dtype, top_k, top_p):
+    rng = torch.tensor([11, 5])
+    for shape in ((1, 1, 1), (8, 150, 1), (3, 300, 1)):
+        logits, _, _ = make(*shape, dtype)
+        rows = torch.arange(shape[0]) * (1 << 40) - 9
+        ours = kernels.sample_tokens(logits, rng, rows, 0.7, top_k, top_p)
+        assert torch.equal(ours, eager.sample_tokens(logits, rng, rows, 0.7, top_k, top_p))
+
+
+@inner
+def test_a_flat_row_overflows_its_list_and_is_searched_in_full():
+    logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(3)) * 0.05
+    rng, rows = torch.tensor([1, 2]), torch.arange(2)
+    entry = config.target(logits.device).architecture.sample
+    assert 300 > 2 * entry.capacity_slice  # all entries pass the cut-off, more than the lists of two slices hold
+    for top_k, top_p in ((0, 0.6), (250, 1.0), (100, 0.9)):
+        ours = kernels.sample_tokens(logits, rng, rows, 1.0, top_k, top_p)
+        assert torch.equal(ours, eager.sample_tokens(logits, rng, rows, 1.0, top_k, top_p))
+
+
+@inner
+def test_the_threshold_keeps_exactly_the_oracles_set():
+    logits = torch.randn(5, 140, generator=torch.Generator().manual_seed(4)).mul(2).round()  # ties, and -0.0
+    for top_k, top_p in ((0, 0.7), (9, 1.0), (20, 0.9), (0, 0.999)):
+        found = statistics.row_statistics(logits, 0.8)
+        keys = sampling.filter_thresholds(logits, found, 0.8, top_k, top_p)
+        bits = torch.where(logits == 0, torch.zeros_like(logits), logits).view(torch.int32)
+        kept = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >= keys[:, None]
+        assert torch.equal(kept, logits >= eager.filter_threshold(logits, 0.8, top_k, top_p)[:, None])
+
+
+@inner
+def test_draws_at_temperature_zero_and_of_empty_batches():
+    logits, table, _ = make(8, 150, 4, torch.float32)
+    rng, rows = torch.tensor([1, 2]), torch.arange(8)
+    ours = kernels.sample_tokens(logits, rng, rows, 0.0, 0, 1.0)
+    assert torch.equal(ours, eager.sample_tokens(logits, rng, rows, 0.0, 0, 1.0))
+    none = kernels.entrgi_embedding(logits[:0], table, rng, rows[:0], None, None, "entropy", 0.7, 0, 0.9)
+    assert [tuple(t.shape) for t in none] == [(0, 4), (0,), (0,), (0,), (0, 4), (0,), (0,)]
+    kernels.guidance_update_(logits[:0], none[0], table, none[4], none[5], None, None, 1, *ADAM)
+
+
+@inner
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_whole_forward(shape, dtype):
+    logits, table, _ = make(*shape, dtype)
+    n = shape[0]
+    rng, rows, given = torch.tensor([5, 6]), torch.arange(n), torch.linspace(0, 1, n)
+    for weight, mode, filters in ((None, "entropy", (0, 0.9)), (None, "zero", (0, 1.0)), (given, "given", (3, 1.0))):
+        ours = kernels.entrgi_embedding(logits, table, rng, rows, None, weight, mode, 0.7, *filters)
+        theirs = eager.entrgi_embedding(logits, table, rng, rows, None, weight, mode, 0.7, *filters)
+        names = ("embedding", "tokens", "weight", "entropy", "soft", "lse", "argmax")
+        for name, a, b in zip(names, ours, theirs, strict=True):
+            close(a, b, dtype if name in ("embedding", "soft") else torch.float32, f"{mode} {name}")
+
+
+@inner
+def test_injected_tokens_strided_inputs_and_float64_tables():
+    logits, table, _ = make(3, 130, 12, torch.float32)
+    rng, rows, tokens = torch.tensor([5, 6]), torch.arange(3), torch.tensor([0, 129, 64])
+    theirs = eager.entrgi_embedding(logits, table, rng, rows, tokens, None, "one", 0.7, 0, 1.0)
+    wide = torch.full((3, 260), math.nan)
+    wide[:, :130] = logits
+    for strided in (logits.t().contiguous().t(), wide[:, :130]):
+        ours = kernels.entrgi_embedding(
+            strided, table.t().contiguous().t(), rng, rows, tokens, None, "one", 0.7, 0, 1.0
+        )
+        close(ours[0], theirs[0], torch.float32)
+        assert torch.equal(ours[0], table[tokens])  # weight 1 gives the hard token's embedding, exactly
+    expanded = logits[:1].expand(3, -1)
+    close(kernels.softmax_entropy(expanded, 1.0)[1], eager.softmax_entropy(expanded, 1.0)[1], torch.float32)
+    soft, lse = kernels.soft_embedding(logits, table.double(), 0.7)
+    assert soft.dtype == lse.dtype == torch.float64
+    close(soft, eager.soft_embedding(logits, table.double(), 0.7)[0], torch.float32)
+
+
+@inner
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_through_the_operators(shape, dtype):
+    logits, table, grad = make(*shape, dtype, bad=False)
+    found = {}
+    for backend in ("triton", "eager"):
+        x, e = logits.clone().requires_grad_(), table.clone().requires_grad_()
+        ops.soft_embedding(x, e, temperature=0.7, backend=backend).backward(grad)
+        y = logits.clone().requires_grad_()
+        lse, entropy = ops.softmax_entropy(y, 0.7, backend=backend)
+        (lse.sum() + (entropy * torch.arange(1, len(entropy) + 1)).sum()).backward()
+        z = logits.clone().requires_grad_()
+        ops.entrgi_embedding(z, table, temperature=0.7, top_p=0.9, backend=backend).embedding.backward(grad)
+        found[backend] = x.grad, e.grad, y.grad, z.grad
+    for name, a, b in zip(("logits", "table", "statistics", "blend"), *found.values(), strict=True):
+        close(a, b, dtype, name)
+
+
+@inner
+@pytest.mark.parametrize("n", [3, 7, 18, 22])
+@pytest.mark.parametrize("state", ["float32", "float16", "none"])
+def test_guidance_update(n, state):
+    logits, table, grad = make(n, 150, 20, torch.float32)
+    soft, lse = eager.soft_embedding(logits, table, 0.7)
+    dtype = getattr(torch, state, torch.float32)
+    runs = []
+    for backend in (kernels, eager):
+        phi = logits.clone()
+        moments = (
+            (None, None)
+            if state == "none"
+            else (torch.zeros_like(phi, dtype=dtype), torch.zeros_like(phi, dtype=dtype))
+        )
+        for step in (1,) if state == "none" else (1, 2):
+            backend.guidance_update_(phi, grad, table, soft, lse, *moments, step, *ADAM)
+        runs.append((phi, *(m for m in moments if m is not None)))
+    for a, b in zip(*runs, strict=True):
+        # Adam divides by |g|: where g is at the level of rounding its first steps amplify it. Bounded, and rare.
+        agrees = (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= 1e-4 * b.abs().clamp(min=1e-3))
+        assert agrees.float().mean() > 0.999
+    assert torch.equal(runs[0][0] == -math.inf, runs[1][0] == -math.inf)
+
+
+@inner
+def test_guidance_update_in_place_on_strided_tensors():
+    logits, table, grad = make(7, 150, 20, torch.float32, bad=False)
+    soft, lse = eager.soft_embedding(logits, table, 0.7)
+    expected, wide = logits.clone(), torch.full((7, 310), 5.0)
+    eager.guidance_update_(expected, grad, table, soft, lse, None, None, 1, *ADAM)
+    wide[:, :150] = logits
+    transposed = logits.t().contiguous().t()
+    for phi in (wide[:, :150], transposed):
+        kernels.guidance_update_(phi, grad, table, soft, lse, None, None, 1, *ADAM)
+        assert ((phi - expected).abs() <= 1e-4 * expected.abs().clamp(min=1e-2)).float().mean() > 0.999
+    assert bool((wide[:, 150:] == 5.0).all())
+
+
+@inner
+@pytest.mark.parametrize("alg", ["entropy", "maskgit_plus", "topk_margin", "anchor"])
+def test_confidence(alg):
+    for dtype, shape in ((torch.float32, (8, 150, 1)), (torch.float16, (3, 300, 1)), (torch.float32, (1, 1, 1))):
+        logits, _, _ = make(*shape, dtype)
+        tokens = torch.arange(shape[0]) * 3 % shape[1]
+        for top_k, top_p in ((0, 1.0), (0, 0.9), (1, 1.0)):
+            ours = kernels.unmask_confidence(logits, tokens, alg, 0.7, top_k, top_p)
+            close(ours, eager.unmask_confidence(logits, tokens, alg, 0.7, top_k, top_p), torch.float32, alg)
+
+
+@inner
+def test_large_logits_keep_their_differences():
+    """exp((x - max) / tau - log s), never exp(x / tau - lse): at 1e4 the latter is off by a thousandth."""
+    logits = torch.randn(3, 130, generator=torch.Generator().manual_seed(1)) + torch.tensor([[1e4], [-1e4], [0.0]])
+    table = torch.randn(130, 8, generator=torch.Generator().manual_seed(2))
+    soft, _ = kernels.soft_embedding(logits, table, 0.7)
+    exact = torch.softmax(logits.double() / 0.7, dim=-1) @ table.double()
+    assert float((soft - exact).abs().max()) < 1e-5
+
+
+@inner
+def test_same_bits_twice():
+    logits, table, grad = make(7, 150, 20, torch.float32, bad=False)
+    rng, rows = torch.tensor([5, 6]), torch.arange(7)
+    first, second = (
+        kernels.entrgi_embedding(logits, table, rng, rows, None, None, "entropy", 0.7, 0, 0.9) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
