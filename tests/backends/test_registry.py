@@ -1,0 +1,133 @@
+"""The choice among backends: explicit ones raise and say why, only "auto" falls back, and says so once."""
+
+from __future__ import annotations
+
+import logging
+import types
+
+import pytest
+import torch
+
+from entrgi_kernels import backends, ops
+
+X = torch.zeros(2, 3)
+CPU = torch.device("cpu")
+
+
+def _module(reason: str | None) -> types.ModuleType:
+    module = types.ModuleType("stand_in")
+    module.why_not = lambda device, dtype: reason
+    return module
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Backends by name -> module or the reason why it cannot be imported; caches emptied before and after."""
+
+    def clear():
+        for function in (backends._choose, backends._say_once):
+            function.cache_clear()
+
+    known: dict[str, types.ModuleType | str] = {name: f"no {name} here" for name in backends.NAMES}
+    known["eager"] = _module(None)
+    monkeypatch.setattr(backends, "_load", known.__getitem__)
+    monkeypatch.delenv("ENTRGI_BACKEND", raising=False)
+    clear()
+    yield known
+    clear()
+
+
+def test_every_name_is_listed_in_order(registry):
+    infos = backends.backends()
+    assert list(infos) == ["eager", "native", "triton", "cuda"]
+    assert infos["eager"].available and "cpu" in infos["eager"].devices and infos["eager"].reason is None
+    assert not infos["native"].available and infos["native"].devices == ()
+    assert infos["native"].reason == "no native here"
+
+
+def test_a_backend_that_fails_when_asked_is_unavailable_and_says_why(registry):
+    def broken(device, dtype):
+        raise OSError("driver went away")
+
+    registry["triton"] = _module(None)
+    registry["triton"].why_not = broken
+    assert "driver went away" in backends.backends()["triton"].reason
+    with pytest.raises(backends.BackendUnavailableError, match="driver went away"):
+        backends.resolve("triton", X)
+
+
+def test_an_explicit_backend_that_cannot_serve_raises_and_says_why(registry):
+    registry["triton"] = _module("Triton needs a GPU")
+    with pytest.raises(backends.BackendUnavailableError, match="backend='triton'.*float32.*cpu.*Triton needs a GPU"):
+        backends.resolve("triton", X)
+    with pytest.raises(backends.BackendUnavailableError, match="no native here"):
+        ops.softmax_entropy(X, backend="native")
+
+
+def test_auto_prefers_what_serves_and_falls_back_once_aloud(registry, caplog):
+    with caplog.at_level(logging.WARNING, logger="entrgi_kernels"):
+        assert backends.resolve("auto", X) is registry["eager"]
+        assert backends.resolve("auto", X.double()) is registry["eager"]
+        assert backends.resolve("auto", X) is registry["eager"]
+    assert [r.getMessage() for r in caplog.records] == ["backend 'native' is not used on cpu: no native here"]
+    backends._choose.cache_clear()
+    registry["native"] = _module(None)
+    assert backends.resolve("auto", X) is registry["native"]
+
+
+def test_auto_takes_eager_on_a_device_without_preference(registry):
+    registry["native"] = _module(None)
+    assert backends.resolve("auto", X.to("meta")) is registry["eager"]
+
+
+def test_environment_variable_is_the_default_of_auto_alone(registry, monkeypatch):
+    registry["native"] = _module(None)
+    monkeypatch.setenv("ENTRGI_BACKEND", "eager")
+    assert backends.resolve("auto", X) is registry["eager"]
+    assert backends.resolve("native", X) is registry["native"]
+    for empty in ("", "auto"):
+        monkeypatch.setenv("ENTRGI_BACKEND", empty)
+        assert backends.resolve("auto", X) is registry["native"]
+    monkeypatch.setenv("ENTRGI_BACKEND", "triton")  # chosen by hand, so it does not fall back
+    with pytest.raises(backends.BackendUnavailableError, match="no triton here"):
+        backends.resolve("auto", X)
+
+
+def test_unknown_names(registry, monkeypatch):
+    with pytest.raises(ValueError, match="backend='mps': expected 'auto' or one of 'eager', 'native', 'triton'"):
+        backends.resolve("mps", X)
+    monkeypatch.setenv("ENTRGI_BACKEND", "fast")
+    with pytest.raises(ValueError, match="ENTRGI_BACKEND='fast': expected 'auto'"):
+        backends.resolve("auto", X)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ModuleNotFoundError("No module named 'triton'", name="triton"), "needs the package 'triton'"),
+        (ImportError("undefined symbol: x"), "ImportError: undefined symbol: x"),
+        (RuntimeError("no driver"), "RuntimeError: no driver"),
+        (ModuleNotFoundError("gone", name="entrgi_kernels.backends.triton"), "has no triton backend"),
+    ],
+)
+def test_a_backend_that_cannot_be_imported_takes_no_other_down(monkeypatch, error, words):
+    real = backends.importlib.import_module
+
+    def import_module(name):
+        if name.endswith(".triton"):
+            raise error
+        return real(name)
+
+    backends._load.cache_clear()
+    monkeypatch.setattr(backends.importlib, "import_module", import_module)
+    try:
+        infos = backends.backends()
+    finally:
+        backends._load.cache_clear()
+    assert infos["eager"].available and words in infos["triton"].reason
+
+
+def test_the_real_ones():
+    for name, info in backends.backends().items():
+        assert info.available == bool(info.devices) == (info.reason is None) and info.name == name
+    assert backends.resolve("eager", X).__name__ == "entrgi_kernels.backends.eager"

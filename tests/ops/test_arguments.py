@@ -1,0 +1,184 @@
+"""Bad arguments: each error names the value and says what is accepted."""
+
+from __future__ import annotations
+
+import math
+
+import ops_reference as ref
+import pytest
+import torch
+
+from entrgi_kernels import ops
+
+X, E, TOKENS = ref.peaked(3, 7), ref.table(7, 4), torch.zeros(3, dtype=torch.int64)
+SOFT, LSE = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+
+
+def update(**changes):
+    arguments = {"logits": X.clone(), "grad_embedding": SOFT, "embedding": E, "soft": SOFT, "logsumexp": LSE, "lr": 0.5}
+    return ops.guidance_update_(**(arguments | changes))
+
+
+def state(*shape: int, dtype: torch.dtype = torch.float64) -> ops.AdamState:
+    return ops.AdamState(torch.zeros(*shape, dtype=dtype), torch.zeros(*shape, dtype=dtype))
+
+
+CALLS = {
+    "softmax_entropy": lambda x=X, **k: ops.softmax_entropy(x, **k),
+    "sample_tokens": lambda x=X, **k: ops.sample_tokens(x, **k),
+    "soft_embedding": lambda x=X, **k: ops.soft_embedding(x, E, **k),
+    "entrgi_embedding": lambda x=X, **k: ops.entrgi_embedding(x, E, **k),
+    "guidance_update_": lambda x=X, **k: update(logits=x, **k),
+    "unmask_confidence": lambda x=X, **k: ops.unmask_confidence(x, TOKENS, **k),
+}
+FILTERED = ["sample_tokens", "entrgi_embedding", "unmask_confidence"]
+DRAWING = ["sample_tokens", "entrgi_embedding"]
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"x": [[1.0]]}, TypeError, ["logits is list", "torch.Tensor"]),
+        ({"x": torch.zeros(7)}, ValueError, ["logits has shape [7]", "[N, V]"]),
+        ({"x": torch.zeros(2, 3, 7)}, ValueError, ["logits has shape [2, 3, 7]", "[N, V]"]),
+        ({"x": torch.zeros(3, 0)}, ValueError, ["logits has shape [3, 0]", "V >= 1"]),
+        ({"x": torch.zeros(3, 7, dtype=torch.int64)}, TypeError, ["torch.int64", "torch.bfloat16"]),
+        ({"temperature": -0.1}, ValueError, ["temperature=-0.1", ">= 0"]),
+        ({"temperature": math.nan}, ValueError, ["temperature=nan", "finite"]),
+        ({"temperature": math.inf}, ValueError, ["temperature=inf", "finite"]),
+        ({"temperature": "hot"}, TypeError, ["temperature='hot'", "str", "finite number"]),
+        ({"temperature": None}, TypeError, ["temperature=None", "finite number"]),
+        ({"temperature": torch.tensor(1.0)}, TypeError, ["temperature=tensor(1.)", "finite number"]),
+        ({"backend": "cutlass"}, ValueError, ["backend='cutlass'", "'auto'", "'eager'", "'triton'"]),
+    ],
+    ids=lambda x: str(x)[:40] if isinstance(x, dict) else "",
+)
+def test_of_every_operator(name, changes, error, words):
+    with pytest.raises(error) as caught:
+        CALLS[name](**changes)
+    assert all(word in str(caught.value) for word in [*words, "expected"]), str(caught.value)
+
+
+@pytest.mark.parametrize("name", FILTERED)
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"top_p": 0}, ValueError, ["top_p=0", "(0, 1]"]),
+        ({"top_p": 1.5}, ValueError, ["top_p=1.5", "(0, 1]"]),
+        ({"top_p": -0.5}, ValueError, ["top_p=-0.5", "(0, 1]"]),
+        ({"top_p": math.nan}, ValueError, ["top_p=nan", "(0, 1]"]),
+        ({"top_p": "0.9"}, TypeError, ["top_p='0.9'", "str"]),
+        ({"top_k": 0}, ValueError, ["top_k=0", ">= 1"]),
+        ({"top_k": -3}, ValueError, ["top_k=-3", ">= 1"]),
+        ({"top_k": 2.0}, TypeError, ["top_k=2.0", "float", "integer"]),
+        ({"top_k": True}, TypeError, ["top_k=True", "bool"]),
+    ],
+    ids=lambda x: str(x) if isinstance(x, dict) else "",
+)
+def test_filters(name, changes, error, words):
+    with pytest.raises(error) as caught:
+        CALLS[name](**changes)
+    assert all(word in str(caught.value) for word in [*words, "expected None or"]), str(caught.value)
+
+
+@pytest.mark.parametrize("name", DRAWING)
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"seed": 1 << 63}, ValueError, [f"seed={1 << 63}", str((1 << 63) - 1)]),
+        ({"seed": 1.5}, TypeError, ["seed=1.5", "float"]),
+        ({"seed": None}, TypeError, ["seed=None", "int"]),
+        ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, ["[3]", "int64 [2]"]),
+        ({"seed": torch.zeros(2)}, ValueError, ["torch.float32", "int64 [2]"]),
+        ({"seed": torch.zeros(())}, ValueError, ["torch.float32", "int64 scalar"]),
+        ({"seed": torch.zeros(2, dtype=torch.int64), "step": 3}, ValueError, ["step=3", "expected 0"]),
+        ({"step": -1}, ValueError, ["step=-1", "from 0 to 4294967295"]),
+        ({"step": 1 << 32}, ValueError, [f"step={1 << 32}", "from 0 to 4294967295"]),
+        ({"rows": torch.arange(4)}, ValueError, ["rows has shape [4]", "[3]"]),
+        ({"rows": torch.zeros(3)}, TypeError, ["rows is torch.float32", "torch.int64"]),
+    ],
+    ids=lambda x: str(x)[:40] if isinstance(x, dict) else "",
+)
+def test_keys(name, changes, error, words):
+    with pytest.raises(error) as caught:
+        CALLS[name](**changes)
+    assert all(word in str(caught.value) for word in [*words, "expected"]), str(caught.value)
+
+
+ENTRGI = [
+    ({"weight": "linear"}, ValueError, ["weight='linear'", "'entropy'", "callable"]),
+    ({"weight": 0.5}, TypeError, ["weight is float", "tensor [N]"]),
+    ({"weight": torch.zeros(4)}, ValueError, ["weight has shape [4]", "[3]"]),
+    ({"weight": TOKENS}, TypeError, ["weight is torch.int64"]),
+    ({"weight": lambda h, v: 0.5}, TypeError, ["weight is float"]),
+    ({"tokens": TOKENS[:2]}, ValueError, ["tokens has shape [2]", "[3]"]),
+    ({"tokens": TOKENS.int()}, TypeError, ["tokens is torch.int32", "torch.int64"]),
+]
+UPDATE = [
+    ({"grad_embedding": E}, ValueError, ["grad_embedding has shape [7, 4]", "[3, 4]"]),
+    ({"soft": SOFT[:, :3]}, ValueError, ["soft has shape [3, 3]", "[3, 4]"]),
+    ({"soft": SOFT.float()}, TypeError, ["soft is torch.float32", "torch.float64"]),
+    ({"logsumexp": LSE[:2]}, ValueError, ["logsumexp has shape [2]", "[3]"]),
+    ({"logsumexp": LSE.float()}, TypeError, ["logsumexp is torch.float32", "torch.float64"]),
+    ({"lr": -1.0}, ValueError, ["lr=-1.0", ">= 0"]),
+    ({"lr": math.nan}, ValueError, ["lr=nan", "finite"]),
+    ({"betas": (0.9, 1.0)}, ValueError, ["betas=(0.9, 1.0)", "[0, 1)"]),
+    ({"betas": (-0.1, 0.9)}, ValueError, ["betas=(-0.1, 0.9)", "[0, 1)"]),
+    ({"eps": 0.0}, ValueError, ["eps=0.0", "> 0"]),
+    ({"state": state(3, 6)}, ValueError, ["state.exp_avg", "[3, 6]", "[3, 7]"]),
+    ({"state": state(3, 7, dtype=torch.int64)}, TypeError, ["state.exp_avg is torch.int64"]),
+    ({"logits": X[:1].expand(3, 7)}, ValueError, ["[3, 7]", "strides [0, 1]", "clone"]),
+    ({"logits": X.clone().requires_grad_()}, ValueError, ["require grad", "detach()"]),
+]
+OTHERS = [("entrgi_embedding", *case) for case in ENTRGI] + [
+    ("unmask_confidence", {"alg": "margin"}, ValueError, ["alg='margin'", "'topk_margin'", "'anchor'"])
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "error", "words"), OTHERS, ids=lambda x: str(x)[:40])
+def test_of_one_operator(name, changes, error, words):
+    with pytest.raises(error) as caught:
+        CALLS[name](**changes)
+    assert all(word in str(caught.value) for word in [*words, "expected"]), str(caught.value)
+
+
+@pytest.mark.parametrize(("changes", "error", "words"), UPDATE, ids=lambda x: str(x)[:40])
+def test_of_the_update(changes, error, words):
+    with pytest.raises(error) as caught:
+        update(**changes)
+    assert all(word in str(caught.value) for word in [*words, "expected"]), str(caught.value)
+
+
+@pytest.mark.parametrize("call", [ops.soft_embedding, ops.entrgi_embedding])
+@pytest.mark.parametrize(
+    ("table", "error", "words"),
+    [
+        (ref.table(6, 4), ValueError, ["embedding has 6 rows", "7 columns", "one row per"]),
+        (ref.table(7, 1)[:, 0], ValueError, ["embedding has shape [7]", "[V, D]"]),
+        (E[:, :0], ValueError, ["embedding has shape [7, 0]", "D >= 1"]),
+        (E.long(), TypeError, ["embedding is torch.int64"]),
+        (E.tolist(), TypeError, ["embedding is list", "[V, D]"]),
+        (E.to("meta"), ValueError, ["embedding is on meta", "cpu", "one device"]),
+    ],
+    ids=["rows", "dim", "empty", "int", "list", "device"],
+)
+def test_tables(call, table, error, words):
+    with pytest.raises(error) as caught:
+        call(X, table)
+    assert all(word in str(caught.value) for word in [*words, "expected"]), str(caught.value)
+
+
+def test_numpy_numbers_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    ours = ops.sample_tokens(
+        X, temperature=numpy.float32(0.5), top_k=numpy.int64(3), top_p=numpy.float64(0.5), seed=numpy.int64(3)
+    )
+    assert torch.equal(ours, ops.sample_tokens(X, temperature=0.5, top_k=3, top_p=0.5, seed=3))
+
+
+def test_phi_that_requires_grad_is_moved_under_no_grad():
+    x = X.clone().requires_grad_()
+    with torch.no_grad():
+        update(logits=x, grad_embedding=torch.ones_like(SOFT))
+    assert not torch.equal(x.detach(), X)

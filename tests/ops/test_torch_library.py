@@ -1,0 +1,241 @@
+"""The operators as torch knows them: opcheck, torch.compile, inference mode, autocast, second derivatives."""
+
+from __future__ import annotations
+
+import ops_reference as ref
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._library.custom_ops import OPDEFS
+
+from entrgi_kernels import ops
+from entrgi_kernels.ops.entrgi_embedding import forward
+
+OPS = torch.ops.entrgi
+D = 4
+
+
+def _case(name: str, x: torch.Tensor, backend: str) -> tuple:
+    """(operator, arguments) for opcheck."""
+    n, v = x.shape
+    acc = ref.accumulation(x)
+    e, g = ref.table(v, D, x.dtype), ref.table(n, D, x.dtype, seed=3)
+    rng, rows, tokens = torch.tensor([3, 4]), torch.arange(n), torch.zeros(n, dtype=torch.int64)
+    vector, soft = ref.table(n, 1, acc, seed=4)[:, 0].contiguous(), ref.table(n, D, acc, seed=5)
+    lse = torch.logsumexp(x.to(acc) / 0.7, dim=-1)
+    grad_x, grad_e = x.detach().requires_grad_(), e.clone().requires_grad_()
+    own = x.clone()
+    moments = torch.zeros_like(own), torch.zeros_like(own)
+    adam = (0.7, 0.5, 0.9, 0.999, 1e-3, backend)
+    return {
+        "softmax_entropy": (OPS.softmax_entropy, (grad_x, 0.7, backend)),
+        "softmax_entropy_backward": (
+            OPS.softmax_entropy_backward,
+            (x, lse, vector.abs(), vector, vector.clone(), 0.7, backend),
+        ),
+        "sample_tokens": (OPS.sample_tokens, (x, rng, rows, 0.7, 0, 0.9, backend)),
+        "soft_embedding": (OPS.soft_embedding, (grad_x, grad_e, 0.7, backend)),
+        "soft_embedding_backward": (OPS.soft_embedding_backward, (x, e, g, soft, lse, 0.7, backend)),
+        "soft_embedding_grad_table": (OPS.soft_embedding_grad_table, (x, e, g, lse, 0.7, backend)),
+        "entrgi_embedding": (
+            OPS.entrgi_embedding,
+            (grad_x, e, rng, rows, None, None, "entropy", 0.7, 2, 0.9, backend),
+        ),
+        "entrgi_embedding given": (
+            OPS.entrgi_embedding,
+            (grad_x, e, rng, rows, tokens, vector, "given", 0.7, 0, 1.0, backend),
+        ),
+        "entrgi_embedding zero": (
+            OPS.entrgi_embedding,
+            (grad_x, e, rng, rows, None, None, "zero", 0.7, 0, 1.0, backend),
+        ),
+        "guidance_update_": (OPS.guidance_update_, (own, g, e, soft, lse, *moments, 2, *adam)),
+        "guidance_update_ without state": (OPS.guidance_update_, (own, g, e, soft, lse, None, None, 1, *adam)),
+        "unmask_confidence": (OPS.unmask_confidence, (x, tokens, "topk_margin", 0.7, 2, 0.9, backend)),
+    }[name]
+
+
+NAMES = [
+    "softmax_entropy", "softmax_entropy_backward", "sample_tokens", "soft_embedding", "soft_embedding_backward",
+    "soft_embedding_grad_table", "entrgi_embedding", "entrgi_embedding given", "entrgi_embedding zero",
+    "guidance_update_", "guidance_update_ without state", "unmask_confidence",
+]  # fmt: skip
+INPUTS = {
+    "3x7": lambda: ref.peaked(3, 7, torch.float32),
+    "empty": lambda: ref.peaked(0, 7, torch.float32),
+    "1x1": lambda: ref.peaked(1, 1, torch.float32),
+    "transposed": lambda: ref.peaked(7, 5, torch.float32).T,
+    "float64": lambda: ref.peaked(2, 9),
+    "bfloat16": lambda: ref.peaked(2, 9, torch.bfloat16),
+}
+
+
+def test_every_operator_is_checked():
+    registered = {name.removeprefix("entrgi::") for name in OPDEFS if name.startswith("entrgi::")}
+    assert registered == {name.split()[0] for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", INPUTS)
+def test_opcheck(backend, kind, name):
+    x = INPUTS[kind]()
+    ref.served(backend, x)
+    operator, arguments = _case(name, x, backend)
+    result = torch.library.opcheck(operator.default, arguments)
+    assert set(result.values()) == {"SUCCESS"} and len(result) == 4
+
+
+def one_step(phi: torch.Tensor, e: torch.Tensor, seed: int, state: ops.AdamState, backend: str):
+    """A guidance step as a user would write it, with a draw and a confidence at its end."""
+    out, kept = forward(phi, e, temperature=0.7, top_p=0.9, seed=seed, backend=backend)
+    leaf = out.embedding.detach().requires_grad_()
+    grad = torch.cos(leaf.detach())
+    ops.guidance_update_(
+        phi, grad, e, kept.soft, kept.logsumexp, temperature=0.7, lr=0.5, eps=1e-3, state=state, backend=backend
+    )
+    tokens = ops.sample_tokens(phi, temperature=0.7, top_k=5, seed=seed, step=1, backend=backend)
+    return tokens, ops.unmask_confidence(phi, tokens, alg="maskgit_plus", temperature=0.7, backend=backend)
+
+
+def test_compiled_step_is_the_eager_step_and_new_sizes_are_no_new_graphs(backend):
+    e = ref.table(63, D)
+    ref.served(backend, e)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(one_step, backend=counter, fullgraph=True)
+    graphs = []
+    for turn, n in enumerate((5, 6, 11, 64, 3, 17)):
+        phi, expected = ref.peaked(n, 63, seed=n), ref.peaked(n, 63, seed=n)
+        tokens, confidence = compiled(phi, e, 100 + turn, ops.AdamState.zeros(phi), backend)
+        assert torch.equal(tokens, one_step(expected, e, 100 + turn, ops.AdamState.zeros(expected), backend)[0])
+        torch.testing.assert_close(phi, expected, rtol=1e-12, atol=1e-12)
+        graphs.append(counter.frame_count)
+    # The second size makes N (and the seed) dynamic, once; after that nothing is compiled again.
+    assert graphs[0] == 1 and graphs[1] <= 2 and graphs[-1] == graphs[1]
+
+
+def test_dynamic_from_the_start_never_recompiles(backend):
+    e = ref.table(63, D)
+    ref.served(backend, e)
+
+    def step(phi: torch.Tensor) -> torch.Tensor:
+        out = ops.entrgi_embedding(phi, e, temperature=0.7, top_p=0.9, backend=backend)
+        lse, entropy = ops.softmax_entropy(phi, 0.7, backend=backend)
+        soft = ops.soft_embedding(phi, e, temperature=0.7, backend=backend)
+        return (out.embedding + soft).square().sum() + (lse * entropy).sum()
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for turn, n in enumerate((5, 9, 2, 33)):
+        phi, plain = (ref.peaked(n, 63, seed=n).requires_grad_() for _ in range(2))
+        torch._dynamo.mark_dynamic(phi, 0)
+        with torch._dynamo.config.patch(error_on_recompile=turn > 0):
+            loss = compiled(phi)
+            loss.backward()
+        expected = step(plain)
+        expected.backward()
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(phi.grad, plain.grad, rtol=1e-11, atol=1e-12)
+
+
+def test_new_seeds_steps_and_adam_steps_do_not_compile_without_bound(backend):
+    x, e = ref.peaked(5, 63), ref.table(63, D)
+    ref.served(backend, x)
+    draws = CompileCounterWithBackend("aot_eager")
+
+    def draw(seed: int, step: int) -> torch.Tensor:
+        return ops.sample_tokens(x, seed=seed, step=step, backend=backend)
+
+    compiled = torch.compile(draw, backend=draws, fullgraph=True)
+    values = [(7, 300), (8, 301), (9, 302), (1 << 40, 1 << 31), (-5, 303), ((1 << 63) - 1, 304), (12, 305)]
+    for seed, step in values:
+        assert torch.equal(compiled(seed, step), draw(seed, step))
+    assert draws.frame_count <= 2
+    counter = CompileCounterWithBackend("aot_eager")
+    update = torch.compile(one_step, backend=counter, fullgraph=True)
+    state = ops.AdamState.zeros(x)
+    for turn in range(4):
+        update(x, e, 50, state, backend)
+        assert state.step == turn + 1
+    assert counter.frame_count <= 3
+
+
+def test_changing_temperature_and_filters_keep_one_graph_each(backend):
+    x = ref.peaked(40, 63)
+    ref.served(backend, x)
+
+    def draw(temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
+        return ops.sample_tokens(x, temperature=temperature, top_k=top_k, top_p=top_p, backend=backend)
+
+    compiled = torch.compile(draw, backend="aot_eager", fullgraph=True)  # a graph break raises
+    for setting in ((0.7, 3, 0.9), (0.8, 3, 0.9), (0.0, 4, 0.8)):
+        assert torch.equal(compiled(*setting), draw(*setting))
+
+
+@pytest.mark.slow
+def test_inductor(backend):
+    x, e = ref.peaked(5, 63), ref.table(63, D)
+    ref.served(backend, x)
+    torch.use_deterministic_algorithms(False)
+
+    def step(phi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # The operators alone, one on a view: no kernel is generated, so no C++ compiler is needed.
+        out = ops.entrgi_embedding(phi, e, temperature=0.7, top_p=0.9, backend=backend)
+        return out.embedding, ops.softmax_entropy(out.embedding.T, backend=backend)[1]
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        phi = x.clone().requires_grad_()
+        outputs = function(phi)
+        results.append((*outputs, *torch.autograd.grad(outputs[1].square().sum(), phi)))
+    for expected, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_inference_mode(backend):
+    e = ref.table(63, D)
+    ref.served(backend, e)
+    phi, expected = ref.peaked(5, 63), ref.peaked(5, 63)
+    tokens, confidence = one_step(expected, e, 3, ops.AdamState.zeros(expected), backend)
+    with torch.inference_mode():
+        inside = phi.clone()
+        assert inside.is_inference()
+        ours = one_step(inside, e, 3, ops.AdamState.zeros(inside), backend)
+        ops.softmax_entropy(inside, backend=backend)
+        ops.soft_embedding(inside, e, backend=backend)
+    assert torch.equal(inside, expected) and torch.equal(ours[0], tokens) and torch.equal(ours[1], confidence)
+
+
+def test_autocast_changes_nothing(backend):
+    e = ref.table(63, 33, torch.float32)
+    ref.served(backend, e)
+    results = []
+    for enabled in (False, True):
+        phi = ref.peaked(5, 63, torch.float32).requires_grad_()
+        table = e.clone().requires_grad_()
+        moved = phi.detach().clone()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out, kept = forward(phi, e, temperature=0.7, backend=backend)
+            soft = ops.soft_embedding(phi, table, temperature=0.7, backend=backend)
+            gradients = torch.autograd.grad((out.embedding * e[:5]).sum() + (soft * e[5:10]).sum(), (phi, table))
+            ops.guidance_update_(
+                moved, e[:5], e, kept.soft, kept.logsumexp, temperature=0.7, lr=0.5, eps=1.0, backend=backend
+            )
+        results.append((out.embedding, soft, *gradients, moved))
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", ["softmax_entropy", "soft_embedding", "entrgi_embedding"])
+def test_second_derivatives_are_refused_in_plain_words(backend, name):
+    x, e = ref.peaked(3, 7).requires_grad_(), ref.table(7, D)
+    ref.served(backend, x)
+    arguments = (x,) if name == "softmax_entropy" else (x, e)
+    out = getattr(ops, name)(*arguments, backend=backend)
+    (gradient,) = torch.autograd.grad(out[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.sum().backward()
+
+
+def test_deterministic_mode_is_served(backend):
+    assert torch.are_deterministic_algorithms_enabled()  # by the fixture, which also poisons new memory
+    e = ref.table(63, D)
+    ref.served(backend, e)
+    one_step(ref.peaked(5, 63), e, 0, None, backend)
