@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
-
-logger = logging.getLogger("entrgi_kernels")
 
 
 def provide_default_rope() -> None:
@@ -21,9 +19,10 @@ def provide_default_rope() -> None:
 
     if "default" not in ROPE_INIT_FUNCTIONS:
         ROPE_INIT_FUNCTIONS["default"] = default_rope
-        logger.warning(
+        warnings.warn(
             "this version of transformers lacks the 'default' rotary initialiser that Dream's code asks for; "
-            "entrgi_kernels added it to ROPE_INIT_FUNCTIONS"
+            "entrgi_kernels added it to ROPE_INIT_FUNCTIONS",
+            stacklevel=3,
         )
 
 
@@ -64,9 +63,8 @@ def repair_rotary(module: nn.Module) -> None:
             reset()
             repaired += 1
     if repaired:
-        logger.warning(
-            "%s was loaded with uninitialised rotary frequencies in %d of its modules (a known effect of transformers "
-            "5 on older remote code); entrgi_kernels recomputed them from its config",
-            type(module).__name__,
-            repaired,
+        warnings.warn(
+            f"{type(module).__name__} was loaded with uninitialised rotary frequencies in {repaired} of its modules (a "
+            "known effect of transformers 5 on older remote code); entrgi_kernels recomputed them from its config",
+            stacklevel=3,
         )
