@@ -223,7 +223,7 @@ class BackboneModel:
                 return logits.reshape(positions.numel(), logits.shape[-1])
         else:
             logits = logits_of(self.module(canvas, **arguments))
-        return logits.reshape(-1, logits.shape[-1]).index_select(0, positions)
+        return logits.reshape(-1, logits.shape[-1]).index_select(0, positions.to(logits.device))
 
     def _full(self, canvas: Tensor, attention_mask: Tensor) -> Tensor:
         """All logits [B, S, V] of a canvas, unshifted."""
