@@ -35,7 +35,7 @@ def test_drawn_positions_follow_the_softmax():
     confidence = torch.tensor([[0.0, 1.0, 5.0, 2.0, -math.inf]]).double()
     masked = torch.tensor([[True, True, False, True, True]])
     counts = torch.zeros(5)
-    draws = 4000
+    draws = 2000
     for step in range(draws):
         rng = torch.tensor([3, step])
         chosen = selection.drawn_positions(confidence, masked, torch.tensor([1]), 0.8, rng, KEYS[:1])
@@ -43,7 +43,7 @@ def test_drawn_positions_follow_the_softmax():
         counts += chosen[0]
     expected = torch.softmax(confidence.masked_fill(~masked, -math.inf) / 0.8, -1)[0]
     assert counts[2] == 0 and counts[4] == 0
-    torch.testing.assert_close(counts / draws, expected.float(), atol=0.03, rtol=0)
+    torch.testing.assert_close(counts / draws, expected.float(), atol=0.04, rtol=0)
 
 
 def test_independent_positions_have_their_share():
