@@ -70,11 +70,7 @@ class GuidedSampler:
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no eos_token: expected one, it ends responses and pads prompts")
         self._eos: int = tokenizer.eos_token_id
-        # Ids that are never drawn: those that stand for no token (padded heads), and the mask token.
-        named = set(tokenizer.get_vocab().values())
-        self._undrawable = [
-            token for token in range(self.model.vocab_size) if token not in named or token == self.model.mask_token_id
-        ]
+        self._undrawable = rewards.undrawable_ids(tokenizer, self.model.vocab_size, self.model.mask_token_id)
         self._pad: int = self._eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def generate(
@@ -179,7 +175,7 @@ class GuidedSampler:
         """
         device = canvas.tokens.device
         # Callers under torch.inference_mode() are served: gradients need ordinary tensors.
-        with torch.inference_mode(False), torch.no_grad(), evaluating(self.model.module, self.reward.module):
+        with torch.inference_mode(False), torch.no_grad(), evaluating(self.model, self.reward):
             table, undrawable = self._table(config, device)
             denoiser = Denoiser(model or self.model, self.reward, table, config, undrawable, self._eos, self._pad)
             prepared = self.reward.prepare(conversations)
@@ -201,7 +197,7 @@ class GuidedSampler:
     def score(self, conversations: list[Conversation], responses: list[list[int]], batch_size: int = 16) -> list[float]:
         """Final rewards: responses decoded and tokenised again, as the reward model will be used by others."""
         texts = [self.decode(response) for response in responses]
-        with torch.inference_mode(False), torch.no_grad(), evaluating(self.reward.module):
+        with torch.inference_mode(False), torch.no_grad(), evaluating(self.reward):
             return self.reward.score_texts(conversations, texts, batch_size=batch_size)
 
     def canvas(
@@ -260,8 +256,8 @@ class GuidedSampler:
             raise ValueError(
                 f"the reward model is on {table.device} but the diffusion model is on {device}: expected one device"
             )
-        undrawable = self._undrawable if config.suppress_undrawable else []
-        return table, torch.tensor(undrawable, dtype=torch.int64, device=device)
+        undrawable = self._undrawable if config.suppress_undrawable else self._undrawable[:0]
+        return table, undrawable.to(device)
 
 
 def _hide(progress: bool | None) -> bool | None:
@@ -270,12 +266,13 @@ def _hide(progress: bool | None) -> bool | None:
 
 
 @contextlib.contextmanager
-def evaluating(*modules: torch.nn.Module | None) -> Iterator[None]:
-    """Evaluation mode for the modules, each submodule's own mode restored afterwards.
+def evaluating(*adapters: Any) -> Iterator[None]:
+    """Evaluation mode for the adapters' modules (if they have one), each submodule's own mode restored afterwards.
 
     A model in training keeps dropout (LoRA's too) live: samples and gradients would be noise.
     """
-    training = [part for module in modules if module is not None for part in module.modules() if part.training]
+    modules = [adapter.module for adapter in adapters if getattr(adapter, "module", None) is not None]
+    training = [part for module in modules for part in module.modules() if part.training]
     try:
         for part in training:
             part.training = False
