@@ -12,9 +12,9 @@ from .data import PROMPT_SLOTS, RESPONSE_SLOTS, Encoded, bidirectional_mask, enc
 from .grammar import reviews
 from .optim import Optimizers, batches
 
-STEPS = 1600
+STEPS = 1000
 BATCH = 64
-REVIEWS = 80_000
+REVIEWS = 60_000
 
 
 def new_model(tokenizer, seed: int):

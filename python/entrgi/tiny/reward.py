@@ -13,8 +13,8 @@ from .grammar import rater
 from .optim import Optimizers, batches
 from .tokenizer import split_chat
 
-LM_STEPS = 1400
-STEPS = 1400
+LM_STEPS = 800
+STEPS = 1000
 BATCH = 64
 PAIRS = 48_000
 HOLES = 0.6  # share of batches laid out as guidance does it
