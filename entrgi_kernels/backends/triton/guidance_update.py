@@ -193,9 +193,7 @@ def _backward(
     embedding, soft, lse = rows_of(embedding), rows_of(soft), vector(lse.float())
     grad = rows_of(grad.to(product_dtype(grad.dtype, embedding.dtype)))
     delta = torch.empty(n, dtype=torch.float32, device=logits.device)
-    launch(
-        _rowdot_kernel, (n,), grad, soft, delta, d, grad.stride(0), soft.stride(0), num_warps=4, BLOCK=512
-    )
+    launch(_rowdot_kernel, (n,), grad, soft, delta, d, grad.stride(0), soft.stride(0), num_warps=4, BLOCK=512)
     entry = config.pick(target.architecture.backward[grad.element_size()], n)
     if entry.engine == "chunked":
         chunked.backward(logits, grad, embedding, delta, lse, temperature, out, moments, adam_scalars)

@@ -32,9 +32,9 @@ def _pushed(name: str):
         torch.cuda.nvtx.range_pop()
 
 
-def scope(name: str) -> AbstractContextManager[None]:
+def scope(name: str, prefix: str = "entrgi::") -> AbstractContextManager[None]:
     """A range around a ``with`` block; nothing when ranges are off."""
-    return _pushed(f"entrgi::{name}") if enabled else _NOTHING
+    return _pushed(prefix + name) if enabled else _NOTHING
 
 
 def ranged(function: _Function) -> _Function:

@@ -241,13 +241,11 @@ def _pick_kernel(
                 )
         else:
             base = logits_ptr + row * stride_n
-            threshold = _search(
-                base, 0, counts, v, m, c, limit, top_k, lo, hi, False, SHIFT, PIVOTS, BLOCK
-            ).to(tl.int32)
+            threshold = _search(base, 0, counts, v, m, c, limit, top_k, lo, hi, False, SHIFT, PIVOTS, BLOCK).to(
+                tl.int32
+            )
             if DRAW:
-                token = _race(
-                    base, index_ptr, 0, counts, v, m, inverse, threshold, rng_ptr, key, False, SHIFT, BLOCK
-                )
+                token = _race(base, index_ptr, 0, counts, v, m, inverse, threshold, rng_ptr, key, False, SHIFT, BLOCK)
     if DRAW:
         tl.store(tokens_ptr + row, token.to(tl.int64))
     else:

@@ -1,0 +1,82 @@
+"""Run one operator, or one denoising step's inner loop, so that a profiler shows just that.
+
+    ncu --clock-control none --nvtx --nvtx-include "measured/" --set full -o op \\
+        python -m benchmarks.profile guidance_update_ --shape 2048,2048
+    nsys profile --trace=cuda,nvtx --capture-range=cudaProfilerApi -o step python -m benchmarks.profile step
+
+Compilation and warm-up happen before the range "measured" and before cudaProfilerStart; inputs are the benchmarks' own.
+docs/profiling.md says how to read the result. Without a profiler it prints the time by device events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.inputs import Shape
+from benchmarks.suite_ops import OPS
+from benchmarks.suite_step import Problem, maker
+
+
+def call(
+    name: str, shape: Shape, dtype: torch.dtype, backend: str, guidance_steps: int, device: str
+) -> Callable[[], Any]:
+    """The call to profile: an operator, or M guidance steps on fresh Adam state ("step")."""
+    problem = Problem.make(shape, dtype, device=device)
+    if name == "step":
+
+        def loop() -> None:
+            stepper = maker(problem, backend)()
+            for _ in range(guidance_steps):
+                stepper.step(problem.reward)
+
+        return loop
+    from benchmarks.suite_ops import OpSuite
+
+    candidate = getattr(OpSuite(problem), f"_{name.rstrip('_')}")(backend)
+    if candidate.prepare is not None:
+        candidate.prepare()
+    return candidate.run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Warm up, then run once inside the range "measured"; exit status 2 without a CUDA GPU."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("step", *OPS))
+    parser.add_argument("--shape", type=Shape.parse, default=Shape(2048, 2048), help="N,D or N,D,V (default 2048,2048)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--guidance-steps", type=int, default=3, help="of `step` (default 3)")
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=1, help="runs inside the range (default 1)")
+    chosen = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("profiling needs a CUDA GPU that torch can see; there is none here", file=sys.stderr)
+        return 2
+    from entrgi_kernels.backends.triton import nvtx
+
+    run = call(chosen.what, chosen.shape, getattr(torch, chosen.dtype), chosen.backend, chosen.guidance_steps, "cuda")
+    for _ in range(chosen.warmup):
+        run()
+    torch.cuda.synchronize()
+    nvtx.enable()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.cudart().cudaProfilerStart()
+    with nvtx.scope("measured", prefix=""):
+        begin.record()
+        for _ in range(chosen.runs):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStop()
+    took = begin.elapsed_time(end) / chosen.runs
+    print(f"{chosen.what} {chosen.shape.label} {chosen.dtype} {chosen.backend}: {took:.3f} ms")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

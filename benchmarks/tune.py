@@ -1,0 +1,218 @@
+"""Measure candidate configurations of the Triton kernels on this GPU: `python -m benchmarks.tune`.
+
+    python -m benchmarks.tune --family backward forward statistics --minutes 8
+
+For every family and row count the candidates are compiled, checked against the table's present choice (a wrong or
+spilling candidate is dropped, with its reason), timed by device events with a cold L2, and the fastest is named. The
+result is JSON (benchmarks/results/tune-<device>.json, and $OUT) and, at the end, the entries to put into
+entrgi_kernels/backends/triton/config.py, each with the measurement that goes beside it. Nothing edits the tables
+behind anybody's back: a person, or a commit, takes the lines over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure
+from benchmarks.inputs import CANONICAL, Shape
+
+FAMILIES = ("statistics", "forward", "backward", "collect")
+# Shared memory is refused by the driver when too large; registers that spill show in time.
+SPACES: dict[str, dict[str, Sequence[Any]]] = {
+    "statistics": {"block": (2048, 4096, 8192), "num_warps": (4, 8, 16), "programs_per_sm": (4, 8)},
+    "collect": {"block": (1024, 2048, 4096), "num_warps": (4, 8), "programs_per_sm": (4, 8)},
+    "forward": {
+        "block_n": (64, 128), "block_v": (32, 64, 128), "block_d": (128, 256), "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
+    "backward": {
+        "block_n": (64, 128), "block_v": (128, 256), "block_d": (32, 64), "num_warps": (4, 8), "num_stages": (3, 4),
+        "parts": (2, 4),
+    },
+}  # fmt: skip
+
+
+def candidates(family: str, rows: int, present: Any) -> Iterator[Any]:
+    """The present entry first, the other engine, then the family's space around it."""
+    yield present
+    if family in ("forward", "backward"):
+        yield dataclasses.replace(present, engine="fused" if present.engine == "chunked" else "chunked")
+    space = SPACES[family]
+    for values in itertools.product(*space.values()):
+        chosen = dict(zip(space, values, strict=True))
+        if family in ("forward", "backward"):
+            if rows <= 32:
+                chosen["block_n"] = 16
+            if chosen["block_n"] == 128 and chosen["num_warps"] == 4:
+                continue  # more than 128 accumulators a thread
+            chosen["engine"] = "fused"
+        entry = dataclasses.replace(present, **chosen)
+        if entry != present:
+            yield entry
+
+
+def with_entry(target: Any, family: str, entry: Any) -> Any:
+    """The target with `entry` as the only choice of the family."""
+    entry = dataclasses.replace(entry, most_rows=None)
+    architecture = target.architecture
+    if family == "statistics":
+        changed = dataclasses.replace(architecture, statistics=(entry,))
+    elif family == "collect":
+        changed = dataclasses.replace(architecture, sample=dataclasses.replace(architecture.sample, collect=entry))
+    else:
+        table = getattr(architecture, family) | {2: (entry,)}
+        changed = dataclasses.replace(architecture, **{family: table})
+    return dataclasses.replace(target, architecture=changed)
+
+
+def present_entry(target: Any, family: str, rows: int) -> Any:
+    """What the tables choose today."""
+    from entrgi_kernels.backends.triton import config
+
+    if family == "statistics":
+        return config.pick(target.architecture.statistics, rows)
+    if family == "collect":
+        return target.architecture.sample.collect
+    return config.pick(getattr(target.architecture, family)[2], rows)
+
+
+def workload(family: str, shape: Shape) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """A call that runs the family's kernel at a shape in bf16 and returns what it computed."""
+    from benchmarks.suite_step import Problem
+    from entrgi_kernels.backends import triton as kernels
+    from entrgi_kernels.backends.triton.statistics import row_statistics
+
+    p = Problem.make(shape, torch.bfloat16, device="cuda")
+    s = p.settings
+    found = row_statistics(p.phi, s.temperature)
+    if family == "statistics":
+        return lambda: row_statistics(p.phi, 1.0, s.temperature, True)[:6]
+    if family == "collect":
+        rng, rows = torch.zeros(2, dtype=torch.int64, device="cuda"), torch.arange(shape.n, device="cuda")
+        return lambda: (kernels.sample_tokens(p.phi, rng, rows, s.temperature, 0, s.top_p),)
+    if family == "forward":
+        from entrgi_kernels.backends.triton.soft_embedding import forward
+
+        return lambda: (forward(p.phi, p.table, found.maximum, found.logsum, s.temperature)[0],)
+    soft, lse = kernels.soft_embedding(p.phi, p.table, s.temperature)
+    moments = torch.zeros_like(p.phi), torch.zeros_like(p.phi)
+    start = p.phi.clone()
+
+    def update() -> tuple[torch.Tensor, ...]:
+        scalars = (1, s.temperature, s.lr, *s.betas, s.eps)
+        kernels.guidance_update_(p.phi, p.grad, p.table, soft, lse, *moments, *scalars)
+        return p.phi, start, moments[0], moments[1]
+
+    return update
+
+
+def _same(family: str, result: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> bool:
+    if family == "collect":
+        return bool((result[0] != expected[0]).float().mean() <= 1e-3)
+    scale = expected[0].float().abs().max()
+    return bool(((result[0].float() - expected[0].float()).abs() > 2e-2 * scale).float().mean() <= 1e-3)
+
+
+def tune(family: str, shape: Shape, deadline: float) -> list[dict[str, Any]]:
+    """Every candidate of a family at a shape: milliseconds, or the reason why it has none; fastest first."""
+    from benchmarks.run_gpu import timed
+    from entrgi_kernels.backends.triton import config
+
+    target = config.target(torch.device("cuda"))
+    run, scratch = workload(family, shape), torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    made: list[dict[str, Any]] = []
+    expected: tuple[torch.Tensor, ...] | None = None
+
+    def restore(result: tuple[torch.Tensor, ...]) -> None:
+        if family == "backward":
+            result[0].copy_(result[1])
+            result[2].zero_()
+            result[3].zero_()
+
+    try:
+        for entry in candidates(family, shape.n, present_entry(target, family, shape.n)):
+            if time.monotonic() > deadline:
+                break
+            row: dict[str, Any] = {"family": family, "shape": shape.to_dict(), "entry": dataclasses.asdict(entry)}
+            config.override = with_entry(target, family, entry)
+            try:
+                result = run()
+                torch.cuda.synchronize()
+                copies = tuple(t.clone() for t in result)
+                restore(result)
+                if expected is None:
+                    expected = copies
+                if _same(family, copies, expected):
+                    row["ms"] = 1e3 * timed(run, scratch, 9)[4]
+                else:
+                    row["refused"] = "its result differs from the present configuration's"
+                restore(result)
+            except Exception as error:  # too much shared memory, say: a candidate less, not the end of the run
+                row["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            made.append(row)
+    finally:
+        config.override = None
+    return sorted(made, key=lambda row: row.get("ms", float("inf")))
+
+
+def advice(family: str, shape: Shape, made: list[dict[str, Any]]) -> str:
+    """The line for the table, with its measurement."""
+    if not made or "ms" not in made[0]:
+        return f"# {family} at {shape.label}: nothing ran"
+    best = made[0]
+    kept = {k: v for k, v in best["entry"].items() if k not in ("evidence", "most_rows")}
+    words = ", ".join(f"{k}={v!r}" for k, v in kept.items())
+    second = made[1].get("ms") if len(made) > 1 else None
+    versions = measure.versions()
+    evidence = f"{best['ms']:.3f} ms at {shape.label} (next {second and round(second, 3)}), " + (
+        f"{measure.device_name('cuda')}, torch {versions['torch']}, triton {versions['triton']}"
+    )
+    kind = "GemmConfig" if family in ("forward", "backward") else "RowConfig"
+    return f"{family}: {kind}({words}, most_rows={shape.n}, evidence={evidence!r})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Tune the families asked for; exit status 2 without a CUDA GPU."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--shapes", nargs="+", type=Shape.parse, help="N,D or N,D,V (default: the canonical ones)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for everything (default: 8)")
+    chosen = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("tuning needs a CUDA GPU that torch can see; there is none here", file=sys.stderr)
+        return 2
+    shapes = chosen.shapes or [Shape(n, d) for n, d in CANONICAL]
+    path = measure.result_path("cuda")
+    path = path.with_name(f"tune-{path.name}")
+    rows: list[dict[str, Any]] = []
+    lines: list[str] = []
+    end = time.monotonic() + 60 * chosen.minutes
+    jobs = [(family, shape) for shape in shapes for family in chosen.family]
+    for place, (family, shape) in enumerate(jobs):
+        share = max(0.0, end - time.monotonic()) / (len(jobs) - place)
+        made = tune(family, shape, time.monotonic() + share)
+        rows += made
+        lines.append(advice(family, shape, made))
+        print(lines[-1], flush=True)
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+        if out := os.environ.get("OUT"):
+            shutil.copy(path, Path(out) / path.name)
+        torch.cuda.empty_cache()
+    print("\nFor entrgi_kernels/backends/triton/config.py:\n" + "\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
