@@ -215,7 +215,8 @@ def kernel_group(shape: Shape, scratch: torch.Tensor, bandwidth: float) -> list[
     for name, (run, moved, flop, floor) in work.items():
         p.phi.copy_(start)
         group = Group(name, "bfloat16", shape, {}, {}, flop, moved)
-        group.timings["triton"] = measure.Timing("triton", timed(run, scratch))
+        who = "torch" if name.startswith("torch") else "triton"
+        group.timings[who] = measure.Timing(who, timed(run, scratch))
         seconds = timed(floor, scratch) if callable(floor) else [floor]
         label = "one GEMM" if callable(floor) else "3 reads" if name == "filtered sampling" else "copy"
         group.timings[label] = measure.Timing(label, seconds, floor=True)

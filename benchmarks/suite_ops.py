@@ -30,7 +30,8 @@ _compiled: dict[str, Any] = {}
 
 
 def plain_softmax_entropy(phi: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    scaled = (phi / temperature).float()
+    scaled = phi / temperature
+    scaled = scaled if phi.dtype == torch.float64 else scaled.float()
     log_p = scaled.log_softmax(dim=-1)
     return scaled.logsumexp(dim=-1), -(log_p.exp() * log_p).sum(dim=-1)
 
@@ -81,8 +82,11 @@ class OpSuite:
 
     def candidates(self, op: str, backends: Sequence[str]) -> list[Candidate]:
         """Plain torch ("vectorized", "compiled"), the named backends, and the operator's floor."""
-        build = getattr(self, f"_{op.rstrip('_')}")
-        return [build(name) for name in (*PLAIN, *backends)] + [self._floor(op)]
+        return [self.candidate(op, name) for name in (*PLAIN, *backends)] + [self.floor(op)]
+
+    def candidate(self, op: str, name: str) -> Candidate:
+        """One implementation of an operator: "vectorized", "compiled" or a backend."""
+        return getattr(self, f"_{op.rstrip('_')}")(name)
 
     def measure(self, op: str, backends: Sequence[str], **options: Any) -> Group:
         n, v, d = self.problem.shape.n, self.problem.shape.v, self.problem.shape.d
@@ -101,7 +105,8 @@ class OpSuite:
             **options,
         )
 
-    def _floor(self, op: str) -> Candidate:
+    def floor(self, op: str) -> Candidate:
+        """The least a machine needs: the operator's product, or a copy that moves as much as one read of phi."""
         p = self.problem
         if op in ("softmax_entropy", "sample_tokens", "unmask_confidence"):
             # A copy of half of the logits moves as many bytes as one read of all of them.
@@ -269,10 +274,10 @@ class OpSuite:
                 mean.zero_(), square.zero_()
         else:
             from entrgi_kernels import ops
+            from entrgi_kernels.ops.entrgi_embedding import forward
 
-            exact_soft = soft.double() if p.dtype == torch.float64 else soft.float()
-            acc = exact_soft.dtype
-            lse = (p.phi.to(acc) / tau).logsumexp(dim=-1)
+            # What the forward of the same backend leaves behind, as in use: soft and log-sum-exp in accumulation dtype.
+            _, left = forward(p.phi, p.table, temperature=tau, tokens=p.tokens, backend=name)
             state = ops.AdamState(torch.zeros_like(phi), torch.zeros_like(phi))
 
             def run() -> Any:
@@ -280,8 +285,8 @@ class OpSuite:
                     phi,
                     p.grad,
                     p.table,
-                    exact_soft,
-                    lse,
+                    left.soft,
+                    left.logsumexp,
                     temperature=tau,
                     state=state,
                     lr=s.lr,

@@ -1,0 +1,20 @@
+"""pytest-benchmark: a whole guided generation at V = 151,936 with small random models."""
+
+import pytest
+
+from benchmarks.generation import FLOOR, Size, candidates, world_of
+
+BASELINES = ("published", "vectorized")
+FLOORS = (FLOOR,)
+SIZE = Size(d=512, max_new_tokens=8, steps=4)
+
+
+@pytest.fixture(scope="module")
+def world(dtype):
+    return world_of(SIZE, dtype)
+
+
+def test_generation(timed, world, dtype, name):
+    backends = [name] if name not in (*BASELINES, FLOOR) else []
+    made = {candidate.name: candidate for candidate in candidates(world, SIZE, backends)}
+    timed(made[name], f"generation V{SIZE.v} D{SIZE.d} T{SIZE.steps} {dtype}")
