@@ -97,9 +97,8 @@ def filter_threshold(logits: torch.Tensor, temperature: float, top_k: int, top_p
         ranked = logits.sort(dim=-1, descending=True).values
         mass = _distribution(ranked.double(), temperature)[0].cumsum(dim=-1)
         better = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=-1)
-        first_of_tie = torch.ones_like(ranked, dtype=torch.bool)
-        first_of_tie[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
-        kept = first_of_tie & (better <= top_p)
+        # The first of several ties has the least mass above it: where any is kept, their common value is.
+        kept = better <= top_p
         kept[:, 0] = True
         threshold = ranked.masked_fill(~kept, math.inf).amin(dim=-1)
     if 0 < top_k < logits.shape[-1]:
