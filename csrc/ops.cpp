@@ -2,6 +2,7 @@
 // They allocate, choose a work split that depends on shapes alone (never on the number of threads, so that bits do not),
 // and hand rows or units to the kernels of csrc/cpu.
 #include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -270,6 +271,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> entrgi_embedd
 }
 
 // --- backward of the logits -------------------------------------------------------------------------------------------
+// Sum of a * b over each row, in an order of its own: torch's sum may split a long row by the number of threads.
+Tensor row_dot(const Tensor& a, const Tensor& b) {
+  Tensor out = at::empty({a.size(0)}, a.options());
+  const int64_t width = a.size(1);
+  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "row_dot", [&] {
+    const scalar_t *x = a.data_ptr<scalar_t>(), *y = b.data_ptr<scalar_t>();
+    scalar_t* to = out.data_ptr<scalar_t>();
+    run_rows(a.size(0), width, 0, [&](int64_t begin, int64_t end, void*) {
+      for (int64_t n = begin; n < end; n++) {
+        double sums[4] = {0, 0, 0, 0};
+        for (int64_t d = 0; d < width; d++) sums[d & 3] += static_cast<double>(x[n * width + d]) * y[n * width + d];
+        to[n] = static_cast<scalar_t>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+      }
+    });
+  });
+  return out;
+}
+
 // Everything of the job but the destination. Tensors that it points to are kept alive by the caller through `hold`.
 struct Backward {
   entrgi::BackwardJob job;
@@ -281,7 +300,7 @@ struct Backward {
     embedding = with_plain_rows(embedding_);
     grad = with_plain_rows(grad_);
     lse = as_acc(lse_, acc);
-    baseline = (grad_.to(acc) * soft.to(acc)).sum(-1).contiguous();
+    baseline = row_dot(as_acc(grad_, acc), as_acc(soft, acc));
     job.logits = matrix(logits);
     job.embedding = matrix(embedding);
     job.grad = matrix(grad);

@@ -70,16 +70,16 @@ INLINE void masses(const T* x, int64_t count, typename Store<T>::A top, Scale<ty
   }
 }
 
-// The smallest value whose strictly larger entries weigh at most `limit`. MASS: weights are masses, else ones.
+// The smallest value whose strictly larger entries weigh at most `limit`. MASS: weights are masses, else ones. `above`:
+// the weight of entries that are larger than all of `e`, at most `limit`.
 template <typename T, bool MASS>
-static T radix_threshold(
-    const Entries<T>& e, uint64_t limit, typename Store<T>::A top, Scale<typename Store<T>::A> scale, Scratch<T>* s) {
+static T radix_threshold(const Entries<T>& e, uint64_t limit, typename Store<T>::A top,
+                         Scale<typename Store<T>::A> scale, Scratch<T>* s, uint64_t above = 0) {
   typedef typename Store<T>::Key Key;
   constexpr int BITS = sizeof(Key) * 8;
   Histogram& h = s->histogram;
   const bool kept_masses = e.index != nullptr;  // the list is short enough to keep its masses between the passes
   if (MASS && kept_masses) masses(e.value, e.count, top, scale, s->mass);
-  uint64_t above = 0;
   Key prefix = 0;
   for (int shift = BITS, width; shift > 0;) {
     width = shift >= 11 ? 11 : shift;
@@ -123,16 +123,18 @@ static T radix_threshold(
   return value;
 }
 
-// Entries of the row that are >= cutoff; the whole row when they are too many.
+// Entries of the row that are >= cutoff (and < end); the whole row when they are too many.
 template <typename T>
-INLINE Entries<T> candidates(const T* x, int64_t v, typename Store<T>::A cutoff, Scratch<T>* s) {
+INLINE Entries<T> candidates(const T* x, int64_t v, typename Store<T>::A cutoff, Scratch<T>* s,
+                             typename Store<T>::A end = (typename Store<T>::A)INFINITY) {
   typedef typename Store<T>::A A;
   constexpr int W = Lane<A>::W;
   const auto bound = set1(cutoff);
   int64_t count = 0;
   for (int64_t i = 0; i < v; i += W) {
     int rest = (int)(v - i < W ? v - i : W);
-    uint32_t mask = mask_ge(rest == W ? load(x + i) : load_part(x + i, rest, (A)-INFINITY), bound);
+    const auto value = rest == W ? load(x + i) : load_part(x + i, rest, (A)-INFINITY);
+    uint32_t mask = mask_ge(value, bound) & ~mask_ge(value, set1(end));
     if (rest < W) mask &= (1u << rest) - 1;
     if (!mask) continue;
     if (count + W > CANDIDATES) return Entries<T>{x, nullptr, v};
@@ -143,6 +145,62 @@ INLINE Entries<T> candidates(const T* x, int64_t v, typename Store<T>::A cutoff,
     }
   }
   return Entries<T>{s->value, s->index, count};
+}
+
+// Mass of the entries that reach each of STEPS values, in double; one pass.
+constexpr int STEPS = 8;
+template <typename T>
+static void masses_above(const T* x, int64_t v, typename Store<T>::A top, Scale<typename Store<T>::A> scale,
+                         const typename Store<T>::A* at, double* mass) {
+  typedef typename Store<T>::A A;
+  typedef typename Lane<A>::V V;
+  constexpr int W = Lane<A>::W;
+  for (int j = 0; j < STEPS; j++) mass[j] = 0;
+  for (int64_t begin = 0; begin < v; begin += STATS_BLOCK) {
+    const int64_t end = v - begin < STATS_BLOCK ? v : begin + STATS_BLOCK;
+    V sums[STEPS];
+#pragma GCC unroll 8
+    for (int j = 0; j < STEPS; j++) sums[j] = zero<A>();
+    for (int64_t i = begin; i < end; i += W) {
+      const V value = end - i >= W ? load(x + i) : load_part(x + i, (int)(end - i), (A)-INFINITY);
+      const V e = vexp(scaled(value, set1(top), scale));
+#pragma GCC unroll 8
+      for (int j = 0; j < STEPS; j++) sums[j] += value >= set1(at[j]) ? e : zero<A>();
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < STEPS; j++) mass[j] += sum<A>(sums[j]);
+  }
+}
+
+// The threshold of top-p in a row with too many candidates: it is bracketed by the masses above a few values, until the
+// entries within the bracket fit the list. `lo`: a value that more than the limit's mass reaches.
+template <typename T>
+static T bracketed_threshold(const T* x, int64_t v, uint64_t limit, typename Store<T>::A top,
+                             Scale<typename Store<T>::A> scale, typename Store<T>::A lo, Scratch<T>* s) {
+  typedef typename Store<T>::A A;
+  A hi = (A)INFINITY, at[STEPS];
+  uint64_t above = 0;
+  Entries<T> e{x, nullptr, v};
+  for (int pass = 0; pass < 5 && e.index == nullptr; pass++) {
+    const A end = hi < top ? hi : top;
+    double mass[STEPS];
+    for (int j = 0; j < STEPS; j++) at[j] = lo + (end - lo) * ((A)(j + 1) / (A)(STEPS + 1));
+    masses_above(x, v, top, scale, at, mass);
+    for (int j = STEPS - 1; j >= 0; j--) {  // from the top: the first that more than the limit reach closes the bracket
+      const uint64_t weight = (uint64_t)(mass[j] * FIXED);
+      if (weight > limit) {
+        if (at[j] > lo) lo = at[j];
+        break;
+      }
+      if (at[j] < hi) {
+        hi = at[j];
+        above = weight;
+      }
+    }
+    e = candidates(x, v, lo, s, hi);
+  }
+  if (e.index == nullptr) above = 0;  // ties without end: search the whole row
+  return radix_threshold<T, true>(e, limit, top, scale, s, above);
 }
 
 // A value that at least k entries reach: the k-th largest of the maxima of equal blocks. -inf when k is too large for it.
@@ -187,13 +245,18 @@ static Entries<T> filter_row(const SampleJob& job, const T* x, double top, doubl
   Entries<T> e = candidates(x, v, cutoff, s);
   A best = (A)-INFINITY;
   if (by_mass) {
-    double limit = job.top_p > 0 ? job.top_p * total * FIXED : 0;
-    *threshold = radix_threshold<T, true>(e, (uint64_t)limit, (A)top, scale, s);
+    const uint64_t limit = (uint64_t)(job.top_p > 0 ? job.top_p * total * FIXED : 0);
+    *threshold = e.index == nullptr ? bracketed_threshold(x, v, limit, (A)top, scale, cutoff, s)
+                                    : radix_threshold<T, true>(e, limit, (A)top, scale, s);
     best = to_acc(*threshold);
   }
-  if (by_count && e.count >= job.top_k) {
-    T t = radix_threshold<T, false>(e, (uint64_t)(job.top_k - 1), (A)top, scale, s);
-    if (to_acc(t) > best) *threshold = t;
+  if (by_count) {
+    Entries<T> largest = e;
+    if (by_mass && e.index == nullptr) largest = candidates(x, v, count_cutoff(x, v, job.top_k, s), s);
+    if (largest.count >= job.top_k) {
+      const T t = radix_threshold<T, false>(largest, (uint64_t)(job.top_k - 1), (A)top, scale, s);
+      if (to_acc(t) > best) *threshold = t;
+    }
   }
   return e;
 }

@@ -1,33 +1,42 @@
 """The compiled CPU kernels (csrc/) behind the raw functions of :mod:`entrgi_kernels.backends.eager`.
 
-The extension ``entrgi_kernels._C`` is built by setup.py; importing it registers ``torch.ops.entrgi_native``. Where it was
-not built, or cannot be loaded, :func:`why_not` says why and nothing else of the package is affected. docs/native.md
+The extension ``entrgi_kernels._C`` is built by setup.py; importing it registers ``torch.ops.entrgi_native``. Where it
+was not built, or cannot be loaded, :func:`why_not` says why and nothing else of the package is affected. docs/native.md
 describes the algorithms, the instruction sets and how to run the sanitisers.
 """
 
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
+import json
+from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
+_MODULE = "entrgi_kernels._C"
+_RECORD = Path(__file__).parents[1] / "_build_info.json"  # setup.py writes there what became of the build
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _extension() -> ModuleType | str:
     """The extension module, or the reason why it cannot be loaded."""
     try:
-        return importlib.import_module("entrgi_kernels._C")
+        return importlib.import_module(_MODULE)
     except ModuleNotFoundError:
-        return (
-            "the extension entrgi_kernels._C is not built (no C++ compiler at install time, or ENTRGI_DISABLE_EXTENSION "
-            "was set); build it with 'python setup.py build_ext --inplace'"
-        )
+        return f"the extension {_MODULE} is not built: {_recorded_reason()}"
     except ImportError as error:
-        return f"the extension entrgi_kernels._C cannot be loaded, probably built for another torch: {error}"
+        return f"the extension {_MODULE} cannot be loaded, probably because it was built for another torch: {error}"
+
+
+def _recorded_reason() -> str:
+    try:
+        reason = json.loads(_RECORD.read_text(encoding="utf-8"))["extensions"][_MODULE]
+    except (OSError, ValueError, KeyError, TypeError):
+        reason = None
+    return str(reason or "run 'python setup.py build_ext --inplace' in a checkout, or install the package again")
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -82,9 +91,7 @@ def softmax_entropy_backward(
     temperature: float,
 ) -> torch.Tensor:
     """d lse/d logits = p / tau, d H/d logits = -p (log p + H) / tau; [N, V] of the logits' dtype."""
-    return torch.ops.entrgi_native.softmax_entropy_backward(
-        logits, lse, entropy, grad_lse, grad_entropy, temperature
-    )
+    return torch.ops.entrgi_native.softmax_entropy_backward(logits, lse, entropy, grad_lse, grad_entropy, temperature)
 
 
 def sample_tokens(
@@ -131,9 +138,7 @@ def entrgi_embedding(
     temperature: float,
     top_k: int,
     top_p: float,
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
-]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The whole forward: soft + weight (E[token] - soft); see the eager twin for arguments and returns."""
     return torch.ops.entrgi_native.entrgi_embedding(
         logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p
