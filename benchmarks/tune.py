@@ -45,10 +45,12 @@ SPACES: dict[str, dict[str, Sequence[Any]]] = {
 
 
 def candidates(family: str, rows: int, present: Any) -> Iterator[Any]:
-    """The present entry first, the other engine, then the family's space around it."""
-    yield present
+    """The present entry first, the other engine, then the family's space around it; each once."""
+    first = [present]
     if family in ("forward", "backward"):
-        yield dataclasses.replace(present, engine="fused" if present.engine == "chunked" else "chunked")
+        first.append(dataclasses.replace(present, engine="fused" if present.engine == "chunked" else "chunked"))
+    yield from first
+    seen = set(first)
     space = SPACES[family]
     for values in itertools.product(*space.values()):
         chosen = dict(zip(space, values, strict=True))
@@ -59,7 +61,8 @@ def candidates(family: str, rows: int, present: Any) -> Iterator[Any]:
                 continue  # more than 128 accumulators a thread
             chosen["engine"] = "fused"
         entry = dataclasses.replace(present, **chosen)
-        if entry != present:
+        if entry not in seen:
+            seen.add(entry)
             yield entry
 
 

@@ -327,7 +327,8 @@ def test_guidance_update_in_place_on_strided_tensors():
     transposed = logits.t().contiguous().t()
     for phi in (wide[:, :150], transposed):
         kernels.guidance_update_(phi, grad, table, soft, lse, None, None, 1, *ADAM)
-        assert ((phi - expected).abs() <= 1e-4 * expected.abs().clamp(min=1e-2)).float().mean() > 0.999
+        agrees = (phi == expected) | ((phi - expected).abs() <= 1e-4 * expected.abs().clamp(min=1e-2))
+        assert agrees.float().mean() > 0.999
     assert bool((wide[:, 150:] == 5.0).all())
 
 

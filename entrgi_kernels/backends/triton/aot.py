@@ -1,11 +1,11 @@
 """Ahead-of-time compilation of what this backend would launch, on a machine without a GPU.
 
-    python -m entrgi_kernels.backends.triton.aot [--target sm_90 ...] [--markdown]
+    python -m entrgi_kernels.backends.triton.aot [--target sm_90 ...] [--only REGEX] [--list]
 
 The raw functions are run on tensors without storage with their launches recorded, so that what is compiled is what a
 GPU of that architecture would be given: kernels, argument types, specialisations, tiles, warps and stages. Each
-distinct launch is compiled for its target, and the packaged ptxas says how many registers it takes and whether it
-spills. ``--markdown`` prints the table of docs/gpu.md.
+distinct launch is compiled for its target by the packaged ptxas, and cuobjdump says how many registers its machine
+code takes and whether it spills. What is printed is the table of docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -81,13 +81,12 @@ class Launch:
 
 @dataclass
 class Report:
-    """What ptxas says of a launch on a target."""
+    """What ptxas made of a launch on a target."""
 
     target: str
     launch: Launch
     registers: int = 0
     spill_bytes: int = 0
-    stack_bytes: int = 0
     shared_bytes: int = 0
     error: str | None = None
     shapes: set[str] = field(default_factory=set)
@@ -207,7 +206,7 @@ def _kernel(item: Launch) -> Any:
 
 
 def compile_launch(target: str, item: Launch) -> Report:
-    """Compile one launch for a target and read ptxas's report. A failure is told in `error`."""
+    """Compile one launch for a target and read what its machine code uses. A failure is told in `error`."""
     report = Report(target, item)
     try:
         source = ASTSource(
@@ -219,35 +218,23 @@ def compile_launch(target: str, item: Launch) -> Report:
         options = {"num_warps": item.num_warps, "num_stages": item.num_stages}
         built = triton.compile(source, target=GPUTarget("cuda", CAPABILITY[target], 32), options=options)
         report.shared_bytes = built.metadata.shared
-        _read_ptxas(report, built.asm["ptx"])
+        _read_usage(report, built.asm["cubin"])
     except Exception as error:
         report.error = f"{type(error).__name__}: {str(error)[:500]}"
     return report
 
 
-def _read_ptxas(report: Report, ptx: str) -> None:
-    match = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
-    assert match is not None
+def _read_usage(report: Report, cubin: bytes) -> None:
+    """Registers and stack of the machine code. A spill needs a stack frame; nothing else here has one."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        # The package carries two: which of them reads this PTX version differs from release to release.
-        for name in ("ptxas-blackwell", "ptxas"):
-            command = [tool(name), "-v", f"--gpu-name={match[1]}", str(path), "-o", str(Path(folder) / "kernel.cubin")]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True)
-            except FileNotFoundError:
-                continue
-            text = done.stderr + done.stdout
-            if done.returncode == 0:
-                break
-        else:
-            raise RuntimeError(f"ptxas refuses the kernel: {text}")
-    registers = re.search(r"Used (\d+) registers", text)
-    assert registers is not None, text
-    report.registers = int(registers[1])
-    report.spill_bytes = sum(map(int, re.findall(r"(\d+) bytes spill", text)))
-    report.stack_bytes = max(map(int, re.findall(r"(\d+) bytes stack frame", text)), default=0)
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        done = subprocess.run([tool("cuobjdump"), "-res-usage", str(path)], capture_output=True, text=True)
+    usage = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", done.stdout)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump does not tell: {done.stdout} {done.stderr}")
+    report.registers = int(usage[1])
+    report.spill_bytes = int(usage[2]) + int(usage[3])
 
 
 def _compile_pair(pair: tuple[str, Launch]) -> Report:

@@ -1,0 +1,104 @@
+"""Host code of the Triton backend and of the GPU scripts: choices, splits and chunks; no kernel runs here."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import profile, run_gpu, tune  # noqa: E402
+from benchmarks.inputs import Shape  # noqa: E402
+from entrgi_kernels import backends  # noqa: E402
+from entrgi_kernels.backends import triton as kernels  # noqa: E402
+from entrgi_kernels.backends.triton import chunked, config, nvtx  # noqa: E402
+from entrgi_kernels.backends.triton.soft_embedding import split_count  # noqa: E402
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="a CPU is served under the interpreter")
+def test_a_cpu_is_refused_with_the_way_out():
+    assert "TRITON_INTERPRET" in kernels.why_not(torch.device("cpu"), torch.float32)
+    with pytest.raises(backends.BackendUnavailableError, match="needs a GPU"):
+        backends.resolve("triton", torch.zeros(1))
+
+
+@pytest.mark.parametrize("script", [run_gpu, tune])
+def test_scripts_without_a_gpu_say_so_and_fail(script, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert script.main([]) == 2
+    assert "there is none here" in capsys.readouterr().err
+
+
+def test_profile_without_a_gpu_says_so_and_fails(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert profile.main(["step"]) == 2
+    assert "there is none here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(config.ARCHITECTURES))
+def test_every_table_serves_every_number_of_rows(name):
+    architecture = config.ARCHITECTURES[name]
+    tables = [architecture.statistics, *architecture.forward.values(), *architecture.backward.values()]
+    for entries in tables:
+        limits = [entry.most_rows for entry in entries]
+        assert limits[-1] is None and limits[:-1] == sorted(limits[:-1])
+        for rows in (0, 1, 64, 100_000):
+            entry = config.pick(entries, rows)
+            assert entry.most_rows is None or rows <= entry.most_rows
+    assert all(entry.evidence for entries in tables for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("n", "v", "budget"), [(1, 1, 1), (64, 151_936, 32 << 20), (4096, 151_936, 124 << 20), (9, 300, 1)]
+)
+def test_chunks_cover_the_vocabulary_once_within_the_budget(n, v, budget):
+    parts = list(chunked.chunks(n, v, 2, budget))
+    assert parts[0][0] == 0 and sum(length for _, length in parts) == v
+    assert all(a + length == b for (a, length), (b, _) in zip(parts, parts[1:], strict=False))
+    longest = max(length for _, length in parts)
+    assert longest <= 256 or n * longest * 2 <= budget + n * 2 * 256
+
+
+def test_splits_fill_the_machine_and_no_more():
+    assert split_count(tiles=132, blocks_v=1187, slots=132, most=64) == 1
+    assert split_count(tiles=8, blocks_v=1187, slots=132, most=64) == 15  # 120 of 132 slots: less than a tenth idle
+    assert split_count(tiles=1, blocks_v=3, slots=132, most=64) == 3
+    assert split_count(tiles=1, blocks_v=1187, slots=132, most=0) == 1
+    row = config.RowConfig(4096, 8, 8192, 4)
+    assert row.splits(100_000, 151_936, 132) == 1
+    assert row.splits(1, 151_936, 132) == 18  # slices of 8,192 at the least
+    assert row.splits(1, 1 << 30, 132) == config.MOST_SPLITS
+
+
+def test_tuning_starts_from_the_table_and_tries_the_other_engine():
+    target = config.Target(config.ARCHITECTURES["sm_90"], 132, "tf32x3")
+    present = tune.present_entry(target, "forward", 2048)
+    tried = list(tune.candidates("forward", 2048, present))
+    assert tried[0] == present and tried[1].engine != present.engine
+    assert len(tried) == len(set(tried)) > 10
+    changed = tune.with_entry(target, "forward", tried[2])
+    assert tune.present_entry(changed, "forward", 1).block_d == tried[2].block_d
+    line = tune.advice("forward", Shape(1, 1), [{"entry": {}, "refused": "no"}])
+    assert "nothing ran" in line
+
+
+def test_ranges_are_off_until_asked_for(monkeypatch):
+    pushed = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", pushed.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: pushed.append("pop"))
+
+    @nvtx.ranged
+    def work():
+        return 7
+
+    assert work() == 7 and pushed == []
+    nvtx.enable()
+    try:
+        assert work() == 7
+        with nvtx.scope("reward"):
+            pass
+    finally:
+        nvtx.enable(False)
+    assert pushed == ["entrgi::work", "pop", "entrgi::reward", "pop"]
