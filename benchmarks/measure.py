@@ -6,6 +6,7 @@ a change of clock strikes all of them alike; what is reported are percentiles of
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -199,6 +200,14 @@ def available_memory() -> float:
     return int(match[1]) * 1024.0 if match else float("inf")
 
 
+def _return_freed_memory() -> None:
+    """Make the C library give freed pages back: kept ones would hide what the next run takes."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):  # not glibc
+        pass
+
+
 def peak_memory(candidate: Candidate, device: str = "cpu") -> int | None:
     """Peak of memory beyond what was held before one run: allocator peak on CUDA, resident-set growth on a CPU.
 
@@ -214,6 +223,7 @@ def peak_memory(candidate: Candidate, device: str = "cpu") -> int | None:
         candidate.run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    _return_freed_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
