@@ -1,7 +1,8 @@
 """Reward guidance of diffusion language models: the drop-in, the sampler, and their parts for loops of one's own."""
 
+from .canvas import Canvas, NonFiniteLogitsError, Statistics
 from .config import GuidanceConfig
-from .denoising import Canvas, Denoiser, NonFiniteLogitsError, Statistics
+from .denoising import Denoiser
 from .guide import Guidance, guide
 from .optimizer import LogitOptimizer
 from .results import GenerationResult, Sample, StepTrace

@@ -12,6 +12,7 @@ import torch
 
 from ..backends import check_name
 from . import schedules
+from .savings import check_savings
 from .weights import METHODS, WeightFunction, method_weight
 
 ALGS = ("entropy", "maskgit_plus", "topk_margin", "anchor", "origin")
@@ -48,6 +49,7 @@ class GuidanceConfig:
         suppress_undrawable: give ids that stand for no token, and the mask token, probability 0 from the start; False
             leaves their logits alone, as the published code does.
         batch_size: prompts denoised together (times K trajectories). Does not change any draw.
+        exact_savings: work left out without changing a token: "all", "none", or names (:mod:`.savings`).
         seed: a prompt's result depends on it, the prompt and the settings, not on the batch.
         backend: "auto" or the name of a backend.
 
@@ -76,6 +78,7 @@ class GuidanceConfig:
     deprioritize_eos: bool = True
     suppress_undrawable: bool = True
     batch_size: int = 4
+    exact_savings: str | tuple[str, ...] = "all"
     seed: int = 0
     backend: str = "auto"
 
@@ -108,6 +111,7 @@ class GuidanceConfig:
         _integer("batch_size", self.batch_size, 1, None)
         _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
         check_name(self.backend)
+        check_savings(self.exact_savings)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             # numpy's scalars are welcome, but JSON and the operators want Python's.
@@ -120,6 +124,10 @@ class GuidanceConfig:
     def guided(self) -> bool:
         """Whether any logit is moved at all."""
         return self.method != "none" and self.guidance_steps > 0
+
+    def saves(self, name: str) -> bool:
+        """Whether the exact saving `name` is on."""
+        return name in check_savings(self.exact_savings)
 
     def replace(self, **changes: Any) -> GuidanceConfig:
         """A copy with some settings changed.
@@ -141,6 +149,8 @@ class GuidanceConfig:
         """The settings as JSON-safe values; a callable weight by its repr."""
         content = dataclasses.asdict(self)
         content["betas"] = list(self.betas)
+        if not isinstance(self.exact_savings, str):
+            content["exact_savings"] = sorted(self.exact_savings)
         if self.weight is not None and not isinstance(self.weight, str):
             content["weight"] = repr(self.weight)
         return content

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from ..models import DiffusionModel
 from ..rewards.template import conversation_from_ids
-from .denoising import Canvas, Statistics
+from .canvas import Canvas, Statistics
 from .keys import prompt_keys, row_keys
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .denoising import Statistics
+from .canvas import Statistics
 from .dream import DreamGeneration
 from .results import GenerationResult
 from .sampler import GuidedSampler

@@ -103,13 +103,39 @@ class LogitOptimizer:
         Raises:
             RuntimeError: without a fresh embed(), or a second step where keep_state=False.
         """
-        if self._context is None:
-            raise RuntimeError("step() needs an embed() before it: the gradient belongs to that embedding")
+        soft, lse, _ = self._ready()
         if self._keep_state and self._adam is None:
             self._adam = AdamState.zeros(self.phi, self._state_dtype)
-        if not self._keep_state and self._steps:
-            raise RuntimeError("a second step() with keep_state=False: Adam's moments were not kept")
-        soft, lse, _ = self._context
         guidance_update_(self.phi, grad, self.embedding, soft, lse, state=self._adam, **self._update)
         self._context = None
         self._steps += 1
+
+    @torch.no_grad()
+    def moved_rows(self, grad: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """What :meth:`step` would make of some rows, as a copy; phi and the state stay as they are.
+
+        For a last step of which only some rows are wanted. May be called again with other rows.
+
+        Args:
+            grad: d loss/d embedding [N, D] of the last :meth:`embed`.
+            rows: int64 [n].
+
+        Returns:
+            [n, V] of phi's dtype.
+
+        Raises:
+            RuntimeError: without a fresh embed(), or where keep_state=False and a step was taken.
+        """
+        soft, lse, _ = self._ready()
+        moved, state = self.phi[rows], None
+        if self._adam is not None:
+            state = AdamState(self._adam.exp_avg[rows], self._adam.exp_avg_sq[rows], self._adam.step)
+        guidance_update_(moved, grad[rows], self.embedding, soft[rows], lse[rows], state=state, **self._update)
+        return moved
+
+    def _ready(self) -> ForwardState:
+        if self._context is None:
+            raise RuntimeError("step() needs an embed() before it: the gradient belongs to that embedding")
+        if not self._keep_state and self._steps:
+            raise RuntimeError("a second step() with keep_state=False: Adam's moments were not kept")
+        return self._context

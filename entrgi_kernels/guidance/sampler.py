@@ -15,12 +15,11 @@ from .. import models, rewards
 from ..models import DiffusionModel
 from ..rewards import Reward
 from ..rewards.template import conversation_from, encode_prompt
+from .canvas import Canvas, NonFiniteLogitsError, Statistics
 from .config import GuidanceConfig
-from .denoising import Canvas, Denoiser, NonFiniteLogitsError, Statistics
+from .denoising import Denoiser, OnStep
 from .keys import prompt_keys, row_keys
 from .results import Conversation, GenerationResult, Sample, StepTrace
-
-OnStep = Callable[[int, torch.Tensor], "torch.Tensor | None"]
 
 
 class GuidedSampler:
@@ -177,17 +176,20 @@ class GuidedSampler:
         # Callers under torch.inference_mode() are served: gradients need ordinary tensors.
         with torch.inference_mode(False), torch.no_grad(), evaluating(self.model, self.reward):
             table, undrawable = self._table(config, device)
-            denoiser = Denoiser(model or self.model, self.reward, table, config, undrawable, self._eos, self._pad)
-            prepared = self.reward.prepare(conversations)
-            return denoiser.run(
-                canvas,
-                prepared,
-                index,
+            denoiser = Denoiser(
+                model=model or self.model,
+                reward=self.reward,
+                table=table,
+                config=config,
+                undrawable=undrawable,
+                eos_token_id=self._eos,
+                pad_token_id=self._pad,
+                canvas=canvas,
+                prepared=self.reward.prepare(conversations),
+                index=index,
                 statistics=statistics or Statistics(),
-                traces=traces,
-                on_step=on_step,
-                every_step=every_step,
             )
+            return denoiser.run(traces=traces, on_step=on_step, every_step=every_step)
 
     def decode(self, response: list[int]) -> str:
         """The text of a response's ids: up to the first end-of-sequence token, special tokens removed."""
@@ -217,6 +219,7 @@ class GuidedSampler:
             start=width,
             masked=torch.ones(len(prompts) * num_samples, slots, dtype=torch.bool, device=device),
             keys=row_keys(keys, num_samples, slots, device),
+            repeats=num_samples,
         )
 
     def _batch(

@@ -203,17 +203,19 @@ def test_callback_and_stream(sampler):
     assert seen == [(0, "a"), (1, "b"), (2, "c")]
 
 
-def test_nan_logits_name_step_prompt_and_sample(sampler, diffusion):
-    rows = SHORT["max_new_tokens"]
-
+@pytest.mark.parametrize(("savings", "sample"), [("none", 1), ("all", 0)])
+@pytest.mark.parametrize("method", ["none", "entrgi"])
+def test_nan_logits_name_step_prompt_and_sample(sampler, diffusion, savings, sample, method):
     def poison(module, arguments, output):
-        output.logits.view(-1, output.logits.shape[-1])[rows:] = math.nan  # the second trajectory's rows
+        output.logits.view(-1, output.logits.shape[-1])[-1] = math.nan  # one slot of the last trajectory of the batch
         return output
 
     handle = diffusion.register_forward_hook(poison)
     try:
-        with pytest.raises(NonFiniteLogitsError, match="step 0, sample 1 of prompt 'Why"):
-            sampler.generate(["Why?"], **SHORT, method="none")
+        # With all savings on, the first forward is shared by the samples: all of them are hit, the first is named.
+        named = f"step 0, sample {0 if method == 'entrgi' and savings == 'all' else sample} of prompt 'Why"
+        with pytest.raises(NonFiniteLogitsError, match=named):
+            sampler.generate(["Why?"], **{**SHORT, "steps": 2}, method=method, exact_savings=savings)
     finally:
         handle.remove()
 

@@ -38,7 +38,8 @@ def test_drawn_positions_follow_the_softmax():
     draws = 2000
     for step in range(draws):
         rng = torch.tensor([3, step])
-        chosen = selection.drawn_positions(confidence, masked, torch.tensor([1]), 0.8, rng, KEYS[:1])
+        noisy = selection.perturbed(confidence, 0.8, rng, KEYS[:1])
+        chosen = selection.best_positions(noisy, masked, torch.tensor([1]))
         assert chosen.sum() == 1
         counts += chosen[0]
     expected = torch.softmax(confidence.masked_fill(~masked, -math.inf) / 0.8, -1)[0]

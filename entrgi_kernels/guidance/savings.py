@@ -1,0 +1,37 @@
+"""Work that the loop leaves out without changing one token; each saving can be switched off, to test just that."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+# Name -> what is left out.
+LOOP_SAVINGS = {
+    "idle_steps": "steps that commit nothing: draws are keyed and Adam is fresh at every step, so they change nothing",
+    "shared_forward": "all but one of a prompt's K forwards while its trajectories are still the same",
+    "committed_rows": "the last inner step's backward, Adam and final draw for rows that will not be committed: with "
+    "alg 'entropy' and confidence 'base' the ranking is known before guidance",
+    "adam_state": "Adam's moments when a denoising step has a single inner step",
+}
+
+
+def check_savings(given: str | Collection[str], known: Collection[str] = tuple(LOOP_SAVINGS)) -> frozenset[str]:
+    """The set of savings that a setting means.
+
+    Args:
+        given: "all", "none", or names.
+        known: names there are.
+
+    Raises:
+        ValueError: a name that is not known.
+    """
+    if isinstance(given, str):
+        if given in ("all", "none"):
+            return frozenset(known if given == "all" else ())
+        given = [given]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(
+            f"exact_savings={sorted(given)!r}: no saving {', '.join(map(repr, unknown))}; expected 'all', 'none', or "
+            f"names out of {', '.join(map(repr, known))}"
+        )
+    return frozenset(given)

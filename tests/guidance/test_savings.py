@@ -1,0 +1,119 @@
+"""Exact savings: with and without them, the same tokens and the same rewards."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler
+from entrgi_kernels.guidance.savings import LOOP_SAVINGS, check_savings
+
+PROMPTS = ["Why?", "A rather longer question than that.", "Hm"]
+
+
+@pytest.fixture
+def double(diffusion, reward, tokenizer) -> GuidedSampler:
+    """Double precision, and a network that likes EOS: postponing it is where the savings could go wrong."""
+    with torch.no_grad():
+        diffusion.lm_head.weight[tokenizer.eos_token_id] += 2
+    return GuidedSampler(diffusion.double(), reward.double(), tokenizer, shift=True)
+
+
+def outcome(sampler, **settings):
+    results = sampler.generate(PROMPTS[: settings.pop("prompts")], **settings)
+    return [[s.tokens for s in r.samples] for r in results], [r.rewards for r in results]
+
+
+def settings_of(case: int) -> dict:
+    """Twenty configurations over everything that the loop branches on."""
+    pick = random.Random(case).choice
+    return dict(
+        prompts=pick([1, 2, 3]),
+        method=pick(["entrgi", "entrgi", "aps", "expectation", "none"]),
+        guidance_steps=pick([1, 3]),
+        num_samples=pick([1, 4]),
+        max_new_tokens=7,
+        steps=pick([3, 7, 12]),
+        temperature=pick([0.7, 1.0, 0.0]),
+        top_p=pick([None, 0.9]),
+        top_k=pick([None, 20]),
+        alg=pick(["entropy"] * 4 + ["maskgit_plus", "origin"]),
+        alg_temp=pick([None, None, 0.5]),
+        confidence=pick(["base", "base", "guided"]),
+        schedule=pick(["linspace", "even"]),
+        deprioritize_eos=pick([True, True, False]),
+        seed=case,
+    )
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_all_savings_together_change_nothing(double, case):
+    settings = settings_of(case)
+    tokens, rewards = outcome(double, **settings)
+    plain_tokens, plain_rewards = outcome(double, **settings, exact_savings="none")
+    assert tokens == plain_tokens
+    for ours, theirs in zip(rewards, plain_rewards, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+EOS_RICH = dict(prompts=3, num_samples=4, max_new_tokens=8, steps=5, temperature=1.0, top_p=None, seed=7)
+
+
+@pytest.mark.parametrize("name", LOOP_SAVINGS)
+def test_each_saving_alone_changes_nothing(double, name):
+    extra = {"guidance_steps": 1} if name == "adam_state" else {"steps": 12}
+    assert (
+        outcome(double, **{**EOS_RICH, **extra}, exact_savings=(name,))[0]
+        == outcome(double, **{**EOS_RICH, **extra}, exact_savings="none")[0]
+    )
+
+
+def test_the_test_model_does_draw_eos(double, tokenizer):
+    tokens, _ = outcome(double, **EOS_RICH)
+    drawn = sum(token == tokenizer.eos_token_id for result in tokens for sample in result for token in sample)
+    assert 5 < drawn < 90
+
+
+def test_savings_save(double, monkeypatch):
+    """Rows of the vocabulary work and batches of forwards, counted."""
+    rows = {"forward": 0, "drawn": 0, "moved": 0}
+    from entrgi_kernels.guidance import denoising, optimizer
+
+    sample, update, logits = denoising.sample_tokens, optimizer.guidance_update_, double.model.masked_logits
+
+    def count(name, function, size):
+        def counted(first, *args, **kwargs):
+            rows[name] += size(first)
+            return function(first, *args, **kwargs)
+
+        return counted
+
+    monkeypatch.setattr(denoising, "sample_tokens", count("drawn", sample, len))
+    monkeypatch.setattr(optimizer, "guidance_update_", count("moved", update, len))
+    original = type(double.model).masked_logits
+
+    def counted_logits(self, canvas, attention, masked, *, positions=None):
+        rows["forward"] += len(canvas)
+        return original(self, canvas, attention, masked, positions=positions)
+
+    monkeypatch.setattr(type(double.model), "masked_logits", counted_logits)
+    assert logits is not None
+    counts = {}
+    settings = dict(prompts=1, num_samples=4, max_new_tokens=8, steps=16, guidance_steps=3, deprioritize_eos=False)
+    for savings in ("none", "all"):
+        rows.update(forward=0, drawn=0, moved=0)
+        outcome(double, **settings, exact_savings=savings)
+        counts[savings] = dict(rows)
+    plain, saved = counts["none"], counts["all"]
+    assert saved["drawn"] == 4 * 8  # each slot of each trajectory, once
+    assert saved["forward"] < plain["forward"] and saved["moved"] < 0.75 * plain["moved"]
+    assert plain["drawn"] > 100
+
+
+def test_names_are_checked():
+    assert check_savings("all") == frozenset(LOOP_SAVINGS) and check_savings("none") == frozenset()
+    with pytest.raises(ValueError, match="exact_savings=.*'magic'.*'idle_steps'"):
+        GuidanceConfig(exact_savings=("magic",))
+    assert not GuidanceConfig(exact_savings=("idle_steps",)).saves("shared_forward")
