@@ -1,0 +1,219 @@
+"""The native backend against the eager oracle and float64 truth, at every instruction set this machine can run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from entrgi_kernels.backends import eager, native
+
+_REASON = native.why_not(torch.device("cpu"), torch.float32)
+pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+
+ISAS = list(native.build_info()["supported_isas"]) if _REASON is None else ["none"]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FILTERS = ((0, 1.0), (0, 0.9), (5, 1.0), (40, 0.5), (0, 0.999), (3, 0.95))
+RNG = torch.tensor([(1 << 40) + 12345, 77])
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa("")
+
+
+def peaked(n: int, v: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Gaussian logits with a few high entries a row."""
+    high = torch.where(torch.rand(n, v) < 0.002, 12 * torch.rand(n, v), torch.zeros(()))
+    return (3 * torch.randn(n, v) + high).to(dtype)
+
+
+def row_keys(n: int) -> torch.Tensor:
+    return torch.randint(0, 1 << 62, (n,))
+
+
+def worst(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    """Largest error, relative to the largest entry of the truth; NaN must be in the same places."""
+    assert torch.equal(ours.isnan(), truth.isnan())
+    good = truth.isfinite()
+    assert torch.equal(ours.double()[~good & ~truth.isnan()], truth.double()[~good & ~truth.isnan()])
+    if not good.any():
+        return 0.0
+    scale = truth[good].abs().max().clamp(min=1e-30).item()
+    return (ours.double() - truth.double())[good].abs().max().item() / scale
+
+
+def assert_close(ours: torch.Tensor, torchs: torch.Tensor, truth: torch.Tensor, factor: float, eps: float) -> None:
+    """Our error is within `factor` times torch's in the same dtype, plus eps."""
+    mine, theirs = worst(ours, truth), worst(torchs, truth)
+    assert mine <= factor * theirs + eps, f"error {mine:.3g}, torch's {theirs:.3g}"
+
+
+def eps_of(*dtypes: torch.dtype) -> float:
+    """A few roundings of the coarsest dtype."""
+    return 4 * max(torch.finfo(d).eps for d in dtypes)
+
+
+SHAPES = ((3, 1), (2, 7), (5, 63), (17, 1003), (6, 20011))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", (1.0, 0.7))
+def test_statistics(isa: str, dtype: torch.dtype, temperature: float) -> None:
+    for n, v in SHAPES:
+        x = peaked(n, v, dtype)
+        truth = eager.softmax_entropy(x.double(), temperature)
+        ours = native.softmax_entropy(x, temperature)
+        theirs = eager.softmax_entropy(x, temperature)
+        for a, b, c in zip(ours, theirs, truth, strict=True):
+            assert a.dtype == b.dtype
+            assert_close(a, b, c, 2, eps_of(a.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_gradient(isa: str, dtype: torch.dtype) -> None:
+    for n, v in SHAPES:
+        x = peaked(n, v, dtype)
+        if v > 7:
+            x[:, 3] = -math.inf
+        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        lse, h = eager.softmax_entropy(x, 0.7)
+        grads = torch.randn(2, n).to(acc)
+        exact = eager.softmax_entropy(x.double(), 0.7)
+        truth = eager.softmax_entropy_backward(x.double(), *exact, *grads.double(), 0.7)
+        ours = native.softmax_entropy_backward(x, lse, h, *grads, 0.7)
+        assert ours.dtype == dtype
+        theirs = eager.softmax_entropy_backward(x, lse, h, *grads, 0.7)
+        assert_close(ours, theirs, truth, 2, eps_of(dtype) + (1e-5 if acc == torch.float32 else 1e-12))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("top_k, top_p", FILTERS)
+def test_same_tokens_as_eager(isa: str, dtype: torch.dtype, top_k: int, top_p: float) -> None:
+    for n, v in (*SHAPES, (64, 2000)):
+        x, rows = peaked(n, v, dtype), row_keys(n)
+        if v > 7:
+            x[0, 1] = -math.inf
+            x[1] = torch.full((v,), 2.0, dtype=dtype)  # all tied
+            x[2] = x[2].round()  # many ties at the threshold
+        for temperature in (1.0, 0.7, 0.0):
+            ours = native.sample_tokens(x, RNG, rows, temperature, top_k, top_p)
+            assert torch.equal(ours, eager.sample_tokens(x, RNG, rows, temperature, top_k, top_p))
+
+
+def test_many_draws_equal_eager() -> None:
+    """Of 1e5 draws at most one may differ (a score that ties within rounding)."""
+    x = peaked(1, 300).expand(100_000, 300)
+    rows = torch.arange(100_000)
+    for top_p in (0.9, 1.0):
+        ours = native.sample_tokens(x, RNG, rows, 0.7, 0, top_p)
+        theirs = [eager.sample_tokens(x[i], RNG, rows[i], 0.7, 0, top_p) for i in torch.arange(100_000).split(5000)]
+        assert (ours != torch.cat(theirs)).sum() <= 1
+
+
+def test_frequencies_and_wide_tail() -> None:
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05 - 1e-3, 1e-3])
+    x = p.log().repeat(200_000, 1)
+    drawn = native.sample_tokens(x, RNG, torch.arange(200_000), 1.0, 0, 1.0)
+    frequency = torch.bincount(drawn, minlength=5) / 200_000
+    assert (frequency - p).abs().max() < 4 * math.sqrt(0.25 / 200_000)
+    kept = native.sample_tokens(x, RNG, torch.arange(200_000), 1.0, 0, 0.6)
+    assert kept.unique().tolist() == [0, 1]
+    # 1e6 tokens of probability about 1e-8 beside one of 0.99: noise cut at float32's resolution would never draw them.
+    tail = torch.full((1, 1_000_000), math.log(1e-8))
+    tail[0, 0] = math.log(0.99)
+    drawn = native.sample_tokens(tail.expand(2000, -1), RNG, torch.arange(2000), 1.0, 0, 1.0)
+    assert 2 <= (drawn != 0).sum() <= 50
+
+
+@pytest.mark.parametrize("table_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding(isa: str, dtype: torch.dtype, table_dtype: torch.dtype) -> None:
+    for n, v, d in ((3, 1, 5), (2, 7, 32), (5, 63, 33), (20, 1003, 70), (1, 20011, 64), (0, 9, 4)):
+        x, table, rows = peaked(n, v, dtype), torch.randn(v, d).to(table_dtype), row_keys(n)
+        for mode in ("entropy", "one", "zero", "given"):
+            weight = torch.rand(n)
+            args = (None, weight, mode, 0.7, 0, 0.95)
+            ours = native.entrgi_embedding(x, table, RNG, rows, *args)
+            theirs = eager.entrgi_embedding(x, table, RNG, rows, *args)
+            truth = eager.entrgi_embedding(x.double(), table.double(), RNG, rows, theirs[1], *args[1:])
+            assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[6], theirs[6])
+            for i in (0, 2, 3, 4, 5):
+                assert ours[i].dtype == theirs[i].dtype and ours[i].shape == theirs[i].shape
+                # With a bf16 table the AMX path rounds p to bf16, as a bf16 matrix product in torch does.
+                coarse = torch.bfloat16 if table_dtype == torch.bfloat16 and i in (0, 4) else theirs[i].dtype
+                slack = 0.0 if torch.finfo(theirs[i].dtype).bits == 64 else 1e-5
+                coarse = theirs[i].dtype if torch.float64 in (dtype, table_dtype) else coarse
+                assert_close(ours[i], theirs[i], truth[i], 2, eps_of(coarse) + slack)
+
+
+@pytest.mark.parametrize("table_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients(isa: str, dtype: torch.dtype, table_dtype: torch.dtype) -> None:
+    for n, v, d in ((3, 1, 5), (2, 7, 32), (5, 63, 33), (20, 1003, 70), (1, 2011, 64), (150, 300, 48), (0, 9, 4)):
+        x, table = peaked(n, v, dtype), torch.randn(v, d).to(table_dtype)
+        if v > 7:
+            x[:, 2] = -math.inf
+        soft, lse = eager.soft_embedding(x, table, 0.7)
+        slack = 1e-12 if soft.dtype == torch.float64 else 2e-5
+        for grad_dtype in (table_dtype, soft.dtype):
+            grad = torch.randn(n, d).to(grad_dtype)
+            wide = [t.double() for t in (x, table, grad)]
+            wide_soft, wide_lse = eager.soft_embedding(*wide[:2], 0.7)
+            truth = eager.soft_embedding_backward(*wide, wide_soft, wide_lse, 0.7)
+            ours = native.soft_embedding_backward(x, table, grad, soft, lse, 0.7)
+            theirs = eager.soft_embedding_backward(x, table, grad, soft, lse, 0.7)
+            assert ours.dtype == dtype
+            assert_close(ours, theirs, truth, 2, eps_of(dtype) + slack)
+            truth = eager.soft_embedding_grad_table(wide[0], wide[2], wide_lse, 0.7, torch.float64)
+            ours = native.soft_embedding_grad_table(x, grad, lse, 0.7, table_dtype)
+            theirs = eager.soft_embedding_grad_table(x, grad, lse, 0.7, table_dtype)
+            assert ours.dtype == table_dtype and ours.shape == theirs.shape
+            assert_close(ours, theirs, truth, 2, eps_of(table_dtype) + slack)
+
+
+@pytest.mark.parametrize("state_dtype", (None, torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("table_dtype", (torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_update(isa: str, dtype: torch.dtype, table_dtype: torch.dtype, state_dtype: torch.dtype | None) -> None:
+    for n, v, d in ((3, 1, 5), (5, 63, 33), (20, 1003, 64)):
+        start, table = peaked(n, v, dtype), torch.randn(v, d).to(table_dtype)
+        if v > 7:
+            start[:, 2] = -math.inf
+        soft, lse = eager.soft_embedding(start, table, 0.7)
+        grad = torch.randn(n, d).to(table_dtype)
+        results = []
+        for backend in (native, eager):
+            x = start.clone()
+            state = [None, None] if state_dtype is None else [torch.zeros(n, v, dtype=state_dtype) for _ in range(2)]
+            for step in (1,) if state_dtype is None else (1, 2, 3):
+                backend.guidance_update_(x, grad, table, soft, lse, *state, step, 0.7, 0.5, 0.9, 0.999, 1e-8)
+            results.append((x, *(s for s in state if s is not None)))
+        for ours, theirs in zip(*results, strict=True):
+            assert ours.dtype == theirs.dtype
+            finite = theirs.isfinite()
+            assert torch.equal(ours[~finite], theirs[~finite])
+            # Where |gradient| is near eps or near rounding the normalised step is not determined; elsewhere it is.
+            far = (ours[finite].double() - theirs[finite].double()).abs() > 0.01 + 0.01 * theirs[finite].double().abs()
+            assert far.float().mean() <= (0.01 if finite.sum() > 100 else 0.1)
+        if v > 7:
+            assert (results[0][0][:, 2] == -math.inf).all()
+            assert all((s[:, 2] == 0).all() for s in results[0][1:])
+
+
+@pytest.mark.parametrize("alg", ("entropy", "maskgit_plus", "topk_margin", "anchor"))
+@pytest.mark.parametrize("top_k, top_p", FILTERS)
+def test_confidence(isa: str, alg: str, top_k: int, top_p: float) -> None:
+    for dtype in DTYPES:
+        for n, v in SHAPES:
+            x = peaked(n, v, dtype)
+            tokens = eager.sample_tokens(x, RNG, row_keys(n), 0.7, 0, 1.0)  # some lie outside the filter
+            ours = native.unmask_confidence(x, tokens, alg, 0.7, top_k, top_p)
+            theirs = eager.unmask_confidence(x, tokens, alg, 0.7, top_k, top_p)
+            truth = eager.unmask_confidence(x.double(), tokens, alg, 0.7, top_k, top_p)
+            assert ours.dtype == theirs.dtype
+            assert_close(ours, theirs, truth, 2, eps_of(ours.dtype))
