@@ -87,7 +87,11 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything chosen for one architecture. GEMM tables are by operand width in bytes: 2 (bf16, fp16) or 4 (fp32)."""
+    """Everything chosen for one architecture. GEMM tables are by operand width in bytes: 2 (bf16, fp16) or 4 (fp32).
+
+    `unaligned` is the fused tile of both products where a row does not start on a multiple of 16 entries (V = 50257,
+    say): loads are then of single entries, pass through registers, and the tables' tiles would spill.
+    """
 
     name: str
     statistics: tuple[RowConfig, ...]
@@ -97,6 +101,7 @@ class Architecture:
     forward: dict[int, tuple[GemmConfig, ...]]
     backward: dict[int, tuple[GemmConfig, ...]]
     table: dict[int, tuple[GemmConfig, ...]]
+    unaligned: GemmConfig | None = None
     merge_block: tuple[int, int] = (4, 256)
     chunk_share: float = 0.1
     chunk_least_bytes: int = 32 << 20
@@ -108,6 +113,14 @@ def pick(entries, rows: int):
         if entry.most_rows is None or rows <= entry.most_rows:
             return entry
     return entries[-1]
+
+
+def pick_product(entries, architecture: Architecture, rows: int, aligned: bool) -> GemmConfig:
+    """:func:`pick` for a product; the architecture's small tile where rows are not aligned and the engine is fused."""
+    entry = pick(entries, rows)
+    if aligned or architecture.unaligned is None or entry.engine != "fused":
+        return entry
+    return architecture.unaligned
 
 
 _ROWS = dict(
@@ -151,12 +164,15 @@ _BACKWARD_32_BIT = (
 _TABLE_16_BIT = (GemmConfig(64, 128, 64, 8, 3),)
 _TABLE_32_BIT = (GemmConfig(32, 64, 64, 4, 3),)
 
+_UNALIGNED = GemmConfig(32, 64, 64, 4, 2)
+
 _SM_80 = Architecture(
     "sm_80",
     **_ROWS,
     forward={2: _FORWARD_16_BIT, 4: _FORWARD_32_BIT},
     backward={2: _BACKWARD_16_BIT, 4: _BACKWARD_32_BIT},
     table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
+    unaligned=_UNALIGNED,
 )
 _SM_90 = Architecture(
     "sm_90",
@@ -164,6 +180,7 @@ _SM_90 = Architecture(
     forward={2: _FORWARD_16_BIT, 4: _FORWARD_32_BIT},
     backward={2: _BACKWARD_16_BIT, 4: _BACKWARD_32_BIT},
     table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
+    unaligned=_UNALIGNED,
 )
 _SM_100 = Architecture(
     "sm_100",
@@ -171,6 +188,7 @@ _SM_100 = Architecture(
     forward={2: _FORWARD_16_BIT, 4: _FORWARD_32_BIT},
     backward={2: _BACKWARD_16_BIT, 4: _BACKWARD_32_BIT},
     table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
+    unaligned=_UNALIGNED,
 )
 
 # The interpreter runs one program at a time on a CPU; its tiles are small so that toy shapes reach every branch: split

@@ -17,7 +17,7 @@ import triton.language as tl
 from .. import eager
 from . import chunked, config
 from .chunked import adam
-from .launch import cdiv, launch, rows_of, vector
+from .launch import aligned, cdiv, launch, rows_of, vector
 from .nvtx import ranged
 
 
@@ -194,7 +194,8 @@ def _backward(
     grad = rows_of(grad.to(product_dtype(grad.dtype, embedding.dtype)))
     delta = torch.empty(n, dtype=torch.float32, device=logits.device)
     launch(_rowdot_kernel, (n,), grad, soft, delta, d, grad.stride(0), soft.stride(0), num_warps=4, BLOCK=512)
-    entry = config.pick(target.architecture.backward[grad.element_size()], n)
+    table = target.architecture.backward[grad.element_size()]
+    entry = config.pick_product(table, target.architecture, n, aligned(logits, embedding, grad, out))
     if entry.engine == "chunked":
         chunked.backward(logits, grad, embedding, delta, lse, temperature, out, moments, adam_scalars)
         return

@@ -44,3 +44,8 @@ def vector(tensor: torch.Tensor) -> torch.Tensor:
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up."""
     return -(-a // b)
+
+
+def aligned(*tensors: torch.Tensor) -> bool:
+    """Whether every row starts on a multiple of 16 entries and 16 bytes: what Triton asks for wide, pipelined loads."""
+    return all(tensor.stride(0) % 16 == 0 and tensor.data_ptr() % 16 == 0 for tensor in tensors)

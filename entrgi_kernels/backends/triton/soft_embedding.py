@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .. import eager
 from . import chunked, config
-from .launch import cdiv, launch, rows_of, vector
+from .launch import aligned, cdiv, launch, rows_of, vector
 from .nvtx import ranged
 from .sampling import draw
 from .statistics import row_statistics
@@ -180,7 +180,8 @@ def forward(
     (n, v), d = logits.shape, embedding.shape[1]
     device = logits.device
     target = config.target(device)
-    entry = config.pick(target.architecture.forward[embedding.element_size()], n)
+    table = target.architecture.forward[embedding.element_size()]
+    entry = config.pick_product(table, target.architecture, n, aligned(logits, embedding))
     soft = torch.empty((n, d), dtype=torch.float32, device=device)
     blending = mix and tokens is not None and weight is not None
     out = torch.empty((n, d), dtype=embedding.dtype, device=device) if blending else None
