@@ -40,6 +40,7 @@ EXPLAINED = {
     "nats": "how unlikely the diffusion model finds that best sample; lower is more natural",
 }
 
+_SHORT = 4  # prompts of --short
 TINY_NOTE = "The models are tiny and their language is synthetic: this shows the method at work; it is no benchmark."
 
 
@@ -353,10 +354,10 @@ def _prompts(args: argparse.Namespace, tiny: bool) -> list[Prompt]:
     if tiny and not args.prompts and not args.file:
         from entrgi import tiny as tiny_models
 
-        count = args.num_prompts or (6 if args.short else 24)
+        count = args.num_prompts or (_SHORT if args.short else 24)
         return list(tiny_models.prompts(count, seed=args.seed))
     prompts = read_prompts(args.prompts, args.file, field=args.prompt_field)
-    return prompts[: args.num_prompts or (6 if args.short else None)]
+    return prompts[: args.num_prompts or (_SHORT if args.short else None)]
 
 
 def _versions() -> dict[str, Any]:

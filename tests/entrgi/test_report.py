@@ -140,19 +140,48 @@ def test_the_installed_package_has_the_page() -> None:
         )
 
 
+def play(page: Path, state: str, script: str = "") -> str:
+    """The page's document as Chromium has it after running `script`; fails on an error in the page's program."""
+    copy = page.with_name("played.html")
+    copy.write_text(page.read_text(encoding="utf-8").replace("</body>", f"<script>{script}</script></body>"), "utf-8")
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=6000"]
+    command += ["--enable-logging=stderr", "--dump-dom", f"file://{copy}#{state}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "Uncaught" not in done.stderr and "Content Security Policy" not in done.stderr, done.stderr[-2000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium to run the page's program")
 def test_the_page_runs(page) -> None:
-    """A browser plays the page: the right words are covered, the prompt is text, and nothing went wrong."""
-    url = f"file://{page}#prompt=2&step=2&theme=dark"
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000",
-               "--enable-logging=stderr", "--dump-dom", url]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "Uncaught" not in done.stderr and "Content Security Policy" not in done.stderr, done.stderr[-2000:]
-    reader = Reader(done.stdout)
-    assert "img" not in reader.tags and len(reader.scripts) == 2
-    masked = re.findall(r'class="tok[^"]*masked[^"]*"', done.stdout)
-    fresh = re.findall(r'class="tok[^"]*fresh[^"]*"', done.stdout.split('class="legend"')[0])
+    """The right words are covered, the prompt is text, and nothing went wrong."""
+    shown = play(page, "prompt=2&step=2&theme=dark")
+    assert "img" not in Reader(shown).tags
+    masked = re.findall(r'class="tok[^"]*masked[^"]*"', shown)
+    fresh = re.findall(r'class="tok[^"]*fresh[^"]*"', shown.split('class="legend"')[0])
     assert len(masked) == 2 * 4 and len(fresh) == 2 * 2  # two panels, 8 slots, two committed in each step
-    assert 'data-theme="dark"' in done.stdout and "step 2 of 4" in done.stdout
-    assert html.unescape(re.search(r'<blockquote id="question">(.*?)</blockquote>', done.stdout, re.DOTALL)[1]) == NASTY
+    assert 'data-theme="dark"' in shown and "step 2 of 4" in shown
+    assert html.unescape(re.search(r'<blockquote id="question">(.*?)</blockquote>', shown, re.DOTALL)[1]) == NASTY
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium to run the page's program")
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (["ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"], "step 3 of 4"),
+        (["End", "ArrowRight"], "step 4 of 4"),
+        (["End", "Home"], "step 0 of 4"),
+        (["End", "]"], "step 0 of 4"),
+        ([" "], "step 4 of 4"),  # plays to the end within the six virtual seconds
+    ],
+)
+def test_keys(page, keys: list[str], expected: str) -> None:
+    press = "".join(
+        f"document.body.dispatchEvent(new KeyboardEvent('keydown', {{key: {json.dumps(key)}, bubbles: true}}));"
+        for key in keys
+    )
+    shown = play(page, "prompt=1&step=1", press)
+    assert re.search(r'<output id="position"[^>]*>(.*?)</output>', shown)[1] == expected
+    question = re.search(r'<blockquote id="question">(.*?)</blockquote>', shown, re.DOTALL)[1]
+    assert (html.unescape(question) == NASTY) == ("]" in keys)
