@@ -61,6 +61,9 @@ class Reward(Protocol):
             response: [B, L, D] embeddings of the response slots; the result is differentiable in them.
             alive: [B, L] bool, False at slots after the end of the response: nothing attends to them, and they keep
                 their position ids.
+
+        A reward with the attribute ``takes_committed`` also takes ``committed=``, how many leading slots of each row
+        are the same in all later calls; see :class:`SequenceClassifierReward`.
         """
         ...
 

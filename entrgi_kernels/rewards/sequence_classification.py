@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,8 @@ from entrgi_kernels.models.modules import (
     plain_precision,
 )
 from entrgi_kernels.rewards.base import EmbeddingReward, PreparedPrompts, assemble
+from entrgi_kernels.rewards.decoder import CachedDecoder
+from entrgi_kernels.rewards.savings import LAST_LAYER, NAMES, ExactSavings, last_real, parse_savings
 from entrgi_kernels.rewards.template import Conversation, encode_answered
 
 
@@ -30,6 +32,9 @@ class SequenceClassifierReward(EmbeddingReward):
     needs neither. Other classifiers (encoders with a pooler) are run whole, in groups of equal length, without
     padding. Which of the two reproduces the model's own answer on a few tokens is found out at construction.
 
+    Decoders are run with the savings of :mod:`entrgi_kernels.rewards.savings`: same rewards, same gradients, less
+    work. Each is compared with the plain forward on a few tokens at construction and is not used where it differs.
+
     The model is in evaluation mode and its parameters are frozen while it runs; both are given back at once.
 
     Args:
@@ -37,19 +42,36 @@ class SequenceClassifierReward(EmbeddingReward):
         tokenizer: its tokenizer, with a chat template (or ``chat_template=``).
         unmatched: what stands for tokens it does not know, see :class:`VocabularyMap`.
         chat_template: a template to use instead of the tokenizer's own.
+        exact_savings: "all", None for none, or a set of "reward_prefix", "reward_committed", "reward_dead",
+            "reward_last_layer".
 
     Attributes:
         pooling: ``"last"`` (backbone and head apart) or ``"whole"`` (the model's own forward).
+        exact_savings: the names asked for; may be set at any time.
+        savings: the names in use.
+        savings_off: why each of the others is not in use.
+        last_savings: the names that the last :meth:`score_embeddings` was served with: fewer than ``savings`` when a
+            template ends with the response, or when attention windows of an unknown kind are reached.
+        takes_committed: True: :meth:`score_embeddings` takes ``committed=``.
 
     Raises:
         TypeError: not a classifier, or no tokenizer.
-        ValueError: more than one label, no chat template, weights that are not finite, or a model that gives another
-            score for embeddings than for the tokens they come from.
+        ValueError: more than one label, no chat template, weights that are not finite, a model that gives another
+            score for embeddings than for the tokens they come from, or an unknown name of a saving.
     """
 
+    takes_committed = True
+
     def __init__(
-        self, module: nn.Module, tokenizer: Any, *, unmatched: str = "unk", chat_template: str | None = None
+        self,
+        module: nn.Module,
+        tokenizer: Any,
+        *,
+        unmatched: str = "unk",
+        chat_template: str | None = None,
+        exact_savings: str | Iterable[str] | None = "all",
     ) -> None:
+        requested = parse_savings(exact_savings)
         labels = getattr(getattr(module, "config", None), "num_labels", 1)
         if isinstance(module, nn.Module) and labels != 1:
             raise ValueError(
@@ -67,26 +89,83 @@ class SequenceClassifierReward(EmbeddingReward):
         self._backbone, self._head = _backbone_and_head(module)
         self._whole_accepts = accepted_arguments(module)
         self._backbone_accepts = accepted_arguments(self._backbone) if self._backbone is not None else set()
-        self._takes_positions = True
+        self._takes_positions = self._bears_padding = True
+        self._savings: ExactSavings | None = None
+        self._requested = requested
+        self._no_savings = "the weights are not loaded, so nothing could be tried"
+        self.last_savings: frozenset[str] = frozenset()
         self._check()
 
     def __repr__(self) -> str:
-        return f"SequenceClassifierReward({type(self.module).__name__}, pooling={self.pooling!r})"
+        off = "".join(f"; {name} is not: {reason}" for name, reason in self.savings_off.items())
+        return (
+            f"SequenceClassifierReward({type(self.module).__name__}, pooling={self.pooling!r}, "
+            f"savings in use: {', '.join(self.savings) or 'none'}{off})"
+        )
+
+    # ---- savings
+
+    @property
+    def exact_savings(self) -> frozenset[str]:
+        """The savings asked for."""
+        return self._requested
+
+    @exact_savings.setter
+    def exact_savings(self, names: str | Iterable[str] | None) -> None:
+        self._requested = parse_savings(names)
+        if self._savings is not None:
+            self._savings.requested = self._requested
+
+    @property
+    def savings(self) -> tuple[str, ...]:
+        """The savings in use."""
+        off = self.savings_off
+        return tuple(name for name in NAMES if name not in off)
+
+    @property
+    def savings_off(self) -> dict[str, str]:
+        """Why each saving that is not in use is not."""
+        if self._savings is not None:
+            return self._savings.reasons(self.device)
+        off = {name: "switched off" for name in NAMES if name not in self._requested}
+        return {name: off.get(name, self._no_savings) for name in NAMES}
 
     # ---- the protocol
 
-    def score_embeddings(self, prepared: PreparedPrompts, index: Tensor, response: Tensor, alive: Tensor) -> Tensor:
+    def score_embeddings(
+        self,
+        prepared: PreparedPrompts,
+        index: Tensor,
+        response: Tensor,
+        alive: Tensor,
+        *,
+        committed: Tensor | int | None = None,
+    ) -> Tensor:
         """Rewards [B] (float32, float64 for a float64 model), differentiable in ``response`` [B, L, D].
 
         See :meth:`Reward.score_embeddings`. Gradients reach the response alone, never the model's parameters.
+
+        Args:
+            prepared, index, response, alive: as there. ``prepared`` holds for the weights it was prepared with, and
+                keeps what later calls need again; hand the same ``index`` tensor to all of them.
+            committed: int64 [B], how many slots at the left of each row will keep their embedding and their ``alive``
+                in all later calls (dead ones keep their ``alive`` alone), or one number that holds for every row.
+                No gradient need reach them. Slots that did change are computed anew; on an accelerator that is
+                noticed when another tensor of counts is handed over (one synchronisation for each; none for an int,
+                which is taken at its word). None keeps nothing.
         """
         with plain_precision(self.device), evaluating(self.module), frozen(self.module):
             embeddings, mask, positions = assemble(prepared, index, response, alive)
-            if self._pads_freely:
-                # Behind an empty suffix the last slot may be a dead one; otherwise the last position is the last token.
-                last = None if all(prepared.suffix_ids) else _last_real(mask)
-                return self._pooled(embeddings, mask, positions, last)
-            return self._by_layout(prepared, index, embeddings, mask)
+            self.last_savings = frozenset()
+            if self._savings is not None:
+                self.last_savings = self._savings.for_call(prepared, embeddings.shape[1], self.device)
+            if self.last_savings:
+                return self._saving(self.last_savings, prepared, index, embeddings, mask, positions, committed)
+            if not self._pads_freely or self._suffixes_disturb(prepared):
+                return self._by_layout(prepared, index, embeddings, mask)
+            # Behind an empty suffix the last slot may be a dead one; otherwise the last position is the last token.
+            last = None if all(prepared.suffix_ids) else last_real(mask)
+            return self._pooled(embeddings, mask, positions, last)
 
     def score_texts(self, conversations: list[Conversation], responses: list[str], batch_size: int = 8) -> list[float]:
         """Rewards of finished responses: template, tokenise, score. A batch gives what single texts would.
@@ -126,14 +205,37 @@ class SequenceClassifierReward(EmbeddingReward):
 
     @property
     def _pads_freely(self) -> bool:
-        """Whether rows of different lengths may share a batch."""
-        return self.pooling == "last" and self._takes_positions
+        """Whether rows of different lengths may share a batch of the model's own forward."""
+        return self.pooling == "last" and self._takes_positions and self._bears_padding
+
+    def _suffixes_disturb(self, prepared: PreparedPrompts) -> bool:
+        """Whether suffixes of unequal length put padding where an attention window, counted in places, feels it."""
+        windowed = getattr(getattr(self.module, "config", None), "sliding_window", None) is not None
+        return windowed and len(set(map(len, prepared.suffix_ids))) > 1
+
+    def _saving(
+        self,
+        use: frozenset[str],
+        prepared: PreparedPrompts,
+        index: Tensor,
+        embeddings: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        committed: Tensor | int | None = None,
+    ) -> Tensor:
+        """Rewards [B] of what ``assemble`` returned, with savings."""
+        assert self._savings is not None and self._head is not None
+        index = index.to(embeddings.device)
+        pooled = self._savings.pooled(use, prepared, index, embeddings, mask, positions, committed)
+        return _widened(self._head(pooled)[:, 0])
 
     @torch.no_grad()
     def _score_ids(self, rows: list[list[int]]) -> list[float]:
         with plain_precision(self.device), evaluating(self.module):
             embeddings, mask = self.embed_right_aligned(rows)
             positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+            if LAST_LAYER in self.savings and self._pads_freely and self._savings.decoder.serves(mask.shape[1]):
+                return _widened(self._head(self._savings.last_of_texts(embeddings, mask, positions))[:, 0]).tolist()
             return self._pooled(embeddings, mask, positions).tolist()
 
     def _pooled(self, embeddings: Tensor, mask: Tensor, positions: Tensor, last: Tensor | None = None) -> Tensor:
@@ -153,7 +255,7 @@ class SequenceClassifierReward(EmbeddingReward):
                 arguments["use_cache"] = False
             with _padding_token(self.module):
                 rewards = logits_of(self.module(**arguments))[:, 0]
-        return rewards if rewards.dtype == torch.float64 else rewards.float()
+        return _widened(rewards)
 
     def _by_layout(self, prepared: PreparedPrompts, index: Tensor, embeddings: Tensor, mask: Tensor) -> Tensor:
         """Rewards [B] of rows run in groups of equal prefix and suffix lengths, so that no row holds padding."""
@@ -171,7 +273,7 @@ class SequenceClassifierReward(EmbeddingReward):
             chosen = torch.tensor(rows, device=device)
             positions = torch.arange(len(columns), device=device).expand(len(rows), -1)
             group_mask = mask[chosen][:, picked]
-            last = None if after else _last_real(group_mask)
+            last = None if after else last_real(group_mask)
             scores.append(self._pooled(embeddings[chosen][:, picked], group_mask, positions, last))
             order.extend(rows)
         back = torch.tensor(order, device=device).argsort()
@@ -212,11 +314,62 @@ class SequenceClassifierReward(EmbeddingReward):
                     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
                         continue
                     if same_result(found.to(own.dtype), own):
+                        # Float64 under eager attention gives NaN where a position sees nothing, as padding does.
+                        padded, real = self.embed_right_aligned([texts[0], texts[1][:-1] + texts[1], texts[2]])
+                        places = (real.long().cumsum(1) - 1).clamp_min(0)
+                        self._bears_padding = bool(self._pooled(padded, real, places).isfinite().all())
+                        self._probe_savings(ordinary)
                         return
         raise ValueError(
             f"{name} does not give the same score for input embeddings as for the tokens they come from, so it cannot "
             "guide; accepted: classifiers whose forward takes inputs_embeds"
         )
+
+    @torch.no_grad()
+    def _probe_savings(self, ordinary: list[int]) -> None:
+        """Find out which savings give this network's own rewards and gradients."""
+        if self.pooling != "last" or not self._takes_positions or self._backbone is None:
+            self._no_savings = f"{type(self.module).__name__} is run plainly: " + (
+                "its backbone takes no position ids" if self.pooling == "last" else "it is no decoder with a score head"
+            )
+            return
+        decoder = CachedDecoder(self._backbone)
+        self._savings = savings = ExactSavings(decoder, self._requested)
+        # Unequal prompts, samples of one prompt side by side, dead slots inside and at the end, a left part that is
+        # committed bit by bit. Past the attention window where that is cheap.
+        length, reach = 7, decoder.window if decoder.window is not None and decoder.window <= 32 else 0
+
+        def tokens(count: int, seed: int) -> list[int]:
+            return [ordinary[(11 * seed + 5 * place * (seed + 1)) % len(ordinary)] for place in range(count)]
+
+        prefixes, suffixes = [tokens(4, 1), tokens(6 + reach, 2)], [tokens(2, 3), tokens(2, 4)]
+        index = torch.tensor([0, 0, 1, 1], device=self.device)
+        slots, _ = self.embed_right_aligned([tokens(length, 5 + row) for row in range(4)])
+        slots = (slots + slots.roll(1, 0)) / 2  # soft embeddings
+        alive = torch.ones(4, length, dtype=torch.bool, device=self.device)
+        alive[0, 5:] = alive[1, 3] = alive[2, 1] = alive[2, 4:] = alive[3, 4:] = False
+
+        def measure(use: frozenset[str]) -> tuple[Tensor, Tensor]:
+            # Prepared anew, lest anything be left of another attempt.
+            prepared = PreparedPrompts(
+                [[], []], prefixes, suffixes, *self.embed_right_aligned(prefixes), *self.embed_right_aligned(suffixes)
+            )
+            found, gradients = [], []
+            for count in (0, 2, 3):
+                response = slots.clone()
+                response[:, count:] *= 1 + count / 8
+                with torch.enable_grad(), frozen(self.module):
+                    response.requires_grad_()
+                    embeddings, mask, positions = assemble(prepared, index, response, alive)
+                    if use:
+                        rewards = self._saving(use, prepared, index, embeddings, mask, positions, count)
+                    else:
+                        rewards = self._by_layout(prepared, index, embeddings, mask)
+                    gradients.append(torch.autograd.grad(rewards.sum(), response)[0][:, count:])
+                found.append(rewards.detach())
+            return torch.cat(found), torch.cat(gradients, dim=1)
+
+        savings.probe(measure)
 
 
 def _backbone_and_head(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
@@ -229,9 +382,8 @@ def _backbone_and_head(module: nn.Module) -> tuple[nn.Module | None, nn.Module |
     return None, None
 
 
-def _last_real(mask: Tensor) -> Tensor:
-    """Last True position [B] of each row of a mask [B, T]."""
-    return mask.shape[1] - 1 - mask.long().flip(1).argmax(1)
+def _widened(rewards: Tensor) -> Tensor:
+    return rewards if rewards.dtype == torch.float64 else rewards.float()
 
 
 def _hidden_states(output: Any) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from entrgi_kernels.rewards.base import Reward
+from entrgi_kernels.rewards.savings import parse_savings
 from entrgi_kernels.rewards.sequence_classification import SequenceClassifierReward
 from entrgi_kernels.rewards.vocabulary import check_unmatched
 
@@ -17,7 +19,12 @@ _ACCEPTED = (
 
 
 def wrap(
-    model_or_reward: Any, tokenizer: Any = None, *, unmatched: str = "unk", chat_template: str | None = None
+    model_or_reward: Any,
+    tokenizer: Any = None,
+    *,
+    unmatched: str = "unk",
+    chat_template: str | None = None,
+    exact_savings: str | Iterable[str] | None = "all",
 ) -> Reward:
     """Make a reward of a model, or return the reward that is given.
 
@@ -27,12 +34,15 @@ def wrap(
         unmatched: what stands for tokens of the diffusion LM that the reward model does not know: ``"unk"``,
             ``"zero"`` or ``"pieces"`` (see :class:`VocabularyMap`).
         chat_template: a template to use instead of the tokenizer's own.
+        exact_savings: work that a decoder's reward leaves out without changing a result, "all" or a set of names (see
+            :class:`SequenceClassifierReward`); a reward that is returned as it is keeps its own.
 
     Raises:
         TypeError: neither a classifier nor a reward, or the tokenizer is missing.
         ValueError: see :class:`SequenceClassifierReward`.
     """
     check_unmatched(unmatched)
+    parse_savings(exact_savings)
     if isinstance(model_or_reward, Reward) and not isinstance(model_or_reward, type):
         return model_or_reward
     if isinstance(model_or_reward, str):
@@ -44,7 +54,9 @@ def wrap(
         raise TypeError(f"{name} predicts tokens and is no sequence classifier; {_ACCEPTED}")
     if tokenizer is None:
         raise TypeError(f"the reward model {name} needs its tokenizer; pass it as the reward tokenizer")
-    return SequenceClassifierReward(model_or_reward, tokenizer, unmatched=unmatched, chat_template=chat_template)
+    return SequenceClassifierReward(
+        model_or_reward, tokenizer, unmatched=unmatched, chat_template=chat_template, exact_savings=exact_savings
+    )
 
 
 def _has_vocabulary_head(module: nn.Module) -> bool:

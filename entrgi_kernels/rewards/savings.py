@@ -1,0 +1,319 @@
+"""Savings of a decoder's reward that change nothing: what need not be computed again, or at all.
+
+=====================  =================================================================================================
+name                   what is saved
+=====================  =================================================================================================
+``reward_prefix``      keys and values of what comes before the response are computed once per prompt and used by every
+                       step and trajectory
+``reward_committed``   so are those of the leading slots that are committed in all rows of the batch
+``reward_dead``        slots that nothing attends to are cut out, the others keeping their position ids; on a CPU only:
+                       how many are left must be known on the host, and an accelerator would be waited for each time
+``reward_last_layer``  the last layer (but for its keys and values), the final norm and the head are run at the one
+                       position that the score is read at
+=====================  =================================================================================================
+
+Which of them a model can be served with is found out by trying (:meth:`ExactSavings.probe`), not read off its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from entrgi_kernels.rewards.base import PreparedPrompts
+from entrgi_kernels.rewards.decoder import CachedDecoder, KeyValues, Past, Rows
+
+PREFIX, COMMITTED, DEAD, LAST_LAYER = NAMES = ("reward_prefix", "reward_committed", "reward_dead", "reward_last_layer")
+
+# Relative difference (of rewards, largest; of gradients, in norm) below which two ways through one network are the
+# same: far below what a wrong position or mask makes of random tokens, above what rounding does.
+_SAME = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.15}
+
+
+def parse_savings(names: str | Iterable[str] | None) -> frozenset[str]:
+    """The set that ``exact_savings=`` stands for: "all", None for none, or names.
+
+    Raises:
+        ValueError: a name is not one of :data:`NAMES`.
+        TypeError: neither a string nor a set of strings.
+    """
+    accepted = f"accepted: 'all', or a set of {', '.join(map(repr, NAMES))}"
+    if names is None:
+        return frozenset()
+    if isinstance(names, str):
+        if names == "all":
+            return frozenset(NAMES)
+        raise ValueError(f"exact_savings={names!r}; {accepted}")
+    try:
+        found = frozenset(names)
+    except TypeError:
+        raise TypeError(f"exact_savings={names!r}; {accepted}") from None
+    unknown = [name for name in found if name not in NAMES]
+    if unknown:
+        raise ValueError(f"exact_savings holds {', '.join(sorted(map(repr, unknown)))}; {accepted}")
+    return found
+
+
+@dataclass
+class _Committed:
+    """Keys and values of the committed slots at the left of every response of a batch.
+
+    Attributes:
+        rows: the rows they belong to.
+        layers: of ``count`` slots.
+        response, alive: the slots themselves [B, count, D], zero where dead, and [B, count].
+        given, version, wanted: the tensor of counts that was last read, its version, and what was read.
+    """
+
+    rows: Rows
+    count: int = 0
+    layers: KeyValues = field(default_factory=list)
+    response: Tensor | None = None
+    alive: Tensor | None = None
+    given: Tensor | None = None
+    version: int = -1
+    wanted: int = 0
+
+    def crop(self, count: int) -> None:
+        """Forget all but the first slots."""
+        if count < self.count:
+            assert self.response is not None and self.alive is not None
+            self.layers = [(key[..., :count, :], value[..., :count, :]) for key, value in self.layers]
+            self.response, self.alive, self.count = self.response[:, :count], self.alive[:, :count], count
+
+    def extend(self, layers: KeyValues, response: Tensor, alive: Tensor) -> None:
+        """Add the slots that follow; ``response`` and ``alive`` are all slots up to there."""
+        if self.count:
+            old = self.layers
+            self.layers = [
+                (torch.cat([k, key], -2), torch.cat([v, value], -2))
+                for (k, v), (key, value) in zip(old, layers, strict=True)
+            ]
+        else:
+            self.layers = [(key.clone(), value.clone()) for key, value in layers]  # not views of whole sequences
+        self.response, self.alive, self.count = response.clone(), alive.clone(), response.shape[1]
+
+
+class ExactSavings:
+    """Which savings a decoder is served with, and the forward that makes them.
+
+    Args:
+        decoder: the backbone.
+        requested: names asked for.
+
+    Attributes:
+        requested: may be changed at any time.
+        refused: reasons, by name, found at construction or by the probe.
+    """
+
+    def __init__(self, decoder: CachedDecoder, requested: frozenset[str]) -> None:
+        self.decoder = decoder
+        self.requested = requested
+        self.refused: dict[str, str] = {}
+        if decoder.why_not is not None:
+            self.refused = dict.fromkeys(NAMES, decoder.why_not)
+            return
+        if decoder.why_no_prefix is not None:
+            self.refused |= dict.fromkeys((PREFIX, COMMITTED), decoder.why_no_prefix)
+        if decoder.last_layer is None:
+            self.refused[LAST_LAYER] = "no list of decoder layers was found in the network"
+
+    def reasons(self, device: torch.device) -> dict[str, str]:
+        """Why each saving that is not in use on a device is not."""
+        off = {name: "switched off" for name in NAMES if name not in self.requested} | self.refused
+        if device.type != "cpu":
+            off.setdefault(DEAD, f"on {device.type}, counting the live slots would mean waiting for the device")
+        if PREFIX in off:
+            off.setdefault(COMMITTED, f"it builds on {PREFIX}, which is not in use ({off[PREFIX]})")
+        return {name: off[name] for name in NAMES if name in off}
+
+    def for_call(self, prepared: PreparedPrompts, columns: int, device: torch.device) -> frozenset[str]:
+        """The savings that a call over sequences of this many positions is served with."""
+        if not self.decoder.serves(columns):
+            return frozenset()
+        use = set(NAMES) - self.reasons(device).keys()
+        if not all(prepared.suffix_ids):
+            use -= {PREFIX, COMMITTED}  # a response that is dead throughout is then read at the prefix
+        return frozenset(use)
+
+    # ---- the forward
+
+    def pooled(
+        self,
+        use: frozenset[str],
+        prepared: PreparedPrompts,
+        index: Tensor,
+        embeddings: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        committed: Tensor | int | None,
+    ) -> Tensor:
+        """Final hidden states [B, D] at the last real position of each row.
+
+        Args:
+            use: what :meth:`for_call` allows.
+            prepared: the prompts.
+            index: [B], the prompt of each row.
+            embeddings, mask, positions: as ``assemble`` lays them out.
+            committed: how many leading slots of each row [B], or of every row, stay what they are.
+        """
+        prefix_width, suffix_width = prepared.prefix_valid.shape[1], prepared.suffix_valid.shape[1]
+        end = embeddings.shape[1] - suffix_width
+        start = grow = 0
+        past = state = None
+        if PREFIX in use and prefix_width:
+            shared, rows = self._prefix(prepared, index)
+            past, start = Past(prefix_width, shared, rows), prefix_width
+            if COMMITTED in use and committed is not None and end > start:
+                response, alive = embeddings[:, start:end].detach(), mask[:, start:end]
+                state, grow = self._committed(prepared, rows, response, alive, committed)
+                past.columns, past.own, past.record = start + state.count, state.layers or None, grow
+                start += state.count
+        tokens, valid, places = embeddings[:, start:], mask[:, start:], positions[:, start:]
+        if grow:  # constants from now on: what they are in later calls, they are in this one
+            tokens = torch.cat([tokens[:, :grow].detach(), tokens[:, grow:]], dim=1)
+        if DEAD in use:
+            first = grow if start else prefix_width
+            tokens, valid, places = _without_dead(tokens, valid, places, first, end - start)
+        key_valid = torch.cat([mask[:, :start], valid], dim=1)
+        key_places = torch.cat([positions[:, :start], places], dim=1)
+        # Behind an empty suffix the last slot may be a dead one; otherwise the last position is the last token.
+        last = None if all(prepared.suffix_ids) else last_real(valid)
+        at = None if LAST_LAYER not in use else "end" if last is None else last
+        hidden = self.decoder.hidden(tokens, places, valid, key_places, key_valid, past, last_layer_at=at)
+        if state is not None and grow:
+            assert past is not None
+            kept = state.count + grow
+            response, alive = embeddings[:, prefix_width:][:, :kept].detach(), mask[:, prefix_width:][:, :kept]
+            state.extend(past.recorded(), response.masked_fill(~alive[..., None], 0), alive)
+        if at is not None or last is None:
+            return hidden[:, -1]
+        return hidden[torch.arange(len(last), device=last.device), last]
+
+    def last_of_texts(self, embeddings: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Final hidden states [B, D] at the last position of whole sequences, the last layer being run there alone."""
+        return self.decoder.hidden(embeddings, positions, mask, positions, mask, last_layer_at="end")[:, -1]
+
+    def _prefix(self, prepared: PreparedPrompts, index: Tensor) -> tuple[KeyValues, Rows]:
+        extra = prepared.extra
+        if "prefix_states" not in extra:
+            positions = (prepared.prefix_valid.long().cumsum(1) - 1).clamp_min(0)
+            extra["prefix_states"] = self.decoder.encode(prepared.prefix, positions, prepared.prefix_valid)
+        seen = extra.get("rows")
+        if seen is None or seen[0] is not index or seen[1] != _version(index):
+            extra["rows"] = seen = index, _version(index), Rows.of(index, len(prepared))
+        return extra["prefix_states"], seen[2]
+
+    def _committed(
+        self, prepared: PreparedPrompts, rows: Rows, response: Tensor, alive: Tensor, committed: Tensor | int
+    ) -> tuple[_Committed, int]:
+        """What is kept of the committed slots, made to fit this call, and by how many slots it grows now.
+
+        One slot at least is left to run, so that the reward depends on the response whatever is committed.
+        """
+        length = response.shape[1]
+        state: _Committed | None = prepared.extra.get("committed")
+        if state is None or state.rows is not rows:
+            state = _Committed(rows)
+        given = committed if isinstance(committed, Tensor) else None
+        on_cpu = response.device.type == "cpu"
+        repeated = given is not None and given is state.given and _version(given) == state.version != -1
+        if repeated and not on_cpu:
+            wanted, same = state.wanted, True
+        elif given is None and not on_cpu:
+            wanted, same = int(committed), True  # the caller's word: looking would mean waiting for the device
+        else:
+            # One transfer for both: the count, and whether the slots kept are still what they were.
+            least = given.min() if given is not None else torch.tensor(int(committed))
+            unchanged = self._unchanged(state, response, alive)
+            wanted, same = torch.stack([least.to(unchanged), unchanged]).tolist()
+        state = state if same else _Committed(rows)
+        state.given, state.version, state.wanted = given, -1 if given is None else _version(given), wanted
+        wanted = max(0, min(wanted, length - 1))
+        state.crop(wanted)
+        prepared.extra["committed"] = state
+        return state, wanted - state.count
+
+    @staticmethod
+    def _unchanged(state: _Committed, response: Tensor, alive: Tensor) -> Tensor:
+        if not state.count:
+            return torch.ones((), dtype=torch.long, device=response.device)
+        now, live = response[:, : state.count], alive[:, : state.count]
+        same = (now.masked_fill(~live[..., None], 0) == state.response).all() & (live == state.alive).all()
+        return same.long()
+
+    # ---- the probe
+
+    def probe(self, measure: Callable[[frozenset[str]], tuple[Tensor, Tensor]]) -> None:
+        """Refuse each saving with which rewards or gradients are not those of the plain forward.
+
+        Args:
+            measure: gives rewards and the gradient of their sum for a few sequences, with the savings it is handed.
+        """
+        tried = [name for name in NAMES if name not in self.refused]
+        if not tried:
+            return
+        plain = measure(frozenset())
+        if self._difference(measure, frozenset(tried), plain) is None:
+            return
+        for name in tried:
+            alone = {PREFIX, COMMITTED} if name == COMMITTED else {name}
+            if name == COMMITTED and PREFIX in self.refused:
+                self.refused[name] = self.refused[PREFIX]
+                continue
+            reason = self._difference(measure, frozenset(alone), plain)
+            if reason is not None:
+                self.refused[name] = reason
+        rest = frozenset(tried) - self.refused.keys()
+        reason = self._difference(measure, rest, plain) if len(rest) > 1 else None
+        if reason is not None:
+            self.refused |= dict.fromkeys(rest, f"together with the others: {reason}")
+
+    @staticmethod
+    def _difference(
+        measure: Callable[[frozenset[str]], tuple[Tensor, Tensor]], use: frozenset[str], plain: tuple[Tensor, Tensor]
+    ) -> str | None:
+        try:
+            rewards, gradient = measure(use)
+        except Exception as error:  # other people's networks fail in ways of their own; the plain path is always there
+            return f"the network does not run that way ({type(error).__name__}: {error})"[:300]
+        bound = _SAME.get(gradient.dtype, 0.15)
+        far = float((rewards - plain[0]).abs().max() / plain[0].abs().max().clamp_min(1e-12))
+        apart = float((gradient - plain[1]).double().norm() / plain[1].double().norm().clamp_min(1e-30))
+        if far <= bound and apart <= bound:
+            return None
+        return f"not exact for this network: rewards differ by {far:.1e}, gradients by {apart:.1e} (relative)"
+
+
+def last_real(mask: Tensor) -> Tensor:
+    """Last True position [B] of each row of a mask [B, T]."""
+    return mask.shape[1] - 1 - mask.long().flip(1).argmax(1)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _without_dead(tokens: Tensor, valid: Tensor, places: Tensor, first: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut dead columns of ``[first, end)`` out of a batch, down to the most live ones that a row has.
+
+    Args:
+        tokens, valid, places: [B, T, D], [B, T], [B, T].
+        first, end: the columns in which dead ones may be; the rest stays.
+    """
+    live = valid[:, first:end]
+    # At least one, so that the result depends on the response even when nothing of it is alive.
+    width = max(1, int(live.sum(1).max())) if live.numel() else 0
+    if width >= live.shape[1]:
+        return tokens, valid, places
+    order = torch.argsort(~live, dim=1, stable=True)[:, :width] + first
+    columns = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+    columns = torch.cat([columns[:, :first], order, columns[:, end:]], dim=1)
+    return (
+        tokens.take_along_dim(columns[..., None], 1),
+        valid.take_along_dim(columns, 1),
+        places.take_along_dim(columns, 1),
+    )
