@@ -14,6 +14,7 @@ from benchmarks.inputs import Shape  # noqa: E402
 from entrgi_kernels import backends  # noqa: E402
 from entrgi_kernels.backends import triton as kernels  # noqa: E402
 from entrgi_kernels.backends.triton import chunked, config, nvtx  # noqa: E402
+from entrgi_kernels.backends.triton.launch import aligned  # noqa: E402
 from entrgi_kernels.backends.triton.soft_embedding import split_count  # noqa: E402
 
 
@@ -48,6 +49,17 @@ def test_every_table_serves_every_number_of_rows(name):
             entry = config.pick(entries, rows)
             assert entry.most_rows is None or rows <= entry.most_rows
     assert all(entry.evidence for entries in tables for entry in entries)
+
+
+def test_unaligned_rows_get_the_small_tile_unless_the_engine_is_cublas():
+    architecture = config.ARCHITECTURES["sm_90"]
+    small = architecture.unaligned[2]
+    assert config.pick_product(architecture, "backward", 2, 5000, aligned=False) == small
+    assert config.pick_product(architecture, "backward", 2, 5000, aligned=True) != small
+    assert config.pick_product(architecture, "forward", 2, 5000, aligned=False).engine == "chunked"
+    odd, even = torch.zeros(4, 50_257), torch.zeros(4, 64)
+    assert aligned(even) and not aligned(even, odd)
+    assert not aligned(torch.zeros(4 * 64 + 1)[1:].view(4, 64))
 
 
 @pytest.mark.parametrize(

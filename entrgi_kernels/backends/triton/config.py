@@ -9,7 +9,7 @@ table in docs/gpu.md) and from a count of bytes and operations. None has been ti
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -101,7 +101,7 @@ class Architecture:
     forward: dict[int, tuple[GemmConfig, ...]]
     backward: dict[int, tuple[GemmConfig, ...]]
     table: dict[int, tuple[GemmConfig, ...]]
-    unaligned: GemmConfig | None = None
+    unaligned: dict[int, GemmConfig] = field(default_factory=dict)
     merge_block: tuple[int, int] = (4, 256)
     chunk_share: float = 0.1
     chunk_least_bytes: int = 32 << 20
@@ -115,12 +115,13 @@ def pick(entries, rows: int):
     return entries[-1]
 
 
-def pick_product(entries, architecture: Architecture, rows: int, aligned: bool) -> GemmConfig:
-    """:func:`pick` for a product; the architecture's small tile where rows are not aligned and the engine is fused."""
-    entry = pick(entries, rows)
-    if aligned or architecture.unaligned is None or entry.engine != "fused":
-        return entry
-    return architecture.unaligned
+def pick_product(architecture: Architecture, family: str, width: int, rows: int, aligned: bool) -> GemmConfig:
+    """:func:`pick` for the "forward" or "backward" product of operands of `width` bytes.
+
+    The architecture's small tile is taken where rows are not aligned and the engine is fused.
+    """
+    entry = pick(getattr(architecture, family)[width], rows)
+    return entry if aligned or entry.engine != "fused" else architecture.unaligned.get(width, entry)
 
 
 _ROWS = dict(
@@ -164,7 +165,7 @@ _BACKWARD_32_BIT = (
 _TABLE_16_BIT = (GemmConfig(64, 128, 64, 8, 3),)
 _TABLE_32_BIT = (GemmConfig(32, 64, 64, 4, 3),)
 
-_UNALIGNED = GemmConfig(32, 64, 64, 4, 2)
+_UNALIGNED = {2: GemmConfig(64, 64, 32, 8, 2), 4: GemmConfig(64, 32, 32, 8, 2)}
 
 _SM_80 = Architecture(
     "sm_80",

@@ -194,8 +194,8 @@ def _backward(
     grad = rows_of(grad.to(product_dtype(grad.dtype, embedding.dtype)))
     delta = torch.empty(n, dtype=torch.float32, device=logits.device)
     launch(_rowdot_kernel, (n,), grad, soft, delta, d, grad.stride(0), soft.stride(0), num_warps=4, BLOCK=512)
-    table = target.architecture.backward[grad.element_size()]
-    entry = config.pick_product(table, target.architecture, n, aligned(logits, embedding, grad, out))
+    even = aligned(logits, embedding, grad, out)
+    entry = config.pick_product(target.architecture, "backward", grad.element_size(), n, even)
     if entry.engine == "chunked":
         chunked.backward(logits, grad, embedding, delta, lse, temperature, out, moments, adam_scalars)
         return

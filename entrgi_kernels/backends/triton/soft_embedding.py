@@ -180,8 +180,8 @@ def forward(
     (n, v), d = logits.shape, embedding.shape[1]
     device = logits.device
     target = config.target(device)
-    table = target.architecture.forward[embedding.element_size()]
-    entry = config.pick_product(table, target.architecture, n, aligned(logits, embedding))
+    even = aligned(logits, embedding)
+    entry = config.pick_product(target.architecture, "forward", embedding.element_size(), n, even)
     soft = torch.empty((n, d), dtype=torch.float32, device=device)
     blending = mix and tokens is not None and weight is not None
     out = torch.empty((n, d), dtype=embedding.dtype, device=device) if blending else None
