@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``entrgi env``."""
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON, for bug reports and scripts")
-    form.add_argument("--brief", action="store_true", help="print the versions and the backends only")
+    form.add_argument("--brief", action="store_true", help="print the version, the backends and what is missing only")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     """
     wanted = BRIEF if args.brief else tuple(PROBES)
     facts = collect(wanted)
+    if args.brief:  # the extension is worth a line only when it is missing
+        missing = {name: fact for name, fact in facts.pop("extension", {}).items() if "unavailable" in fact}
+        facts.update({"extension": missing} if missing else {})
     text = json.dumps(facts, indent=2) if args.json else render(facts)
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))  # a bare C locale prints ASCII only

@@ -50,6 +50,15 @@ def test_json_parses_and_brief_is_short(capsys: pytest.CaptureFixture[str]) -> N
     assert "backends" in text and "executable" not in text
 
 
+@pytest.mark.parametrize(("fact", "shown"), [({"isa": "avx2"}, False), ({"unavailable": "no compiler"}, True)])
+def test_brief_mentions_the_extension_when_it_is_missing(
+    fact: dict[str, str], shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(env.PROBES, "extension", {"entrgi_kernels._C": lambda: fact})
+    assert cli.main(["env", "--brief"]) == 0
+    assert ("entrgi_kernels._C  unavailable: no compiler" in capsys.readouterr().out) == shown
+
+
 def test_every_probe_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     sections = {
         name: broken if callable(probes) else dict.fromkeys(probes, broken) for name, probes in env.PROBES.items()
