@@ -7,6 +7,8 @@ import os
 # Before transformers is imported anywhere: a test never reaches for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch is: on a shared box, threads that spin at each barrier of a tiny product steal each other's core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import random  # noqa: E402
 

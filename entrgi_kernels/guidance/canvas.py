@@ -55,17 +55,17 @@ class OpenSlots:
 
     Attributes:
         rows, slots, keys: [N] int64, trajectory, response slot and random key of each.
-        counts: open slots of each trajectory where the host knows them, else None.
+        counts: open slots of each trajectory.
     """
 
     rows: torch.Tensor
     slots: torch.Tensor
     keys: torch.Tensor
-    counts: list[int] | None
+    counts: list[int]
 
     @classmethod
-    def of(cls, canvas: Canvas, counts: list[int] | None) -> OpenSlots:
-        """The open slots of a canvas; does not wait for the device where all counts are known and equal."""
+    def of(cls, canvas: Canvas, counts: list[int]) -> OpenSlots:
+        """The open slots of a canvas; does not wait for the device where all counts are equal."""
         if counts and min(counts) == max(counts):
             # A stable sort puts the masked slots first and leaves them in order.
             slots = (~canvas.masked).to(torch.uint8).argsort(dim=1, stable=True)[:, : counts[0]].flatten()

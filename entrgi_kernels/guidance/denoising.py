@@ -99,16 +99,21 @@ class Denoiser:
         config, canvas = self.config, self.canvas
         left = canvas.masked.sum(dim=1).tolist()
         schedule = plan(config.schedule, left, config.steps, config.schedule_eps)
-        # Where commits follow the plan to the letter, the host knows what is open and never has to ask the device.
-        planned = config.alg != "origin" and self.undrawable.numel() > 0 and on_step is None or None
+        # Where commits follow the plan to the letter the host knows what is open; else (a drawn mask token stays open,
+        # a hook changes tokens, "origin" commits by chance) it asks the device once a step.
+        planned = config.alg != "origin" and self.undrawable.numel() > 0
         self._failed = torch.full_like(self.index, -1)
         self._identical = canvas.repeats > 1 and config.saves("shared_forward")
         self._trace = None if traces is None else Trace(traces)
         skipping = config.saves("idle_steps") and config.alg != "origin" and not every_step
         for step, (counts, share) in enumerate(zip(schedule.counts, schedule.shares, strict=True)):
+            if not planned:
+                left = canvas.masked.sum(dim=1).tolist()
+                if config.schedule == "linspace":  # counted anew at each step, as published
+                    counts = tuple(int(n * share) for n in left)
             # With keyed draws and Adam fresh at every step, a step that commits nothing leaves no trace at all.
             if any(counts) or not skipping:
-                opened = OpenSlots.of(canvas, left if planned else None)
+                opened = OpenSlots.of(canvas, left)
                 if len(opened):
                     self._step(step, opened, counts, share)
                 left = [n - count for n, count in zip(left, counts, strict=True)]
@@ -119,6 +124,7 @@ class Denoiser:
                 if replaced is not None and replaced is not canvas.tokens:
                     canvas.tokens.copy_(replaced)
                     canvas.masked &= canvas.response == self.model.mask_token_id
+                    self._identical = planned = False
         self._raise_if_failed()
         return canvas.response
 
@@ -327,10 +333,9 @@ class Denoiser:
         config, canvas = self.config, self.canvas
         order = selection.ranked_slots(self._perturbed(ranking, step), canvas.masked)
         index_of_slot = opened.index_of_slot(canvas.masked)
-        open_counts = opened.counts if opened.counts is not None else canvas.masked.sum(dim=1).tolist()
         chosen, proposal = torch.zeros_like(canvas.masked), canvas.response.clone()
         postponed = torch.zeros_like(canvas.masked)
-        needed = [min(count, n) for count, n in zip(counts, open_counts, strict=True)]
+        needed = [min(count, n) for count, n in zip(counts, opened.counts, strict=True)]
         seen = [0] * len(needed)
         while any(needed):
             pairs = [(row, seen[row] + i) for row, count in enumerate(needed) for i in range(count)]
@@ -350,7 +355,9 @@ class Denoiser:
             postponed[rows, slots] = eos
             missing = torch.zeros_like(self._failed).index_put_((rows,), eos.long(), accumulate=True)
             # The step's one wait for the device.
-            needed = [min(count, n - done) for count, n, done in zip(missing.tolist(), open_counts, seen, strict=True)]
+            needed = [
+                min(count, n - done) for count, n, done in zip(missing.tolist(), opened.counts, seen, strict=True)
+            ]
         if config.deprioritize_eos:
             short = torch.tensor(counts, device=order.device) - chosen.sum(dim=1)
             chosen |= selection.best_positions(torch.zeros_like(ranking), postponed, short)

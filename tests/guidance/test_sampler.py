@@ -243,3 +243,17 @@ def test_settings_are_checked_before_anything_runs(sampler):
 def test_config_is_kept_with_the_result(sampler):
     (result,) = sampler.generate(["Why?"], **SHORT)
     assert result.config == GuidanceConfig(**SHORT)
+
+
+def test_a_drawn_mask_token_stays_open_and_is_counted_again(sampler, tokenizer, diffusion):
+    """The published behaviour where the mask token is not suppressed: the last step fills what is left."""
+    with torch.no_grad():
+        diffusion.lm_head.weight.zero_()
+        diffusion.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
+        diffusion.lm_head.bias[tokenizer.mask_token_id] = math.log(2 * len(tokenizer))
+    settings = {**SHORT, "method": "none", "max_new_tokens": 12, "steps": 12, "top_p": None, "temperature": 1.0}
+    (result,) = sampler.generate(["Why?"], **settings, suppress_undrawable=False, trace=True)
+    for sample in result.samples:
+        open_before_last = sample.trace[-2].tokens.count(tokenizer.mask_token_id)
+        assert len(sample.trace[-1].committed) == open_before_last
+    assert sum(len(entry.committed) for sample in result.samples for entry in sample.trace) > 24
