@@ -35,6 +35,7 @@ help:
 	@echo "make demo     the main job on the built-in models: the same prompts with and without guidance (a minute)"
 	@echo "make test     every test that this machine can run"
 	@echo "make bench    CPU benchmarks, as a table and as JSON"
+	@echo "make gpu      GPU numerics, then every figure, with the interpreter at hand (offline, no $(VENV))"
 	@echo "make env      what this machine has and what is missing"
 	@echo "make lint     ruff check and ruff format --check;  make format mends what it can"
 	@echo "make fresh    a fresh clone runs demo and test in a cleared environment, with and without a compiler"
@@ -57,8 +58,10 @@ bench: $(VENV)/.ready
 env: $(VENV)/.ready
 	@$(BIN)/entrgi env $(ARGS)
 
+# Offline and without a virtual environment: the interpreter at hand brings torch, triton, transformers and pytest.
 gpu:
-	@echo "make gpu: not there yet" >&2; exit 1
+	$(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=.:python$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.run_gpu $(ARGS)
 
 lint: $(VENV)/.lint
 	$(PY) -m ruff check $(RUFF_PATHS)
