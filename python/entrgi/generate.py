@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from entrgi_kernels.guidance.results import GenerationResult
 
 # Settings that change speed, not texts (kernels agree on every backend but for ties within rounding).
-_NOT_IN_KEY = ("backend", "batch_size")
+_NOT_IN_KEY = ("backend", "batch_size", "exact_savings")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
