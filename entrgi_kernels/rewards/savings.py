@@ -124,7 +124,7 @@ class ExactSavings:
     def reasons(self, device: torch.device) -> dict[str, str]:
         """Why each saving that is not in use on a device is not."""
         off = {name: "switched off" for name in NAMES if name not in self.requested} | self.refused
-        if device.type != "cpu":
+        if not _reads_are_free(device):
             off.setdefault(DEAD, f"on {device.type}, counting the live slots would mean waiting for the device")
         if PREFIX in off:
             off.setdefault(COMMITTED, f"it builds on {PREFIX}, which is not in use ({off[PREFIX]})")
@@ -219,11 +219,11 @@ class ExactSavings:
         if state is None or state.rows is not rows:
             state = _Committed(rows)
         given = committed if isinstance(committed, Tensor) else None
-        on_cpu = response.device.type == "cpu"
+        free = _reads_are_free(response.device)
         repeated = given is not None and given is state.given and _version(given) == state.version != -1
-        if repeated and not on_cpu:
+        if repeated and not free:
             wanted, same = state.wanted, True
-        elif given is None and not on_cpu:
+        elif given is None and not free:
             wanted, same = int(committed), True  # the caller's word: looking would mean waiting for the device
         else:
             # One transfer for both: the count, and whether the slots kept are still what they were.
@@ -286,6 +286,11 @@ class ExactSavings:
         if far <= bound and apart <= bound:
             return None
         return f"not exact for this network: rewards differ by {far:.1e}, gradients by {apart:.1e} (relative)"
+
+
+def _reads_are_free(device: torch.device) -> bool:
+    """Whether the host may look at a result without waiting for anything."""
+    return device.type == "cpu"
 
 
 def last_real(mask: Tensor) -> Tensor:

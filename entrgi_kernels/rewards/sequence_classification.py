@@ -337,12 +337,12 @@ class SequenceClassifierReward(EmbeddingReward):
         self._savings = savings = ExactSavings(decoder, self._requested)
         # Unequal prompts, samples of one prompt side by side, dead slots inside and at the end, a left part that is
         # committed bit by bit. Past the attention window where that is cheap.
-        length, reach = 7, decoder.window if decoder.window is not None and decoder.window <= 32 else 0
+        length, reach = 6, decoder.window if decoder.window is not None and decoder.window <= 32 else 0
 
         def tokens(count: int, seed: int) -> list[int]:
             return [ordinary[(11 * seed + 5 * place * (seed + 1)) % len(ordinary)] for place in range(count)]
 
-        prefixes, suffixes = [tokens(4, 1), tokens(6 + reach, 2)], [tokens(2, 3), tokens(2, 4)]
+        prefixes, suffixes = [tokens(3, 1), tokens(5 + reach, 2)], [tokens(2, 3), tokens(2, 4)]
         index = torch.tensor([0, 0, 1, 1], device=self.device)
         slots, _ = self.embed_right_aligned([tokens(length, 5 + row) for row in range(4)])
         slots = (slots + slots.roll(1, 0)) / 2  # soft embeddings
@@ -355,9 +355,9 @@ class SequenceClassifierReward(EmbeddingReward):
                 [[], []], prefixes, suffixes, *self.embed_right_aligned(prefixes), *self.embed_right_aligned(suffixes)
             )
             found, gradients = [], []
-            for count in (0, 2, 3):
+            for count in (2, 3):
                 response = slots.clone()
-                response[:, count:] *= 1 + count / 8
+                response[:, count:] *= count / 2
                 with torch.enable_grad(), frozen(self.module):
                     response.requires_grad_()
                     embeddings, mask, positions = assemble(prepared, index, response, alive)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from entrgi_kernels import rewards
+from entrgi_kernels.rewards import savings
 from entrgi_kernels.rewards.decoder import CachedDecoder
 from entrgi_kernels.rewards.savings import COMMITTED, DEAD, LAST_LAYER, NAMES, PREFIX
 
@@ -363,6 +364,49 @@ def test_double_precision_under_eager_attention_bears_padding(make):
     response, alive = torch.randn(2, 3, 32, dtype=torch.float64), torch.ones(2, 3, dtype=torch.bool)
     together = reward.score_embeddings(reward.prepare([SHORT, LONG]), torch.tensor([0, 1]), response, alive)
     assert together.isfinite().all()
+
+
+def test_an_accelerator_is_not_waited_for(make, monkeypatch):
+    """Its rules, tried here: one look at each new tensor of counts and at each new index, none in between."""
+    reward = make()
+    monkeypatch.setattr(savings, "_reads_are_free", lambda device: False)
+    assert reward.savings == (PREFIX, COMMITTED, LAST_LAYER) and "waiting" in reward.savings_off[DEAD]
+    prepared, index = reward.prepare([SHORT, LONG]), torch.arange(2).repeat_interleave(2)
+    response, alive = torch.randn(4, SLOTS, 32, dtype=torch.float64), torch.ones(4, SLOTS, dtype=torch.bool)
+    looks = []
+    for owner, name in [(torch.Tensor, n) for n in ("item", "tolist", "cpu", "nonzero", "__bool__", "__int__")] + [
+        (torch, "equal")
+    ]:
+        original = getattr(owner, name)
+
+        def look(*args, original=original, name=name, **kwargs):
+            looks.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, look)
+
+    def looked(committed) -> int:
+        looks.clear()
+        given = response.clone().requires_grad_()
+        value = reward.score_embeddings(prepared, index, given, alive, committed=committed)
+        torch.autograd.grad(value.sum(), given)
+        return len(looks)
+
+    none, some, more = torch.zeros(4).long(), torch.full((4,), 2), torch.full((4,), 3)
+    assert [looked(none), looked(none)] == [2, 0]
+    assert [looked(some), looked(some), looked(more), looked(more)] == [1, 0, 1, 0]
+    assert [looked(4), looked(4), looked(5), looked(None)] == [0] * 4
+    more += 1
+    assert [looked(more), looked(more)] == [1, 0]
+    assert prepared.extra["committed"].count == 4
+    response[2, 1] += 1
+    assert looked(more.clone()) == 1  # noticed with the next tensor of counts
+    monkeypatch.undo()
+    saved = reward.score_embeddings(prepared, index, response, alive, committed=4)
+    reward.exact_savings = None
+    assert saved.tolist() == pytest.approx(
+        reward.score_embeddings(prepared, index, response, alive).tolist(), abs=1e-10
+    )
 
 
 # ---- networks that cannot be served
