@@ -210,10 +210,7 @@ class ExactSavings:
     def _committed(
         self, prepared: PreparedPrompts, rows: Rows, response: Tensor, alive: Tensor, committed: Tensor | int
     ) -> tuple[_Committed, int]:
-        """What is kept of the committed slots, made to fit this call, and by how many slots it grows now.
-
-        One slot at least is left to run, so that the reward depends on the response whatever is committed.
-        """
+        """What is kept of the committed slots, made to fit this call, and by how many slots it grows now."""
         length = response.shape[1]
         state: _Committed | None = prepared.extra.get("committed")
         if state is None or state.rows is not rows:
@@ -232,7 +229,7 @@ class ExactSavings:
             wanted, same = torch.stack([least.to(unchanged), unchanged]).tolist()
         state = state if same else _Committed(rows)
         state.given, state.version, state.wanted = given, -1 if given is None else _version(given), wanted
-        wanted = max(0, min(wanted, length - 1))
+        wanted = max(0, min(wanted, length))
         state.crop(wanted)
         prepared.extra["committed"] = state
         return state, wanted - state.count
@@ -310,8 +307,7 @@ def _without_dead(tokens: Tensor, valid: Tensor, places: Tensor, first: int, end
         first, end: the columns in which dead ones may be; the rest stays.
     """
     live = valid[:, first:end]
-    # At least one, so that the result depends on the response even when nothing of it is alive.
-    width = max(1, int(live.sum(1).max())) if live.numel() else 0
+    width = int(live.sum(1).max()) if live.numel() else 0
     if width >= live.shape[1]:
         return tokens, valid, places
     order = torch.argsort(~live, dim=1, stable=True)[:, :width] + first
