@@ -41,9 +41,7 @@ def test_values_and_gradient(backend, dtype, shape, weight):
     for logits, embedding in ((x, e), (x.double(), e.double()), (x, e)):
         logits = logits.clone().requires_grad_()
         if not results:
-            out = ops.entrgi_embedding(
-                logits, embedding, temperature=TAU, weight=mode, tokens=tokens, backend=backend
-            )
+            out = ops.entrgi_embedding(logits, embedding, temperature=TAU, weight=mode, tokens=tokens, backend=backend)
             assert torch.equal(out.tokens, tokens) and not out.weight.requires_grad and not out.entropy.requires_grad
             values = out.embedding, out.weight, out.entropy
         else:
