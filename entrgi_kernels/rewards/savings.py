@@ -34,21 +34,17 @@ _SAME = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bf
 
 
 def parse_savings(names: str | Iterable[str] | None) -> frozenset[str]:
-    """The set that ``exact_savings=`` stands for: "all", None for none, or names.
+    """The set that ``exact_savings=`` stands for: "all", "none" (or None), a name, or names.
 
     Raises:
         ValueError: a name is not one of :data:`NAMES`.
         TypeError: neither a string nor a set of strings.
     """
-    accepted = f"accepted: 'all', or a set of {', '.join(map(repr, NAMES))}"
-    if names is None:
-        return frozenset()
-    if isinstance(names, str):
-        if names == "all":
-            return frozenset(NAMES)
-        raise ValueError(f"exact_savings={names!r}; {accepted}")
+    accepted = f"accepted: 'all', 'none', or a set of {', '.join(map(repr, NAMES))}"
+    if names is None or isinstance(names, str) and names in ("all", "none"):
+        return frozenset(NAMES if names == "all" else ())
     try:
-        found = frozenset(names)
+        found = frozenset([names] if isinstance(names, str) else names)
     except TypeError:
         raise TypeError(f"exact_savings={names!r}; {accepted}") from None
     unknown = [name for name in found if name not in NAMES]

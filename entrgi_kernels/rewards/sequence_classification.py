@@ -42,7 +42,7 @@ class SequenceClassifierReward(EmbeddingReward):
         tokenizer: its tokenizer, with a chat template (or ``chat_template=``).
         unmatched: what stands for tokens it does not know, see :class:`VocabularyMap`.
         chat_template: a template to use instead of the tokenizer's own.
-        exact_savings: "all", None for none, or a set of "reward_prefix", "reward_committed", "reward_dead",
+        exact_savings: "all", "none", or a set of "reward_prefix", "reward_committed", "reward_dead",
             "reward_last_layer".
 
     Attributes:

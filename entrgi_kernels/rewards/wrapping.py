@@ -34,8 +34,8 @@ def wrap(
         unmatched: what stands for tokens of the diffusion LM that the reward model does not know: ``"unk"``,
             ``"zero"`` or ``"pieces"`` (see :class:`VocabularyMap`).
         chat_template: a template to use instead of the tokenizer's own.
-        exact_savings: work that a decoder's reward leaves out without changing a result, "all" or a set of names (see
-            :class:`SequenceClassifierReward`); a reward that is returned as it is keeps its own.
+        exact_savings: work that a decoder's reward leaves out without changing a result: "all", "none" or a set of
+            names (see :class:`SequenceClassifierReward`); a reward that is returned as it is keeps its own.
 
     Raises:
         TypeError: neither a classifier nor a reward, or the tokenizer is missing.

@@ -226,7 +226,10 @@ def test_names_are_checked(make, tokenizer, classifier):
     reward.exact_savings = [DEAD]
     assert reward.exact_savings == {DEAD} and reward.savings == (DEAD,)
     assert reward.savings_off[PREFIX] == "switched off"
-    for wrong in ({"prefix"}, "reward_dead", {DEAD, "all"}):
+    for given, meant in (("none", ()), (LAST_LAYER, (LAST_LAYER,)), ("all", NAMES), (None, ()), ([DEAD], (DEAD,))):
+        reward.exact_savings = given
+        assert reward.savings == meant
+    for wrong in ({"prefix"}, "dead", {DEAD, "all"}):
         with pytest.raises(ValueError, match="reward_last_layer"):
             reward.exact_savings = wrong
         with pytest.raises(ValueError, match="reward_last_layer"):
