@@ -127,7 +127,9 @@ def extensions() -> list[Extension]:
         "depends": sources("csrc/**/*.h", "csrc/**/*.hpp", "csrc/**/*.cuh", "csrc/*.h"),
         "optional": True,
     }
-    cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", *openmp]
+    # These follow CFLAGS on the command line: an -O given there (docs/native.md, sanitisers) must not be overridden.
+    level = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]
+    cxx = [*level, "-g0", "-std=c++20", "-fvisibility=hidden", *openmp]
     cpu = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     link = openmp_link_flags() if openmp else []
     modules = [CppExtension(CPU_MODULE, cpu, extra_compile_args={"cxx": cxx}, extra_link_args=link, **common)]

@@ -1,8 +1,9 @@
 // Products with a bfloat16 table in AMX tiles: 16 x 32 bf16 operands, float accumulators.
 // Included inside namespace entrgi::ENTRGI_ISA, after the plain kernels, whose epilogues it uses.
 //
-// forward   p is rounded to bf16 as it is produced; E is interleaved in pairs of rows (what a B operand wants) into an
-//           L2-sized block. The interleaving works within 128-bit lanes, so the accumulator's columns are permuted;
+// forward   p enters as bf16 terms as it is produced: one under 16-bit logits, which it rounds as torch's product would;
+//           three under float logits, which hold all its 24 bits. E is interleaved in pairs of rows (what a B operand
+//           wants) into an L2-sized block. The interleaving works within 128-bit lanes, so the accumulator's columns are permuted;
 //           LaneOrder undoes that when the splits are added.
 // backward  G^T = E grad^T: rows of E are A operands exactly as they lie in memory; grad is packed once.
 // Both prefetch what the next step reads while the tiles work: at few rows the table's bytes are what takes the time.
@@ -68,6 +69,7 @@ static void tiles(const char* a, int64_t a_tile, int64_t a_step, int64_t a_row, 
 INLINE bool amx_serves(const ForwardJob& job) {
   return job.embedding.dtype == Dtype::bf16 && job.logits.dtype != Dtype::f64;
 }
+INLINE int64_t amx_terms(const ForwardJob& job) { return job.logits.dtype == Dtype::f32 ? 3 : 1; }
 INLINE int64_t amx_forward_block(const ForwardJob& job) {
   const int64_t columns = ceil_div(round_up(job.d, 32), job.groups), bytes = (job.n < 128 ? 256 : 768) << 10;
   const int64_t fit = bytes / (columns * 2) / 32 * 32;
@@ -81,7 +83,7 @@ static void amx_forward_padding(const ForwardJob& job, int64_t* rows, int64_t* c
 INLINE int64_t amx_panel(int64_t block) { return block / 32 * 2048 + 64; }
 static int64_t amx_forward_scratch(const ForwardJob& job) {
   const int64_t block = amx_forward_block(job), rows = round_up(job.n < FORWARD_ROWS ? job.n : FORWARD_ROWS, 16);
-  return round_up(job.d, 32) / 32 * amx_panel(block) + rows * block * 2 + 128;
+  return round_up(job.d, 32) / 32 * amx_panel(block) + amx_terms(job) * rows * block * 2 + 128;
 }
 
 // Rows of E in pairs, into panels of 32 columns: [panel][k / 32][even lanes, odd lanes][16 pairs][64 bytes]
@@ -100,9 +102,11 @@ static void amx_pack(const bf16* x, int64_t stride, int64_t depth, int64_t colum
   }
 }
 
-// One row of p as bf16 into A tiles [k / 32][16 rows][64 bytes]; zero beyond `count`.
-template <typename T>
-INLINE void amx_probability_row(const T* x, int64_t count, float top, float factor, Scale<float> scale, char* out) {
+// One row of p as TERMS bf16 numbers that add up to it, into A tiles [term][k / 32][16 rows][64 bytes], terms `term` bytes
+// apart; zero beyond `count`.
+template <typename T, int TERMS>
+INLINE void amx_probability_row(const T* x, int64_t count, float top, float factor, Scale<float> scale, char* out,
+                                int64_t term) {
   const vf s = set1(top), f = set1(factor);
   for (int64_t i = 0; i < count; i += 32, out += 1024) {
     vf p[2];
@@ -112,7 +116,13 @@ INLINE void amx_probability_row(const T* x, int64_t count, float top, float fact
       const vf v = rest >= 16 ? load(x + at) : load_part(x + at, rest > 0 ? (int)rest : 0, -INFINITY);
       p[j] = vexp(scaled(v, s, scale)) * f;
     }
-    _mm512_store_si512((__m512i*)out, (__m512i)_mm512_cvtne2ps_pbh((__m512)p[1], (__m512)p[0]));
+#pragma GCC unroll 3
+    for (int t = 0; t < TERMS; t++) {
+      const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh((__m512)p[1], (__m512)p[0]);
+      _mm512_store_si512((__m512i*)(out + t * term), pair);
+      p[0] -= (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(pair)), 16);
+      p[1] -= (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(pair, 1)), 16);
+    }
   }
 }
 
@@ -120,7 +130,8 @@ template <typename T>
 static void amx_forward(const ForwardJob& job, int64_t unit, void* scratch) {
   const int64_t split = unit / job.groups, group = unit % job.groups;
   const int64_t block = amx_forward_block(job), columns = round_up(job.d, 32), n_padded = round_up(job.n, 16);
-  const int64_t panel = amx_panel(block), tile_row = block / 32 * 1024;  // bytes of 16 rows of p
+  constexpr int TERMS = __is_same(T, float) ? 3 : 1;  // amx_terms
+  const int64_t panel = amx_panel(block), term = block / 32 * 1024, tile_row = TERMS * term;  // bytes of 16 rows of p
   int64_t v0, v1, d0, d1;
   part_of(job.v, 512, job.splits, split, &v0, &v1);
   part_of(job.d, 32, job.groups, group, &d0, &d1);
@@ -140,21 +151,29 @@ static void amx_forward(const ForwardJob& job, int64_t unit, void* scratch) {
     for (int64_t n0 = 0; n0 < job.n; n0 += FORWARD_ROWS) {
       const int64_t rows = job.n - n0 < FORWARD_ROWS ? job.n - n0 : FORWARD_ROWS, row_tiles = ceil_div(rows, 16);
       for (int64_t r = 0; r < rows; r++)
-        amx_probability_row(logits + (n0 + r) * job.logits.stride + v, depth, ((const float*)job.maximum)[n0 + r],
-                            1.0f / ((const float*)job.total)[n0 + r], scale, p + r / 16 * tile_row + r % 16 * 64);
+        amx_probability_row<T, TERMS>(
+            logits + (n0 + r) * job.logits.stride + v, depth, ((const float*)job.maximum)[n0 + r],
+            1.0f / ((const float*)job.total)[n0 + r], scale, p + r / 16 * tile_row + r % 16 * 64, term);
       Prefetcher ahead;
       ahead.list[0].set(logits + n0 * job.logits.stride + after, job.logits.stride * size, next * size, next ? rows : 0);
       if (n0 == 0)
         ahead.list[1].set(table + after * job.embedding.stride, job.embedding.stride * 2, (d1 - d0) * 2, next);
-      ahead.start(panels * ceil_div(row_tiles, 2) * steps);
+      ahead.start(panels * ceil_div(row_tiles, 2) * TERMS * steps);
       for (int64_t j = 0; j < panels; j++)
         for (int64_t i = 0; i < row_tiles; i += 2) {
           float* to = c + (n0 + 16 * i) * columns + 32 * j;
           const char *a = p + i * tile_row, *b = packed + j * panel;
           if (i + 1 < row_tiles)
-            tiles<2, 2, true>(a, tile_row, 1024, 64, b, 1024, 2048, steps, to, columns, false, true, &ahead);
+            tiles<2, 2, true>(a, tile_row, 1024, 64, b, 1024, 2048, steps, to, columns, false, TERMS == 1, &ahead);
           else
-            tiles<1, 2, true>(a, tile_row, 1024, 64, b, 1024, 2048, steps, to, columns, false, true, &ahead);
+            tiles<1, 2, true>(a, tile_row, 1024, 64, b, 1024, 2048, steps, to, columns, false, TERMS == 1, &ahead);
+          for (int t = 1; t < TERMS; t++)  // the sum stays in the tile registers
+            if (i + 1 < row_tiles)
+              tiles<2, 2, false>(a + t * term, tile_row, 1024, 64, b, 1024, 2048, steps, to, columns, false,
+                                 t + 1 == TERMS, &ahead);
+            else
+              tiles<1, 2, false>(a + t * term, tile_row, 1024, 64, b, 1024, 2048, steps, to, columns, false,
+                                 t + 1 == TERMS, &ahead);
         }
     }
   }

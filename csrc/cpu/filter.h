@@ -344,7 +344,7 @@ static int64_t race(const SampleJob& job, const Entries<T>& e, T threshold_, dou
     store(y, shifted);
     store(b, bound);
     if (e.index == nullptr && W64 * 2 == W) {  // neighbours share a counter
-      vul c0;
+      vul c0 = {};
       for (int j = 0; j < W64; j++) c0[j] = (uint64_t)(i >> 1) + j;
       Words w = philox(c0, job.step, row_low, row_high, job.seed);
       __builtin_memcpy(words[0], &w.x0, sizeof(vul));
@@ -356,7 +356,7 @@ static int64_t race(const SampleJob& job, const Entries<T>& e, T threshold_, dou
       if (!((kept >> half) & ((1u << W64) - 1))) continue;
       const bool shared = e.index == nullptr && W64 * 2 == W;
       if (!shared) {
-        vul c0;
+        vul c0 = {};
         for (int j = 0; j < W64; j++) {
           int64_t at = i + half + j;
           c0[j] = (uint64_t)(e.index == nullptr ? at : at < e.count ? e.index[at] : 0) >> 1;
