@@ -223,14 +223,15 @@ class Denoiser:
             keep_state=config.guidance_steps > 1 or not config.saves("adam_state"),
             backend=config.backend,
         )
-        committed = self.table[response_ids]
+        embedded = self.table[response_ids]
+        settled = self._settled_slots()
         where = (opened.rows, opened.slots)
         weights, values, grad = [], [], None
         for inner in range(config.guidance_steps):
             blend = optimizer.embed()
             best = response_ids.index_put(where, optimizer.argmax)
             with torch.enable_grad():
-                value = self._score(committed.index_put(where, blend.embedding), best)
+                value = self._score(embedded.index_put(where, blend.embedding), best, **settled)
                 # The loss is minus the sum: a mean would change Adam's steps where gradients are near eps.
                 (grad,) = torch.autograd.grad(-value.sum(), blend.embedding)
             if not (defer and inner == config.guidance_steps - 1):
@@ -241,9 +242,20 @@ class Denoiser:
             self.statistics.add_weight(blend.weight)
         return _Guided(weights[0], values[0], values[-1], grad if defer else None, optimizer)
 
-    def _score(self, response: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    def _score(self, response: torch.Tensor, best: torch.Tensor, **settled: torch.Tensor) -> torch.Tensor:
         """Rewards [R] of response embeddings [R, L, D] whose tokens are, most likely, `best` [R, L]."""
-        return self.reward.score_embeddings(self.prepared, self.index, response, self.alive(best))
+        return self.reward.score_embeddings(self.prepared, self.index, response, self.alive(best), **settled)
+
+    def _settled_slots(self) -> dict[str, torch.Tensor]:
+        """How many leading slots of each response [R] nothing can change any more, for rewards that make use of it.
+
+        One tensor for all inner steps of a denoising step: a reward looks at its content once.
+        """
+        if not getattr(self.reward, "takes_committed", False):
+            return {}
+        eos = (self.canvas.response == self.eos_token_id) & ~self.canvas.masked
+        dead = (eos.cumsum(dim=1) - eos.long()) > 0
+        return {"committed": (~self.canvas.masked | dead).long().cumprod(dim=1).sum(dim=1)}
 
     def alive(self, tokens: torch.Tensor) -> torch.Tensor:
         """[R, L] bool: slots that the reward model attends to. Dead: pads, and all that follows an EOS."""

@@ -20,6 +20,7 @@ from .config import GuidanceConfig
 from .denoising import Denoiser, OnStep
 from .keys import prompt_keys, row_keys
 from .results import Conversation, GenerationResult, Sample, StepTrace
+from .savings import reward_savings
 
 
 class GuidedSampler:
@@ -174,7 +175,12 @@ class GuidedSampler:
         """
         device = canvas.tokens.device
         # Callers under torch.inference_mode() are served: gradients need ordinary tensors.
-        with torch.inference_mode(False), torch.no_grad(), evaluating(self.model, self.reward):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            evaluating(self.model, self.reward),
+            reward_savings(self.reward, config.exact_savings),
+        ):
             table, undrawable = self._table(config, device)
             denoiser = Denoiser(
                 model=model or self.model,

@@ -1,8 +1,16 @@
-"""Work that the loop leaves out without changing one token; each saving can be switched off, to test just that."""
+"""Work that is left out without changing one token; each saving can be switched off, to test just that.
+
+The loop's own are here; those of a reward model (prefix cache and the like) are in
+:mod:`entrgi_kernels.rewards.savings` and are served where the architecture allows: ``reward.savings`` tells.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from ..rewards.savings import NAMES as REWARD_SAVINGS
 
 # Name -> what is left out.
 LOOP_SAVINGS = {
@@ -13,8 +21,10 @@ LOOP_SAVINGS = {
     "adam_state": "Adam's moments when a denoising step has a single inner step",
 }
 
+SAVINGS = (*LOOP_SAVINGS, *REWARD_SAVINGS)
 
-def check_savings(given: str | Collection[str], known: Collection[str] = tuple(LOOP_SAVINGS)) -> frozenset[str]:
+
+def check_savings(given: str | Collection[str], known: Collection[str] = SAVINGS) -> frozenset[str]:
     """The set of savings that a setting means.
 
     Args:
@@ -35,3 +45,20 @@ def check_savings(given: str | Collection[str], known: Collection[str] = tuple(L
             f"names out of {', '.join(map(repr, known))}"
         )
     return frozenset(given)
+
+
+@contextlib.contextmanager
+def reward_savings(reward: Any, given: str | Collection[str]) -> Iterator[None]:
+    """A reward with the savings of a setting alone, its own choice restored afterwards.
+
+    "all" leaves the reward's own choice: it may know better what its model can be served with.
+    """
+    before = getattr(reward, "exact_savings", None)
+    if given == "all" or before is None:
+        yield
+        return
+    reward.exact_savings = check_savings(given) & set(REWARD_SAVINGS)
+    try:
+        yield
+    finally:
+        reward.exact_savings = before

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler
-from entrgi_kernels.guidance.savings import LOOP_SAVINGS, check_savings
+from entrgi_kernels.guidance.savings import SAVINGS, check_savings
 
 PROMPTS = ["Why?", "A rather longer question than that.", "Hm"]
 
@@ -61,7 +61,7 @@ def test_all_savings_together_change_nothing(double, case):
 EOS_RICH = dict(prompts=3, num_samples=4, max_new_tokens=8, steps=5, temperature=1.0, top_p=None, seed=7)
 
 
-@pytest.mark.parametrize("name", LOOP_SAVINGS)
+@pytest.mark.parametrize("name", SAVINGS)
 def test_each_saving_alone_changes_nothing(double, name):
     extra = {"guidance_steps": 1} if name == "adam_state" else {"steps": 12}
     assert (
@@ -112,8 +112,28 @@ def test_savings_save(double, monkeypatch):
     assert plain["drawn"] > 100
 
 
+def test_the_rewards_own_choice_comes_back(double):
+    double.reward.exact_savings = {"reward_prefix"}
+    outcome(double, **{**EOS_RICH, "prompts": 1}, exact_savings="none")
+    assert double.reward.exact_savings == {"reward_prefix"}
+
+
+def test_the_rewards_savings_are_in_use(double):
+    used = set()
+    original = double.reward.score_embeddings
+
+    def watched(*args, **kwargs):
+        value = original(*args, **kwargs)
+        used.update(double.reward.last_savings)
+        return value
+
+    double.reward.score_embeddings = watched
+    outcome(double, **EOS_RICH)
+    assert {"reward_prefix", "reward_last_layer"} <= used
+
+
 def test_names_are_checked():
-    assert check_savings("all") == frozenset(LOOP_SAVINGS) and check_savings("none") == frozenset()
+    assert check_savings("all") == frozenset(SAVINGS) and check_savings("none") == frozenset()
     with pytest.raises(ValueError, match="exact_savings=.*'magic'.*'idle_steps'"):
         GuidanceConfig(exact_savings=("magic",))
     assert not GuidanceConfig(exact_savings=("idle_steps",)).saves("shared_forward")
