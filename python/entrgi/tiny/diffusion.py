@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -10,11 +11,23 @@ import torch.nn.functional as F
 
 from .data import PROMPT_SLOTS, RESPONSE_SLOTS, Encoded, bidirectional_mask, encode, positions
 from .grammar import reviews
-from .optim import Optimizers, batches
+from .optim import Optimizers, batches, round_weights
 
-STEPS = 1000
-BATCH = 64
-REVIEWS = 60_000
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of training with its own reviews and its own learning-rate schedule."""
+
+    steps: int
+    batch: int
+    lr: float
+    corpus: int = 60_000
+    decay_from: float = 0.3  # the share of the steps after which the rate falls to zero in a line
+
+
+# After the first phase texts are fluent but drift from the prompt's topic: which things belong to which item is learned
+# late. The second phase, of many small steps, is for that.
+PHASES = (Phase(steps=1000, batch=64, lr=2e-3), Phase(steps=1500, batch=32, lr=1.2e-3, corpus=48_000, decay_from=0.0))
 
 
 def new_model(tokenizer, seed: int):
@@ -106,28 +119,17 @@ def held_out(tokenizer, n: int = 512) -> Encoded:
     return encode(tokenizer, [(r.prompt, r.text) for r in reviews(n, seed=990_001)], opened=True)
 
 
-def train(
-    tokenizer,
-    *,
-    seed: int = 0,
-    steps: int = STEPS,
-    batch: int = BATCH,
-    corpus: int = REVIEWS,
-    log: Callable[[str], None] = print,
-):
-    """Train the diffusion model for a fixed number of steps; returns (model, metrics)."""
-    data = encode(tokenizer, [(r.prompt, r.text) for r in reviews(corpus, seed=seed + 11)], opened=True)
-    check = held_out(tokenizer, 512 if steps >= 100 else 64)
-    model = new_model(tokenizer, seed)
-    model.set_attn_implementation("eager")
+def run_phase(model, tokenizer, phase: Phase, *, seed: int, check: Encoded, log: Callable[[str], None]):
+    """One phase of training on its own reviews; returns the model with rounded weights."""
+    data = encode(tokenizer, [(r.prompt, r.text) for r in reviews(phase.corpus, seed=seed + 11)], opened=True)
     model.train()
-    optimizers = Optimizers(model, steps, lr=2e-3)
+    optimizers = Optimizers(model, phase.steps, lr=phase.lr, decay_from=phase.decay_from)
     generator = torch.Generator().manual_seed(seed)
     fits = {slots: (data.length < slots).nonzero()[:, 0] for slots in (16, 20, 24, 28)}
-    rows = batches(corpus, batch, generator)
-    short = {slots: batches(len(index), batch, generator) for slots, index in fits.items()}
+    rows = batches(phase.corpus, phase.batch, generator)
+    short = {slots: batches(len(index), phase.batch, generator) for slots, index in fits.items()}
     mask_id, running = tokenizer.mask_token_id, 0.0
-    for step, turn in zip(range(steps), itertools.cycle(range(20))):
+    for step, turn in zip(range(phase.steps), itertools.cycle(range(20))):
         # Every fifth batch has a shorter canvas, so that 16 to 32 new tokens all work.
         slots = (16, 20, 24, 28)[turn // 5] if turn % 5 == 4 else RESPONSE_SLOTS
         pick = next(rows) if slots == RESPONSE_SLOTS else fits[slots][next(short[slots])]
@@ -138,11 +140,36 @@ def train(
         loss.backward()
         optimizers.step()
         running = float(loss.detach()) if step == 0 else 0.97 * running + 0.03 * float(loss.detach())
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            log(f"diffusion {step + 1}/{steps} loss {running:.3f}")
-        if (step + 1) % 400 == 0:
-            log(f"diffusion {step + 1}/{steps} held out {evaluate(model, check, mask_id):.4f}")
-    model = model.to(torch.bfloat16).float()  # what is stored is what is measured
-    nats = evaluate(model, check, mask_id)
+        if (step + 1) % 50 == 0 or step + 1 == phase.steps:
+            log(f"diffusion {step + 1}/{phase.steps} loss {running:.3f}")
+        if (step + 1) % 500 == 0:
+            log(f"diffusion {step + 1}/{phase.steps} held out {evaluate(model, check, mask_id):.4f}")
+    round_weights(model)
+    return model
+
+
+def train(
+    tokenizer,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    batch: int | None = None,
+    corpus: int | None = None,
+    log: Callable[[str], None] = print,
+):
+    """Train the diffusion model for fixed numbers of steps; returns (model, metrics).
+
+    ``steps``, ``batch`` and ``corpus`` replace those of every phase, for tests.
+    """
+    given = {"steps": steps, "batch": batch, "corpus": corpus}
+    changes = {name: value for name, value in given.items() if value is not None}
+    phases = [dataclasses.replace(phase, **changes) for phase in PHASES]
+    check = held_out(tokenizer, 64 if changes else 512)
+    model = new_model(tokenizer, seed)
+    model.set_attn_implementation("eager")
+    for number, phase in enumerate(phases):
+        model = run_phase(model, tokenizer, phase, seed=seed + number * 1_000, check=check, log=log)
+    nats = evaluate(model, check, tokenizer.mask_token_id)
     log(f"diffusion held-out nats per slot {nats:.4f}")
-    return model, {"steps": steps, "batch": batch, "corpus": corpus, "seed": seed, "held_out_nats_per_slot": nats}
+    metrics = {name: [getattr(phase, name) for phase in phases] for name in ("steps", "batch", "corpus", "lr")}
+    return model, {**metrics, "seed": seed, "held_out_nats_per_slot": nats}

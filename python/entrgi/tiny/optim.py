@@ -42,3 +42,13 @@ def batches(n: int, size: int, generator: torch.Generator):
     while True:
         order = torch.randperm(n, generator=generator)
         yield from order[: n - n % size].split(size) if n >= size else [order]
+
+
+@torch.no_grad()
+def round_weights(model: torch.nn.Module) -> None:
+    """Round the weights to bfloat16 in place, so that what is stored is what is measured.
+
+    Parameters only: ``Module.to`` would round the rotary frequencies too, which a loaded model has in full.
+    """
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(torch.bfloat16))

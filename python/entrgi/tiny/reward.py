@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .data import encode, labelled_pairs, plain_rows, reward_rows
 from .grammar import rater
-from .optim import Optimizers, batches
+from .optim import Optimizers, batches, round_weights
 from .tokenizer import split_chat
 
 LM_STEPS = 800
@@ -179,7 +179,7 @@ def train(
         hit_mean = float(hit) if step == 0 else 0.97 * hit_mean + 0.03 * float(hit)
         if (step + 1) % 50 == 0 or step + 1 == steps:
             log(f"preferences {step + 1}/{steps} loss {loss_mean:.3f} pairs right {hit_mean:.3f}")
-    model = model.to(torch.bfloat16).float()
+    round_weights(model)
     metrics = {"lm_steps": lm_steps, "steps": steps, "batch": batch, "corpus": corpus, "seed": seed, "taste": taste,
                "lm_loss": lm_loss}
     n = 1024 if steps >= 100 else 64
