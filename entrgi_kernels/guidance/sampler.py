@@ -115,6 +115,10 @@ class GuidedSampler:
     ) -> Iterator[tuple[int, GenerationResult]]:
         """As :meth:`generate`, yielding (index of the prompt, result) as prompts are finished."""
         config = self.config.replace(**settings)
+        if not isinstance(prompts, (str, Sequence)):
+            raise TypeError(
+                f"prompts is {type(prompts).__name__}: expected a string, or a list of strings or conversations"
+            )
         given = [prompts] if isinstance(prompts, str) else list(prompts)
         conversations = [conversation_from(prompt) for prompt in given]
         encoded = [encode_prompt(self.tokenizer, conversation) for conversation in conversations]

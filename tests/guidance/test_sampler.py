@@ -227,6 +227,8 @@ def test_nan_logits_name_step_prompt_and_sample(sampler, diffusion, savings, sam
 def test_bad_prompts_are_refused(sampler, prompts, message):
     with pytest.raises((ValueError, TypeError), match=message):
         sampler.generate(prompts, **SHORT)
+    with pytest.raises(TypeError, match="prompts is NoneType"):
+        sampler.generate(None, **SHORT)
 
 
 def test_no_prompts_no_results(sampler):
