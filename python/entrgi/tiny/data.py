@@ -54,7 +54,7 @@ def encode(tokenizer, pairs: Sequence[tuple[str, str]], *, opened: bool, slots: 
     lengths = torch.zeros(len(pairs), dtype=torch.long)
     for row, ((prompt, _), ids) in enumerate(zip(pairs, texts, strict=True)):
         head = known[prompt]
-        heads[row, PROMPT_SLOTS - len(head):] = torch.tensor(head)
+        heads[row, PROMPT_SLOTS - len(head) :] = torch.tensor(head)
         ids = ids[:slots]
         tails[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
         lengths[row] = len(ids)
@@ -84,7 +84,7 @@ def reward_rows(
     mask = (ids != pad).long()
     # Everything after the left padding counts as a position, holes included.
     span = mask.clone()
-    span[:, prompt.shape[1]:] = 1
+    span[:, prompt.shape[1] :] = 1
     return ids, mask, positions(span)
 
 
@@ -135,7 +135,7 @@ def _shuffle(words: list[str], rng: random.Random) -> list[str]:
 def _repeat(words: list[str], rng: random.Random) -> list[str]:
     start = rng.randrange(len(words))
     part = words[start : start + rng.randint(1, 6)]
-    return [*words[: start + len(part)], *(part * rng.randint(1, 3)), *words[start + len(part):]]
+    return [*words[: start + len(part)], *(part * rng.randint(1, 3)), *words[start + len(part) :]]
 
 
 def _delete(words: list[str], rng: random.Random) -> list[str]:

@@ -21,8 +21,15 @@ from . import lexicon as lx
 # "but" weighs what follows it more than what precedes it, as readers do.
 _BEFORE_BUT, _AFTER_BUT = 0.7, 1.3
 _PENALTY = {
-    "unparsed": 1.0, "mismatch": 1.0, "repetition": 0.8, "contradiction": 0.9, "off-topic": 0.8, "unfinished": 0.5,
-    "tone": 0.5, "agreement": 0.3, "empty": 2.5,
+    "unparsed": 1.0,
+    "mismatch": 1.0,
+    "repetition": 0.8,
+    "contradiction": 0.9,
+    "off-topic": 0.8,
+    "unfinished": 0.5,
+    "tone": 0.5,
+    "agreement": 0.3,
+    "empty": 2.5,
 }
 _MAX_PENALTY = 4.0
 

@@ -180,8 +180,15 @@ def train(
         if (step + 1) % 50 == 0 or step + 1 == steps:
             log(f"preferences {step + 1}/{steps} loss {loss_mean:.3f} pairs right {hit_mean:.3f}")
     round_weights(model)
-    metrics = {"lm_steps": lm_steps, "steps": steps, "batch": batch, "corpus": corpus, "seed": seed, "taste": taste,
-               "lm_loss": lm_loss}
+    metrics = {
+        "lm_steps": lm_steps,
+        "steps": steps,
+        "batch": batch,
+        "corpus": corpus,
+        "seed": seed,
+        "taste": taste,
+        "lm_loss": lm_loss,
+    }
     n = 1024 if steps >= 100 else 64
     for name, share in (("clean", 0.0), ("with_corrupted", 0.5)):
         check, labels, _ = labelled_pairs(n, 990_002, corrupted=share)

@@ -135,16 +135,23 @@ def train_all(
             tokenizer = AutoTokenizer.from_pretrained(out / present[0])
         jobs: dict[str, Callable[[], tuple]] = {
             "diffusion": lambda: diffusion.train(
-                tokenizer, seed=seed, log=log,
+                tokenizer,
+                seed=seed,
+                log=log,
                 **budget.arguments(steps="diffusion_steps", corpus="corpus", batch="batch"),
             ),
             "reward": lambda: reward.train(
-                tokenizer, seed=seed + 100, log=log,
+                tokenizer,
+                seed=seed + 100,
+                log=log,
                 **budget.arguments(steps="reward_steps", lm_steps="lm_steps", corpus="corpus", batch="batch"),
             ),
             # Another seed, other texts, and another rater's taste in the labels.
             "judge": lambda: reward.train(
-                tokenizer, seed=seed + 200, taste=seed + 7, log=log,
+                tokenizer,
+                seed=seed + 200,
+                taste=seed + 7,
+                log=log,
                 **budget.arguments(steps="reward_steps", lm_steps="lm_steps", corpus="corpus", batch="batch"),
             ),
         }
@@ -184,19 +191,33 @@ def _torch_version() -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``entrgi tiny train``."""
-    parser.add_argument("--out", type=Path, default=Path("tiny-weights"), metavar="DIR",
-                        help="where to write the models (default: ./tiny-weights)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("tiny-weights"),
+        metavar="DIR",
+        help="where to write the models (default: ./tiny-weights)",
+    )
     parser.add_argument("--only", choices=PARTS, help="train one part instead of all")
     parser.add_argument("--seed", type=int, default=0, help="moves every seed of the run (default: 0)")
-    parser.add_argument("--threads", type=int, default=1,
-                        help="CPU threads; same number, same result (default: 1, as the shipped weights)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads; same number, same result (default: 1, as the shipped weights)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run ``entrgi tiny train`` with parsed arguments; returns the exit status."""
     start = time.monotonic()
-    train_all(args.out, only=args.only, seed=args.seed, threads=args.threads,
-              log=lambda line: print(f"[{time.monotonic() - start:6.0f} s] {line}", flush=True))
+    train_all(
+        args.out,
+        only=args.only,
+        seed=args.seed,
+        threads=args.threads,
+        log=lambda line: print(f"[{time.monotonic() - start:6.0f} s] {line}", flush=True),
+    )
     print(f"written to {args.out}")
     return 0
 

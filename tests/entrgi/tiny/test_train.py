@@ -96,10 +96,11 @@ def test_a_slot_is_read_from_the_position_before_it_and_pads_are_never_seen(toke
         ids = torch.cat([batch.prompt, canvas], 1)
         real = batch.prompt[0] != tokenizer.pad_token_id
         assert not real.all(), "the prompt of this test has left padding"
-        kept = ids[:, int((~real).sum()):]
+        kept = ids[:, int((~real).sum()) :]
         whole = model(
-            kept, attention_mask=torch.zeros(1, 1, kept.shape[1], kept.shape[1]), position_ids=torch.arange(
-                kept.shape[1])[None]
+            kept,
+            attention_mask=torch.zeros(1, 1, kept.shape[1], kept.shape[1]),
+            position_ids=torch.arange(kept.shape[1])[None],
         ).logits[0]
     torch.testing.assert_close(logits, whole[-33:-1][masked[0]], rtol=1e-4, atol=1e-5)
 

@@ -77,8 +77,10 @@ def test_tokenizer_round_trip(lm):
 def test_chat_template(lm):
     tokenizer = lm[1]
     chat = [
-        {"role": "system", "content": "S"}, {"role": "user", "content": "A"},
-        {"role": "assistant", "content": "B"}, {"role": "user", "content": "C"},
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "A"},
+        {"role": "assistant", "content": "B"},
+        {"role": "user", "content": "C"},
     ]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text == (
@@ -120,10 +122,16 @@ def test_diffusion_fills_a_masked_review(lm, slots):
 def test_scorers_tell_good_from_bad(scorer):
     model, tokenizer = scorer
     prompt = "Write a short review of the hotel."
-    good = ["The room was clean and the owner was friendly.", "What a wonderful place. I will remember it.",
-            "I loved it. The bed was very comfortable. Highly recommended."]
-    bad = ["The room was filthy and the owner was rude.", "What a terrible place. Never again.",
-           "I hated it. The bed was very uncomfortable. A waste of money."]
+    good = [
+        "The room was clean and the owner was friendly.",
+        "What a wonderful place. I will remember it.",
+        "I loved it. The bed was very comfortable. Highly recommended.",
+    ]
+    bad = [
+        "The room was filthy and the owner was rude.",
+        "What a terrible place. Never again.",
+        "I hated it. The bed was very uncomfortable. A waste of money.",
+    ]
     scores = score(model, tokenizer, [(prompt, t) for t in good + bad])
     assert scores[:3].min() > scores[3:].max() + 1.0
     spam = score(model, tokenizer, [(prompt, "wonderful superb great great wonderful superb"), (prompt, good[2])])
