@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import ops_reference as ref
 import pytest
 import torch
@@ -13,6 +16,7 @@ from entrgi_kernels.ops.entrgi_embedding import forward
 
 OPS = torch.ops.entrgi
 D = 4
+HAS_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def _case(name: str, x: torch.Tensor, backend: str) -> tuple:
@@ -171,13 +175,14 @@ def test_changing_temperature_and_filters_keep_one_graph_each(backend):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not HAS_COMPILER, reason="inductor asks for a C++ compiler on a CPU")
 def test_inductor(backend):
     x, e = ref.peaked(5, 63), ref.table(63, D)
     ref.served(backend, x)
     torch.use_deterministic_algorithms(False)
 
     def step(phi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # The operators alone, one on a view: no kernel is generated, so no C++ compiler is needed.
+        # The operators alone, one of them on a view.
         out = ops.entrgi_embedding(phi, e, temperature=0.7, top_p=0.9, backend=backend)
         return out.embedding, ops.softmax_entropy(out.embedding.T, backend=backend)[1]
 
