@@ -1,23 +1,25 @@
 """A whole guided generation at a real vocabulary's size: the published loop, the same with batched steps, ours, floor.
 
-The floor is what the two models alone cost: as many forwards of the diffusion LM (head on the masked rows only) and as
-many forwards and backwards of the reward model as our sampler makes, nothing between them.
+The floor is what the two models alone cost: the very forwards of the diffusion LM and forwards and backwards of the
+reward model that our sampler's run makes, nothing between them. :mod:`benchmarks.end_to_end` measures it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.baselines import StepSettings, Vectorized
+from benchmarks.baselines import Published, StepSettings, Vectorized
 from benchmarks.inputs import VOCABULARY, Shape
 from benchmarks.loop import LoopSettings, PublishedLoop
-from benchmarks.measure import Candidate, Group, measure
-from benchmarks.models import World, make_world
-from benchmarks.oracle import Check
+from benchmarks.measure import Candidate
+from benchmarks.models import DREAM_7B, QWEN3_1_7B, Network, World, make_world
+from benchmarks.oracle import Check, combine
 
 PROMPTS = ["w11 w5 w300 w7 w2 w19", "w800 w20"]
 FLOOR = "models alone"
@@ -25,7 +27,11 @@ FLOOR = "models alone"
 
 @dataclass(frozen=True)
 class Size:
-    """How large a generation is measured. `d`: reward embedding width; the rest as in :class:`LoopSettings`."""
+    """How large a generation is measured.
+
+    `d`: width of a one-layer reward model, where `reward` gives no other; the loop's numbers as in
+    :class:`LoopSettings`, with as many of :data:`PROMPTS` as `prompts` says (in turn).
+    """
 
     v: int = VOCABULARY
     d: int = 1024
@@ -33,150 +39,191 @@ class Size:
     max_new_tokens: int = 16
     steps: int = 8
     guidance_steps: int = 3
+    prompts: int = 2
+    diffusion: Network | None = None
+    reward: Network | None = None
 
     @property
     def settings(self) -> LoopSettings:
         return LoopSettings(self.num_samples, self.max_new_tokens, self.steps, self.guidance_steps)
 
     @property
+    def texts(self) -> list[str]:
+        return [PROMPTS[i % len(PROMPTS)] for i in range(self.prompts)]
+
+    @property
     def rows(self) -> int:
         """Masked positions at the first denoising step: N there, falling to N / steps at the last."""
-        return len(PROMPTS) * self.num_samples * self.max_new_tokens
+        return self.prompts * self.num_samples * self.max_new_tokens
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.rows, self.reward.width if self.reward else self.d, self.v)
+
+    def world(self, dtype: torch.dtype, device: str = "cpu") -> World:
+        """Random models of this size."""
+        return make_world(v=self.v, d=self.d, diffusion=self.diffusion, reward=self.reward, dtype=dtype, device=device)
 
 
-QUICK = Size(d=256, max_new_tokens=8, steps=4)
+# What `python -m benchmarks.end_to_end --preset` knows.
+PRESETS = {
+    # Nearly free models: what is left is the guidance itself.
+    "guidance": Size(),
+    # A sixteenth of the published setting: of its reward's width, and of both models' parameters behind the embeddings
+    # (408 and 88 million), so that models and vocabulary cost what they cost there in proportion.
+    "small": Size(
+        diffusion=Network(1024, 24, 4096, 16, 16, 64),
+        reward=Network(128, 24, 9216, 2, 1, 64),
+    ),
+    "quick": Size(d=256, max_new_tokens=8, steps=4),
+    # The published models' shapes and batch; 8 denoising steps stand for 128: a step costs the same on average.
+    "dream": Size(152_064, 0, 4, 128, 8, 3, 4, DREAM_7B, QWEN3_1_7B),
+    "published": Size(152_064, 0, 4, 128, 128, 3, 4, DREAM_7B, QWEN3_1_7B),
+}
 
 
-def world_of(size: Size, dtype: torch.dtype) -> World:
-    """Random models of that size."""
-    return make_world(v=size.v, d=size.d, dtype=dtype)
-
-
-def sampler(world: World, size: Size, backend: str = "auto") -> Any:
-    """Our sampler on the same models and settings."""
+def sampler(world: World, size: Size, backend: str = "auto", **settings: Any) -> Any:
+    """Our sampler on the same models and settings, but for those given."""
     import entrgi_kernels
 
     model = entrgi_kernels.models.MaskedDiffusion(world.model, world.tokenizer.mask_token_id, shift=True)
-    s = size.settings
-    return entrgi_kernels.GuidedSampler(
-        model,
-        world.reward_model,
-        world.tokenizer,
-        world.reward_tokenizer,
+    loop = size.settings
+    own = dict(
         backend=backend,
-        batch_size=len(PROMPTS),
-        num_samples=s.num_samples,
-        max_new_tokens=s.max_new_tokens,
-        steps=s.steps,
-        guidance_steps=s.guidance_steps,
-        learning_rate=s.step.lr,
-        temperature=s.step.temperature,
-        top_p=s.step.top_p,
+        batch_size=size.prompts,
+        num_samples=loop.num_samples,
+        max_new_tokens=loop.max_new_tokens,
+        steps=loop.steps,
+        guidance_steps=loop.guidance_steps,
+        learning_rate=loop.step.lr,
+        temperature=loop.step.temperature,
+        top_p=loop.step.top_p,
     )
+    models = (model, world.reward_model, world.tokenizer, world.reward_tokenizer)
+    return entrgi_kernels.GuidedSampler(*models, **{**own, **settings})
 
 
-def check_same_tokens(backend: str = "eager") -> Check:
-    """The gate: with top_k = 1 nothing is random, and both loops must produce the same tokens, on tiny float64 models.
+def check_same_tokens(backend: str = "eager", device: str = "cpu") -> Check:
+    """The gate, on tiny float64 models, where rounding decides nothing.
 
-    The models measured are random and their texts mean nothing, so equality is tested where rounding cannot decide.
+    With top_k = 1 nothing is random, and both loops must produce the same tokens. Drawn at random, the sampler's tokens
+    must be the same with all exact savings and with none.
     """
     size = Size(v=211, d=16, num_samples=2, max_new_tokens=6, steps=4, guidance_steps=2)
-    world = make_world(v=size.v, d=size.d, width=16, dtype=torch.float64)
+    world = make_world(v=size.v, d=size.d, width=16, dtype=torch.float64, device=device)
     s = size.settings
     greedy = LoopSettings(s.num_samples, s.max_new_tokens, s.steps, s.guidance_steps, StepSettings(top_k=1))
     theirs = PublishedLoop(world.model, world.tokenizer, world.reward_model, world.reward_tokenizer, greedy)
     expected = [[ids for ids, _ in samples] for samples in theirs.generate(PROMPTS)]
-    results = sampler(world, size, backend).generate(PROMPTS, top_k=1, suppress_undrawable=False, progress=False)
-    same = [[sample.tokens for sample in result.samples] for result in results] == expected
-    return Check(same, "tokens of a greedy generation equal the published loop's")
+    ours = sampler(world, size, backend)
+    same = tokens_of(ours, PROMPTS, top_k=1, suppress_undrawable=False) == expected
+    exact = tokens_of(ours, PROMPTS) == tokens_of(ours, PROMPTS, exact_savings="none")
+    return combine(
+        [
+            Check(same, "tokens of a greedy generation equal the published loop's"),
+            Check(exact, "tokens are the same with and without the exact savings"),
+        ]
+    )
 
 
-def check_ours(world: World, size: Size, backend: str) -> Check:
-    """The gate of a backend: the loop's tokens on tiny models, and a short run at full size with finite rewards."""
-    tiny = check_same_tokens(backend)
+def tokens_of(sampler: Any, prompts: list[str], **settings: Any) -> list[list[list[int]]]:
+    """The tokens of every sample of every prompt."""
+    results = sampler.generate(prompts, progress=False, **settings)
+    return [[sample.tokens for sample in result.samples] for result in results]
+
+
+def check_ours(world: World, size: Size, backend: str, device: str = "cpu") -> Check:
+    """The gate of a backend: the tokens of tiny models, and a short run at full size with finite rewards."""
+    # Engines that do not take float64 are judged by their operators' tests; the loop around them is the same.
+    tiny = check_same_tokens("eager" if backend in ("triton", "cuda") else backend, device)
     if not tiny.passed:
         return tiny
-    one = Size(size.v, size.d, 1, 4, 2, 1)
-    run = sampler(world, one, backend).generate(PROMPTS[:1], progress=False)[0]
-    tokens, mask_id = run.samples[0].tokens, world.tokenizer.mask_token_id
-    good = bool(torch.isfinite(torch.tensor(run.rewards)).all()) and len(tokens) == 4 and mask_id not in tokens
+    run = sampler(world, size, backend, num_samples=1, max_new_tokens=4, steps=2, guidance_steps=1)
+    result = run.generate(PROMPTS[:1], progress=False)[0]
+    tokens, mask_id = result.samples[0].tokens, world.tokenizer.mask_token_id
+    good = bool(torch.isfinite(torch.tensor(result.rewards)).all()) and len(tokens) == 4 and mask_id not in tokens
     return Check(good, "finite rewards and full responses at full size")
 
 
-def models_alone(world: World, size: Size) -> Candidate:
-    """The floor; see the module's text."""
-    import entrgi_kernels
+class Recording:
+    """The very calls that a sampler's run makes of its two models; replayed, they are the floor.
 
-    model = entrgi_kernels.models.MaskedDiffusion(world.model, world.tokenizer.mask_token_id, shift=True)
-    reward = entrgi_kernels.rewards.wrap(world.reward_model, world.reward_tokenizer)
-    count, length = len(PROMPTS) * size.num_samples, size.max_new_tokens
-    prepared = reward.prepare([[{"role": "user", "content": prompt}] for prompt in PROMPTS])
-    index = torch.arange(len(PROMPTS)).repeat_interleave(size.num_samples)
-    prompt = torch.full((count, 9), world.tokenizer.convert_tokens_to_ids("w3"))
-    canvas = torch.cat([prompt, torch.full((count, length), world.tokenizer.mask_token_id)], dim=1)
-    attention = torch.ones_like(canvas, dtype=torch.bool)
-    alive = torch.ones(count, length, dtype=torch.bool)
-    dtype = world.reward_model.get_input_embeddings().weight.dtype
-    embeddings = torch.randn(count, length, size.d).to(dtype).requires_grad_()
+    Nothing is between them then: no operators of the vocabulary, no draws, no decisions. The reward's prefix cache and
+    its other savings are at work as in the run.
+    """
 
-    def run() -> None:
-        for step in range(size.steps):
-            left = max(1, round(length * (1 - step / size.steps)))
-            masked = torch.zeros_like(attention)
-            masked[:, -left:] = True
-            model.masked_logits(canvas, attention, masked)
-            for _ in range(size.guidance_steps):
-                torch.autograd.grad(-reward.score_embeddings(prepared, index, embeddings, alive).sum(), embeddings)
+    def __init__(self, sampler: Any, prompts: list[str]) -> None:
+        self._model, self._reward = sampler.model, sampler.reward
+        self._calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        with self._watched():
+            sampler.generate(prompts, progress=False)
 
-    return Candidate(FLOOR, run, floor=True)
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        watched = [(self._model, "masked_logits"), *((self._reward, n) for n in ("prepare", "score_embeddings"))]
+        for owner, name in watched:
+            setattr(owner, name, self._watch(getattr(owner, name)))
+        try:
+            yield
+        finally:
+            for owner, name in watched:
+                delattr(owner, name)
+
+    def _watch(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if method.__name__ == "masked_logits":
+                # The canvas and what is masked change in place; the attention mask is known again by its identity.
+                canvas, attention, masked = args
+                kept: tuple[Any, ...] = (canvas.clone(), attention, masked.clone())
+            elif method.__name__ == "score_embeddings":
+                _, index, response, alive = args
+                kept = (index, response.detach().clone(), alive)
+            else:
+                kept = args
+            self._calls.append((method.__name__, kept, dict(kwargs)))
+            return method(*args, **kwargs)
+
+        return call
+
+    def replay(self) -> None:
+        """Make the calls again, each reward followed by its backward."""
+        prepared = None
+        for name, args, kwargs in self._calls:
+            if name == "masked_logits":
+                self._model.masked_logits(*args, **kwargs)
+            elif name == "prepare":
+                prepared = self._reward.prepare(*args, **kwargs)
+            else:
+                index, response, alive = args
+                with torch.enable_grad():
+                    leaf = response.requires_grad_()
+                    value = self._reward.score_embeddings(prepared, index, leaf, alive, **kwargs)
+                    torch.autograd.grad(-value.sum(), leaf)
 
 
 def candidates(
-    world: World, size: Size, backends: Sequence[str] = ("auto",), vectorized: bool = True
+    world: World,
+    size: Size,
+    backends: Sequence[str] = ("auto",),
+    baselines: Sequence[str] = ("published", "vectorized"),
+    device: str = "cpu",
 ) -> list[Candidate]:
     """The published loop, the same with batched steps, our sampler for each backend, and the floor."""
     parts = (world.model, world.tokenizer, world.reward_model, world.reward_tokenizer, size.settings)
-    loops = {"published": PublishedLoop(*parts)}
-    if vectorized:
-        loops["vectorized"] = PublishedLoop(*parts, step=Vectorized)
-    made = [
-        Candidate(name, lambda loop=loop: loop.generate(PROMPTS), check_same_tokens) for name, loop in loops.items()
-    ]
+    steps = {"published": Published, "vectorized": Vectorized}
+    made = []
+    for name in baselines:
+        loop = PublishedLoop(*parts, step=steps[name])
+        made.append(Candidate(name, lambda loop=loop: loop.generate(size.texts), check_same_tokens))
     for backend in backends:
         ours = sampler(world, size, backend)
         made.append(
             Candidate(
                 backend,
-                lambda ours=ours: ours.generate(PROMPTS, progress=False),
-                lambda backend=backend: check_ours(world, size, backend),
+                lambda ours=ours: ours.generate(size.texts, progress=False),
+                lambda backend=backend: check_ours(world, size, backend, device),
             )
         )
-    return [*made, models_alone(world, size)]
-
-
-def measure_generation(
-    *,
-    quick: bool = False,
-    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
-    backends: Sequence[str] = ("auto",),
-    budget: float = 60.0,
-    size: Size | None = None,
-) -> list[Group]:
-    """Gate and time whole generations; the shape's N is that of the first denoising step."""
-    size = size or (QUICK if quick else Size())
-    groups = []
-    for dtype in dtypes:
-        world = world_of(size, dtype)
-        groups.append(
-            measure(
-                "generation",
-                dtype,
-                Shape(size.rows, size.d, size.v),
-                candidates(world, size, backends),
-                budget=budget,
-                rounds=(1, 5),
-                warmup=0 if not quick else 1,
-                memory=False,
-            )
-        )
-    return groups
+    floor = Recording(sampler(world, size, backends[0] if backends else "auto"), size.texts)
+    return [*made, Candidate(FLOOR, floor.replay, floor=True)]

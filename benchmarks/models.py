@@ -1,8 +1,8 @@
 """Small random models and word tokenizers with a real vocabulary's size, for whole guided generations.
 
-The diffusion LM and the reward model are Qwen3-shaped and nearly free; the vocabulary (151,936) and the reward
-embedding's width are a real model's, so that what is measured is the guidance. The diffusion LM's head is scaled so
-that its logits have deviation 4, which gives rows of about four nats: a trained model's are peaked as well.
+The diffusion LM and the reward model are Qwen3-shaped (Dream is Qwen2-shaped) and by default nearly free; the
+vocabulary (151,936) is a real model's. The diffusion LM's head is scaled so that its logits have deviation 4, which
+gives rows of about four nats: a trained model's are peaked as well.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.inputs import VOCABULARY
 
@@ -27,9 +28,9 @@ TEMPLATE = (
 class World:
     """A diffusion LM, a reward model and their tokenizers."""
 
-    model: Qwen3ForCausalLM
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
-    reward_model: Qwen3ForSequenceClassification
+    reward_model: PreTrainedModel
     reward_tokenizer: PreTrainedTokenizerFast
 
 
@@ -52,53 +53,79 @@ def word_tokenizer(v: int, skip: int = 0) -> PreTrainedTokenizerFast:
     )
 
 
+@dataclass(frozen=True)
+class Network:
+    """A decoder's shape. `kv_heads`: of grouped-query attention; `family`: "qwen2" (as Dream) or "qwen3"."""
+
+    width: int
+    layers: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    family: str = "qwen3"
+
+    @classmethod
+    def plain(cls, width: int, layers: int, expansion: float = 2.0) -> Network:
+        """Heads of 64 without grouping (two heads where the width is less than 128)."""
+        heads = max(2, width // 64)
+        return cls(width, layers, int(expansion * width), heads, heads, width // heads)
+
+    def build(self, kind: str, v: int, pad: int, dtype: torch.dtype, device: str) -> Any:
+        """The random network, frozen. `kind`: "ForCausalLM" or "ForSequenceClassification" (with one label)."""
+        prefix = self.family.capitalize()
+        config = getattr(transformers, f"{prefix}Config")(
+            vocab_size=v,
+            hidden_size=self.width,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            num_labels=1,
+            tie_word_embeddings=False,
+            pad_token_id=pad,
+            dtype=dtype,
+        )
+        with torch.device(device):
+            model = getattr(transformers, prefix + kind)._from_config(config, dtype=dtype)
+        return model.eval().requires_grad_(False)
+
+
+# Of their published configurations.
+DREAM_7B = Network(3584, 28, 18944, 28, 4, 128, "qwen2")
+QWEN3_1_7B = Network(2048, 28, 6144, 16, 8, 128)
+
+
 def make_world(
     *,
     v: int = VOCABULARY,
     d: int = 1024,
     width: int = 64,
+    diffusion: Network | None = None,
+    reward: Network | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
 ) -> World:
-    """Random models: a 2-layer diffusion LM of `width` with `v` tokens, a 1-layer reward model of width `d`.
+    """Random models.
 
     Args:
         v: both vocabularies' size.
-        d: the reward model's embedding width D.
-        width: the diffusion LM's.
+        d: the reward model's embedding width D, where `reward` is None: one layer.
+        width: the diffusion LM's, where `diffusion` is None: two layers.
+        diffusion, reward: the networks' shapes.
         dtype: of both models.
     """
     torch.manual_seed(seed)
     tokenizer, reward_tokenizer = word_tokenizer(v), word_tokenizer(v, skip=100)
-    common: dict[str, Any] = {"vocab_size": v, "tie_word_embeddings": False, "pad_token_id": tokenizer.pad_token_id}
-    config = Qwen3Config(
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=width // 2,
-        **common,
-    )
-    model = Qwen3ForCausalLM(config)
+    diffusion = diffusion or Network.plain(width, 2)
+    model = diffusion.build("ForCausalLM", v, tokenizer.pad_token_id, dtype, device)
     with torch.no_grad():
-        model.lm_head.weight.normal_(0, 4.0 / width**0.5)
+        model.lm_head.weight.normal_(0, 4.0 / diffusion.width**0.5)
         for name, weight in model.named_parameters():
             if weight.dim() > 1 and "lm_head" not in name:
-                weight.normal_(0, 0.3)
-    heads = max(1, d // 64)
-    reward_config = Qwen3Config(
-        hidden_size=d,
-        intermediate_size=d,
-        num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=d // heads,
-        num_labels=1,
-        **common,
-    )
-    reward_model = Qwen3ForSequenceClassification(reward_config)
-    for part in (model, reward_model):
-        part.to(device=device, dtype=dtype).eval().requires_grad_(False)
+                weight.normal_(0, 2.4 / diffusion.width**0.5)
+    reward = reward or Network.plain(d, 1, expansion=1)
+    reward_model = reward.build("ForSequenceClassification", v, tokenizer.pad_token_id, dtype, device)
     return World(model, tokenizer, reward_model, reward_tokenizer)

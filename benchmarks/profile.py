@@ -57,16 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("profiling needs a CUDA GPU that torch can see; there is none here", file=sys.stderr)
         return 2
-    from entrgi_kernels.backends.triton import nvtx
+    from entrgi_kernels.backends import ranges
 
     run = call(chosen.what, chosen.shape, getattr(torch, chosen.dtype), chosen.backend, chosen.guidance_steps, "cuda")
     for _ in range(chosen.warmup):
         run()
     torch.cuda.synchronize()
-    nvtx.enable()
+    ranges.enable_nvtx()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.cudart().cudaProfilerStart()
-    with nvtx.scope("measured", prefix=""):
+    with ranges.scope("measured"):
         begin.record()
         for _ in range(chosen.runs):
             run()

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.baselines import BASELINES
+from benchmarks.end_to_end import EndToEnd, measure_end_to_end
 from benchmarks.inputs import CPU_SHAPES, SMALL_N, Shape
 from benchmarks.measure import Group
 from benchmarks.suite_ops import OPS, measure_ops
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(chosen.threads)
     print(f"{measure.device_name()} · torch {torch.__version__} · revision {measure.revision()}", flush=True)
     every: list[Group] = []
+    generations: list[EndToEnd] = []
 
     def report(groups: list[Group], baselines: Sequence[str]) -> None:
         print(measure.table(groups, baselines), end="\n\n", flush=True)
@@ -90,13 +92,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                         [name for name in ("vectorized", "compiled") if name in chosen.baselines],
                     )
         if part == "generation":
-            from benchmarks.generation import measure_generation
-
-            report(measure_generation(quick=chosen.quick, dtypes=chosen.dtypes), ["published"])
+            for preset in ("quick",) if chosen.quick else ("guidance", "small"):
+                for dtype in chosen.dtypes if preset != "small" else chosen.dtypes[:1]:
+                    found = measure_end_to_end(preset, dtype)
+                    print(found.table(), end="\n\n", flush=True)
+                    generations.append(found)
     path = chosen.json or measure.result_path()
-    measure.save([row for group in every for row in measure.rows(group)], path)
+    rows = [row for group in every for row in measure.rows(group)]
+    measure.save(rows + [row for found in generations for row in found.rows("cpu")], path)
     print(f"rows written to {path.name}")
-    red = [name for group in every for name in group.refused if name not in BASELINES]
+    groups = every + [found.group for found in generations]
+    red = [name for group in groups for name in group.refused if name not in BASELINES]
     return 1 if red else 0
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.generation import FLOOR, Size, candidates, world_of
+from benchmarks.generation import FLOOR, Size, candidates
 
 BASELINES = ("published", "vectorized")
 FLOORS = (FLOOR,)
@@ -11,10 +11,10 @@ SIZE = Size(d=512, max_new_tokens=8, steps=4)
 
 @pytest.fixture(scope="module")
 def world(dtype):
-    return world_of(SIZE, dtype)
+    return SIZE.world(dtype)
 
 
 def test_generation(timed, world, dtype, name):
     backends = [name] if name not in (*BASELINES, FLOOR) else []
-    made = {candidate.name: candidate for candidate in candidates(world, SIZE, backends)}
+    made = {candidate.name: candidate for candidate in candidates(world, SIZE, backends or ["auto"])}
     timed(made[name], f"generation V{SIZE.v} D{SIZE.d} T{SIZE.steps} {dtype}")

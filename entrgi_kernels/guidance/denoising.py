@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..backends import ranges
 from ..models import DiffusionModel
 from ..ops import make_rng, sample_tokens, softmax_entropy, unmask_confidence
 from ..rewards import PreparedPrompts, Reward
@@ -132,8 +133,10 @@ class Denoiser:
         """One denoising step: logits, guidance, draws, commits."""
         self.statistics.steps += 1
         config, canvas = self.config, self.canvas
-        phi = self._logits(opened)
-        ranking = self._base_ranking(phi, opened, step)
+        with ranges.scope(ranges.MODEL):
+            phi = self._logits(opened)
+        with ranges.scope(ranges.SELECT):
+            ranking = self._base_ranking(phi, opened, step)
         if self._trace is not None:
             entropy = softmax_entropy(phi, backend=config.backend)[1]
         # The positions that may be committed are known before guidance: only they need its last update and a draw.
@@ -144,7 +147,8 @@ class Denoiser:
             chosen, proposal = self._commit_ranked(phi, opened, step, counts, ranking, guided)
         else:
             drawn = self._draw(phi, opened.keys, opened.rows, step)
-            chosen = self._choose(phi, drawn, ranking, opened, step, counts, share)
+            with ranges.scope(ranges.SELECT):
+                chosen = self._choose(phi, drawn, ranking, opened, step, counts, share)
             proposal = canvas.response.index_put((opened.rows, opened.slots), drawn)
         canvas.response.copy_(torch.where(chosen, proposal, canvas.response))
         # A mask token can only be drawn where undrawable ids are left alone; its slot then stays open, as published.
@@ -228,14 +232,18 @@ class Denoiser:
         where = (opened.rows, opened.slots)
         weights, values, grad = [], [], None
         for inner in range(config.guidance_steps):
-            blend = optimizer.embed()
-            best = response_ids.index_put(where, optimizer.argmax)
+            with ranges.scope(ranges.EMBED):
+                blend = optimizer.embed()
             with torch.enable_grad():
-                value = self._score(embedded.index_put(where, blend.embedding), best, **settled)
+                with ranges.scope(ranges.REWARD):
+                    best = response_ids.index_put(where, optimizer.argmax)
+                    value = self._score(embedded.index_put(where, blend.embedding), best, **settled)
                 # The loss is minus the sum: a mean would change Adam's steps where gradients are near eps.
-                (grad,) = torch.autograd.grad(-value.sum(), blend.embedding)
+                with ranges.scope(ranges.REWARD_BACKWARD):
+                    (grad,) = torch.autograd.grad(-value.sum(), blend.embedding)
             if not (defer and inner == config.guidance_steps - 1):
-                optimizer.step(grad)
+                with ranges.scope(ranges.UPDATE):
+                    optimizer.step(grad)
             weights.append(blend.weight)
             values.append(value.detach())
             self.statistics.reward_evaluations += 1
@@ -266,16 +274,17 @@ class Denoiser:
     def _draw(self, phi: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
         """Tokens [n] from the filtered softmax of phi [n, V]; notes the trajectories whose logits are not finite."""
         config = self.config
-        drawn = sample_tokens(
-            phi,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            seed=config.seed,
-            step=step_key(step, FINAL_DRAW),
-            rows=keys,
-            backend=config.backend,
-        )
+        with ranges.scope(ranges.DRAW):
+            drawn = sample_tokens(
+                phi,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                seed=config.seed,
+                step=step_key(step, FINAL_DRAW),
+                rows=keys,
+                backend=config.backend,
+            )
         self._note_failures(step, rows, drawn < 0)
         return drawn.clamp(min=0)
 
@@ -355,7 +364,8 @@ class Denoiser:
             slots = order[rows, ranks]
             members = index_of_slot[rows, slots]
             pending = None if guided is None else guided.pending
-            moved = phi[members] if pending is None else guided.optimizer.moved_rows(pending, members)  # type: ignore[union-attr]
+            with ranges.scope(ranges.UPDATE):
+                moved = phi[members] if pending is None else guided.optimizer.moved_rows(pending, members)  # type: ignore[union-attr]
             drawn = self._draw(moved, opened.keys[members], rows, step)
             proposal[rows, slots] = drawn
             seen = [n + count for n, count in zip(seen, needed, strict=True)]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
+import weakref
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -48,12 +50,21 @@ def token_kind(tokenizer: Any) -> str:
             return WORDPIECE
         if "Metaspace" in described or "▁" in described:
             return METASPACE
-    tokens = tokenizer.get_vocab()
-    counts = {
-        BYTE_LEVEL: sum(token.startswith("Ġ") for token in tokens),
-        METASPACE: sum(token.startswith("▁") for token in tokens),
-        WORDPIECE: sum(token.startswith("##") and len(token) > 2 for token in tokens),
-    }
+    kind = _kinds.get(tokenizer)
+    if kind is None:  # asked for every text, and a vocabulary is long to look through
+        _kinds[tokenizer] = kind = _kind_of_vocabulary(tokenizer.get_vocab())
+    return kind
+
+
+_kinds: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+def _kind_of_vocabulary(tokens: Iterable[str]) -> str:
+    counts = dict.fromkeys((BYTE_LEVEL, METASPACE, WORDPIECE), 0)
+    for token in tokens:
+        counts[BYTE_LEVEL] += token.startswith("Ġ")
+        counts[METASPACE] += token.startswith("▁")
+        counts[WORDPIECE] += token.startswith("##") and len(token) > 2
     kind = max(counts, key=lambda name: counts[name])
     return kind if counts[kind] else PLAIN
 

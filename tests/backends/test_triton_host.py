@@ -13,7 +13,7 @@ from benchmarks import profile, run_gpu, tune  # noqa: E402
 from benchmarks.inputs import Shape  # noqa: E402
 from entrgi_kernels import backends  # noqa: E402
 from entrgi_kernels.backends import triton as kernels  # noqa: E402
-from entrgi_kernels.backends.triton import chunked, config, nvtx  # noqa: E402
+from entrgi_kernels.backends.triton import chunked, config  # noqa: E402
 from entrgi_kernels.backends.triton.launch import aligned  # noqa: E402
 from entrgi_kernels.backends.triton.soft_embedding import split_count  # noqa: E402
 
@@ -94,23 +94,3 @@ def test_tuning_starts_from_the_table_and_tries_the_other_engine():
     assert tune.present_entry(changed, "forward", 1).block_d == tried[2].block_d
     line = tune.advice("forward", Shape(1, 1), [{"entry": {}, "refused": "no"}])
     assert "nothing ran" in line
-
-
-def test_ranges_are_off_until_asked_for(monkeypatch):
-    pushed = []
-    monkeypatch.setattr(torch.cuda.nvtx, "range_push", pushed.append)
-    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: pushed.append("pop"))
-
-    @nvtx.ranged
-    def work():
-        return 7
-
-    assert work() == 7 and pushed == []
-    nvtx.enable()
-    try:
-        assert work() == 7
-        with nvtx.scope("reward"):
-            pass
-    finally:
-        nvtx.enable(False)
-    assert pushed == ["entrgi::work", "pop", "entrgi::reward", "pop"]

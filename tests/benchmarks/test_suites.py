@@ -56,8 +56,8 @@ def test_the_published_loop_and_the_sampler_make_the_same_tokens():
 def test_the_generation_gate_can_fail(monkeypatch):
     original = generation.sampler
 
-    def other(world, size, backend="auto"):
-        sampler = original(world, size, backend)
+    def other(world, size, backend="auto", **settings):
+        sampler = original(world, size, backend, **settings)
         sampler.config = sampler.config.replace(method="none")
         return sampler
 

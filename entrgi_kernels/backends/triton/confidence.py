@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ranges import ranged
 from . import config
 from .launch import launch, rows_of, vector
-from .nvtx import ranged
 from .sampling import _KEY_SHIFT, filter_thresholds, is_filtered, ordered_key
 from .statistics import row_statistics
 

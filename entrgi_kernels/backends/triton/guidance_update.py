@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 
 from .. import eager
+from ..ranges import ranged
 from . import chunked, config
 from .chunked import adam
 from .launch import aligned, cdiv, launch, rows_of, vector
-from .nvtx import ranged
 
 
 @triton.jit

@@ -21,9 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ranges import ranged
 from . import config
 from .launch import cdiv, launch, rows_of, vector
-from .nvtx import ranged
 from .philox import log_exponential, log_exponential_of, words_of_pairs
 from .statistics import RowStatistics, row_statistics
 

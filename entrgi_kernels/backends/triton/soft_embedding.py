@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from .. import eager
+from ..ranges import ranged
 from . import chunked, config
 from .launch import aligned, cdiv, launch, rows_of, vector
-from .nvtx import ranged
 from .sampling import draw
 from .statistics import row_statistics
 

@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ranges import ranged
 from . import config
 from .launch import cdiv, launch, rows_of, vector
-from .nvtx import ranged
 
 _PART = 5  # floats a slice leaves: maximum, sum e, sum e * d, sum e at the second temperature, largest key of argmax
 

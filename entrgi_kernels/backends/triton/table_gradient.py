@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 
 from .. import eager
+from ..ranges import ranged
 from . import config
 from .guidance_update import product_dtype
 from .launch import cdiv, launch, rows_of, vector
-from .nvtx import ranged
 from .soft_embedding import scale_of
 
 

@@ -1,0 +1,100 @@
+"""Named ranges of what runs: phases of the denoising loop, and the raw functions of the Triton backend.
+
+Nobody listens by default, and a range then costs one look at an empty tuple. :func:`enable_nvtx` shows them to Nsight
+Systems and Nsight Compute; anything with ``begin(name)`` and ``end(name)`` may be put into :data:`listeners` by
+:func:`listening` (``benchmarks/phases.py`` takes times and counts FLOPs that way).
+
+Phases do not overlap; the functions' ranges, whose names begin with ``entrgi::``, lie inside them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+# The denoising loop's phases, in the order of a step.
+PHASES = MODEL, EMBED, REWARD, REWARD_BACKWARD, UPDATE, DRAW, SELECT = (
+    "model forward",
+    "embed",
+    "reward forward",
+    "reward backward",
+    "update",
+    "draw",
+    "select",
+)
+OPERATOR = "entrgi::"
+
+
+class Listener(Protocol):
+    """Is told of every range of this process."""
+
+    def begin(self, name: str) -> None: ...
+
+    def end(self, name: str) -> None: ...
+
+
+class Nvtx:
+    """Shows ranges to NVIDIA's profilers."""
+
+    def begin(self, name: str) -> None:
+        torch.cuda.nvtx.range_push(name)
+
+    def end(self, name: str) -> None:
+        torch.cuda.nvtx.range_pop()
+
+
+listeners: tuple[Listener, ...] = ()
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_NOTHING = nullcontext()
+_NVTX = Nvtx()
+
+
+def enable_nvtx(on: bool = True) -> None:
+    """Turn NVTX ranges on or off for this process."""
+    global listeners
+    listeners = (*(one for one in listeners if one is not _NVTX), *([_NVTX] if on else []))
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell a listener of every range inside the block."""
+    global listeners
+    listeners = (*listeners, listener)
+    try:
+        yield
+    finally:
+        listeners = tuple(one for one in listeners if one is not listener)
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    told = listeners  # whoever hears the beginning hears the end
+    for listener in told:
+        listener.begin(name)
+    try:
+        yield
+    finally:
+        for listener in reversed(told):
+            listener.end(name)
+
+
+def scope(name: str) -> AbstractContextManager[None]:
+    """A range around a ``with`` block; nothing when nobody listens."""
+    return _told(name) if listeners else _NOTHING
+
+
+def ranged(function: _Function) -> _Function:
+    """Decorate a raw function with a range of its own name."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if not listeners:
+            return function(*args, **kwargs)
+        with _told(OPERATOR + function.__name__):
+            return function(*args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]

@@ -1,0 +1,112 @@
+"""Whole generations measured: floor, phases, FLOPs, gate."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import end_to_end, generation, measure
+from benchmarks.end_to_end import PLAIN, measure_end_to_end
+from benchmarks.generation import FLOOR, Recording, Size, sampler
+from benchmarks.models import Network
+from benchmarks.phases import REST, FlopCounter, PhaseTimer
+from entrgi_kernels import ops
+from entrgi_kernels.backends.ranges import EMBED, MODEL, PHASES, REWARD, REWARD_BACKWARD, UPDATE, listening, scope
+
+SIZE = Size(
+    v=401,
+    d=16,
+    max_new_tokens=4,
+    steps=2,
+    guidance_steps=2,
+    diffusion=Network.plain(16, 2),
+    reward=Network(16, 2, 24, 2, 1, 8),
+)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return measure_end_to_end("quick", torch.float32, backend="eager", size=SIZE, budget=0.0)
+
+
+def test_all_candidates_are_timed_and_inside_is_looked_at(found, tmp_path):
+    assert found.group.refused == {}
+    assert set(found.group.timings) == {"published", "eager", PLAIN, FLOOR}
+    for name in ("eager", PLAIN):
+        assert all(found.phases[name][phase] > 0 for phase in PHASES) and set(found.phases[name]) == {*PHASES, REST}
+        assert all(found.flops[name][phase] > 0 for phase in (MODEL, EMBED, REWARD, REWARD_BACKWARD, UPDATE))
+    assert sum(found.flops["eager"].values()) < sum(found.flops[PLAIN].values())
+    assert found.same == 1.0
+    path = tmp_path / "rows.json"
+    measure.save(found.rows("cpu"), path)
+    rows = {row["backend"]: row for row in json.loads(path.read_text())}
+    assert rows["eager"]["shape"] == {"N": 16, "V": 401, "D": 16, "preset": "quick"}
+    assert rows["eager"]["TFLOP"] < rows[PLAIN]["TFLOP"] and rows["eager"]["phases ms"][REST] > 0
+    assert "reward backward" in found.table() and "tokens that are the same" in found.table()
+
+
+def test_the_floor_replays_the_runs_own_calls():
+    world = SIZE.world(torch.float64)
+    ours = sampler(world, SIZE, "eager")
+    recording = Recording(ours, SIZE.texts)
+    names = [name for name, _, _ in recording._calls]
+    assert names.count("masked_logits") == 2 and names.count("score_embeddings") == 4 and names.count("prepare") == 1
+    counted = []
+    for run in (recording.replay, lambda: ours.generate(SIZE.texts, progress=False)):
+        with (counter := FlopCounter()), listening(counter):
+            run()
+        counted.append(counter)
+    alone, whole = counted
+    of_models = sum(whole.by_phase[phase] for phase in (MODEL, REWARD, REWARD_BACKWARD))
+    assert alone.total == pytest.approx(of_models, rel=0.02)  # the replay computes the prefix outside of the phases
+    assert "masked_logits" not in vars(ours.model)
+
+
+def test_a_red_check_gives_no_time(monkeypatch):
+    original = generation.sampler
+
+    def other(world, size, backend="auto", **settings):
+        return original(world, size, backend, **{**settings, "method": "none"})
+
+    monkeypatch.setattr(generation, "sampler", other)
+    refused = measure_end_to_end("quick", torch.float32, backend="eager", size=SIZE, budget=0.0)
+    assert {"eager", PLAIN} <= set(refused.group.refused) and refused.phases == {}
+    assert "equal the published loop's" in refused.group.refused["eager"]
+
+
+def test_flops_are_counted_by_phase():
+    phi, table = torch.randn(3, 50), torch.randn(50, 8)
+    with (counter := FlopCounter()), listening(counter):
+        with scope(EMBED):
+            ops.soft_embedding(phi, table, temperature=1.0, backend="eager")
+        a = torch.randn(2, 3, 4) @ torch.randn(4, 5)
+    assert counter.by_phase[EMBED] == 2 * 3 * 50 * 8
+    assert counter.total - counter.by_phase[EMBED] == 2 * a.numel() * 4
+
+
+def test_attention_is_counted():
+    q, k = torch.randn(1, 2, 5, 8, requires_grad=True), torch.randn(1, 2, 7, 8)
+    with FlopCounter() as counter:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, k)
+        forward = counter.total
+        out.sum().backward()
+    assert forward == 2 * 2 * 5 * 7 * (8 + 8)
+    assert counter.total - forward >= 2 * forward
+
+
+def test_the_timer_leaves_the_rest():
+    timer = PhaseTimer()
+    with listening(timer), scope(MODEL):
+        sum(range(1000))
+    seconds = timer.seconds(1.0)
+    assert 0 < seconds[MODEL] < 1 and sum(seconds.values()) == pytest.approx(1.0)
+
+
+def test_the_command_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(end_to_end.PRESETS, "quick", SIZE)
+    path = tmp_path / "rows.json"
+    command = ["--preset", "quick", "--dtype", "float32", "--backend", "eager", "--baselines", "", "--budget", "0"]
+    assert end_to_end.main([*command, "--json", str(path)]) == 0
+    assert "models alone" in capsys.readouterr().out and len(json.loads(path.read_text())) == 3
