@@ -7,9 +7,15 @@ constexpr int64_t BACKWARD_ROWS = 128;    // rows (n) of G^T at a time
 // Rows of E per unit.
 INLINE int64_t backward_block(const BackwardJob& job) { return job.n <= 16 ? 64 : 256; }
 
+// Elements of a row of the gradient where it is not in panels: whole vectors.
+template <typename A>
+INLINE int64_t few_width(const BackwardJob& job) {
+  return round_up(job.d, Lane<A>::W);
+}
 template <typename A>
 static int64_t gradient_pack_size_plain(const BackwardJob& job) {
-  return round_up(job.n, panel_width<A>) * job.d * (int64_t)sizeof(A) + 128;
+  const int64_t size = job.n <= FEW ? job.n * few_width<A>(job) : round_up(job.n, panel_width<A>) * job.d;
+  return size * (int64_t)sizeof(A) + 128;
 }
 
 // grad^T in panels [panel of n][d][width]
@@ -25,6 +31,12 @@ static void pack_gradient_plain(const BackwardJob& job) {
   const void* x = job.grad.data;
   const int64_t s = job.grad.stride;
   A* out = (A*)job.packed;
+  if (job.n <= FEW) {
+    const int64_t width = few_width<A>(job);
+    __builtin_memset(out, 0, sizeof(A) * (size_t)(job.n * width));
+    for (int64_t n = 0; n < job.n; n++) convert_rows_any(job.grad, n, 0, 1, job.d, out + n * width);
+    return;
+  }
   switch (job.grad.dtype) {
     case Dtype::f64: return pack_transposed((const double*)x, s, job.n, job.d, out);
     case Dtype::f32: return pack_transposed((const float*)x, s, job.n, job.d, out);
@@ -216,6 +228,12 @@ static void backward_unit_plain(const BackwardJob& job, int64_t unit, void* scra
   A* gt = (A*)scratch;         // [block][ldg]
   A* g = gt + block * ldg;     // [ldg][ldt]
   A* wide = g + ldg * ldt + 64;  // [block][BACKWARD_DEPTH], where E is not stored as A
+  if (job.n <= FEW) {
+    few_backward_any<A>(job.n, job.embedding, v0, count, job.d, (const A*)job.packed, few_width<A>(job), g, ldt);
+    epilogue<T>(job, 0, job.n, v0, count, g, ldt);
+    return;
+  }
+  constexpr Dtype own = sizeof(A) == 8 ? Dtype::f64 : Dtype::f32;
   for (int64_t n0 = 0; n0 < job.n; n0 += BACKWARD_ROWS) {
     const int64_t rows = job.n - n0 < BACKWARD_ROWS ? job.n - n0 : BACKWARD_ROWS, panels = ceil_div(rows, NR);
     for (int64_t i = 0; i < count; i++) __builtin_memset(gt + i * ldg, 0, sizeof(A) * panels * NR);
@@ -224,27 +242,11 @@ static void backward_unit_plain(const BackwardJob& job, int64_t unit, void* scra
       const int64_t at = v0 * job.embedding.stride + d;
       const A* a = wide;
       int64_t lda = depth;
-      switch (job.embedding.dtype) {
-        case Dtype::f64:
-          if constexpr (sizeof(A) == 8) {
-            a = (const A*)job.embedding.data + at;
-            lda = job.embedding.stride;
-          }  // a float64 table always comes with float64 logits
-          break;
-        case Dtype::f32:
-          if constexpr (sizeof(A) == 4) {
-            a = (const A*)job.embedding.data + at;
-            lda = job.embedding.stride;
-          } else {
-            convert_rows((const float*)job.embedding.data + at, job.embedding.stride, count, depth, wide);
-          }
-          break;
-        case Dtype::bf16:
-          convert_rows((const bf16*)job.embedding.data + at, job.embedding.stride, count, depth, wide);
-          break;
-        case Dtype::f16:
-          convert_rows((const f16*)job.embedding.data + at, job.embedding.stride, count, depth, wide);
-          break;
+      if (job.embedding.dtype == own) {
+        a = (const A*)job.embedding.data + at;
+        lda = job.embedding.stride;
+      } else {
+        convert_rows_any(job.embedding, v0, d, count, depth, wide);
       }
       const A* b = (const A*)job.packed + n0 / NR * NR * job.d + d * NR;
       Prefetcher ahead;

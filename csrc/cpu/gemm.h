@@ -196,6 +196,17 @@ static void convert_rows(const T* x, int64_t stride, int64_t rows, int64_t colum
   }
 }
 
+template <typename A>
+static void convert_rows_any(const Matrix& m, int64_t row, int64_t column, int64_t rows, int64_t columns, A* out) {
+  const int64_t at = row * m.stride + column;
+  switch (m.dtype) {
+    case Dtype::f64: return convert_rows(((const double*)m.data) + at, m.stride, rows, columns, out);
+    case Dtype::f32: return convert_rows(((const float*)m.data) + at, m.stride, rows, columns, out);
+    case Dtype::bf16: return convert_rows(((const bf16*)m.data) + at, m.stride, rows, columns, out);
+    case Dtype::f16: return convert_rows(((const f16*)m.data) + at, m.stride, rows, columns, out);
+  }
+}
+
 // exp(x / temperature) / normaliser for a tile of rows x columns; shift is a maximum (with 1 / total in `factor`) or a
 // log-sum-exp (factor null).
 template <typename T>
@@ -214,6 +225,8 @@ INLINE void probability_row(
   }
   for (; i < padded; i += W) store(zero<A>(), out + i);
 }
+
+#include "few.h"
 
 // --- forward ----------------------------------------------------------------------------------------------------------
 // Rows of E per packed block: it must stay in L2 beside the tile of p.
@@ -247,6 +260,18 @@ INLINE void part_of(int64_t total, int64_t unit, int64_t parts, int64_t i, int64
   if (*end > total) *end = total;
 }
 
+// p of rows [n0, n0 + rows), columns [v, v + depth)
+template <typename T>
+static void probability_tile(const ForwardJob& job, int64_t n0, int64_t rows, int64_t v, int64_t depth,
+                             Scale<typename Store<T>::A> scale, typename Store<T>::A* tile, int64_t stride) {
+  typedef typename Store<T>::A A;
+  for (int64_t r = 0; r < rows; r++) {
+    const T* x = (const T*)job.logits.data + (n0 + r) * job.logits.stride + v;
+    const A top = ((const A*)job.maximum)[n0 + r], total = ((const A*)job.total)[n0 + r];
+    probability_row(x, depth, top, (A)1 / total, false, scale, tile + r * stride, depth);
+  }
+}
+
 template <typename T>
 static void forward_unit_plain(const ForwardJob& job, int64_t unit, void* scratch) {
   typedef typename Store<T>::A A;
@@ -264,14 +289,15 @@ static void forward_unit_plain(const ForwardJob& job, int64_t unit, void* scratc
   const Scale<A> scale = reciprocal<A>(job.temperature);
   for (int64_t v = v0; v < v1; v += block) {
     const int64_t depth = v1 - v < block ? v1 - v : block;
+    if (job.n <= FEW) {
+      probability_tile<T>(job, 0, job.n, v, depth, scale, tile, block);
+      few_forward_any<A>(job.n, tile, block, job.embedding, v, d0, depth, d1 - d0, c, padded);
+      continue;
+    }
     pack_rows_any<A>(job.embedding, v, d0, depth, d1 - d0, packed, block);
     for (int64_t n0 = 0; n0 < job.n; n0 += FORWARD_ROWS) {
       const int64_t rows = job.n - n0 < FORWARD_ROWS ? job.n - n0 : FORWARD_ROWS;
-      for (int64_t r = 0; r < rows; r++) {
-        const T* x = (const T*)job.logits.data + (n0 + r) * job.logits.stride + v;
-        A top = ((const A*)job.maximum)[n0 + r], total = ((const A*)job.total)[n0 + r];
-        probability_row(x, depth, top, (A)1 / total, false, scale, tile + r * block, depth);
-      }
+      probability_tile<T>(job, n0, rows, v, depth, scale, tile, block);
       Prefetcher ahead;
       const int64_t after = v + block, next = after >= v1 ? 0 : v1 - after < block ? v1 - after : block;
       const int64_t width = size_of(job.embedding.dtype), size = (int64_t)sizeof(T);
