@@ -297,3 +297,78 @@ def unmask_confidence(
             best = p.topk(2, dim=-1).values
             confidence = best[:, 0] - best[:, 1]
     return torch.where(maximum.isnan(), maximum, confidence)
+
+
+def _head_logits(
+    hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Chunks over V of hidden @ head^T + bias: (slice, head's rows [v, D], logits [N, v]), in acc."""
+    for part in _slices(head.shape[0], max(head.shape[1], hidden.shape[0])):
+        rows = head[part].to(hidden.dtype)
+        logits = _matmul(hidden, rows.T)
+        yield part, rows, logits if bias is None else logits + bias[part].to(hidden.dtype)
+
+
+def _places(targets: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """(bool [N], targets inside the slice; int64 [N], their column in it, some legal column elsewhere)."""
+    inside = (targets >= part.start) & (targets < part.stop)
+    return inside, (targets - part.start).clamp(0, part.stop - part.start - 1)
+
+
+def token_log_prob(
+    hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, slope: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log softmax(hidden @ head^T + bias) at the targets [N], log-sum-exp [N], slope [N, D]), all acc.
+
+    The slope is d log-probability / d hidden = head[target] - softmax @ head, formed in the same walk over the
+    vocabulary (its sums rescaled as the maximum grows); [0, D] unless asked for. A target outside [0, V) gives NaN.
+    """
+    x = hidden.to(accumulation_dtype(hidden, head))
+    n, d = x.shape
+    maximum, total = x.new_full((n,), -math.inf), x.new_zeros(n)
+    picked, mean = x.new_full((n,), math.nan), x.new_zeros(n if slope else 0, d)
+    for part, rows, logits in _head_logits(x, head, bias):
+        largest = torch.maximum(maximum, logits.amax(dim=-1))
+        shift = torch.where(largest == -math.inf, torch.zeros_like(largest), largest)
+        rescale, weights = (maximum - shift).exp(), (logits - shift[:, None]).exp()
+        total = total * rescale + weights.sum(dim=-1)
+        if slope:
+            mean = mean.mul_(rescale[:, None]).add_(_matmul(weights, rows))
+        inside, column = _places(targets, part)
+        picked = torch.where(inside, logits.gather(-1, column[:, None])[:, 0], picked)
+        maximum = largest
+    lse = maximum + total.log()
+    if slope:
+        legal = targets.clamp(0, head.shape[0] - 1)
+        mean = head[legal].to(x.dtype) - mean / total[:, None]
+    return picked - lse, lse, mean
+
+
+def token_log_prob_backward(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    grad: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of hidden [N, D], head [V, D] and bias [V] ([0] without one), each of its tensor's dtype.
+
+    With y the one-hot targets and g = `grad` [N]:  d logits = g (y - p),  d hidden = d logits @ head,
+    d head = d logits^T @ hidden,  d bias = the sum of d logits over rows.
+    """
+    x, g = hidden.to(lse.dtype), grad.to(lse.dtype)[:, None]
+    grad_hidden = torch.zeros_like(x)
+    grad_head = torch.empty(head.shape, dtype=head.dtype, device=head.device)
+    grad_bias = (
+        grad_head.new_empty(0) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
+    )
+    for part, rows, logits in _head_logits(x, head, bias):
+        change = -g * (logits - lse[:, None]).exp()
+        inside, column = _places(targets, part)
+        change.scatter_add_(1, column[:, None], torch.where(inside[:, None], g, torch.zeros_like(g)))
+        grad_hidden += _matmul(change, rows)
+        grad_head[part] = _matmul(change.T, x).to(head.dtype)
+        if bias is not None:
+            grad_bias[part] = change.sum(dim=0).to(bias.dtype)
+    return grad_hidden.to(hidden.dtype), grad_head, grad_bias

@@ -15,6 +15,8 @@ from types import ModuleType
 
 import torch
 
+from .eager import token_log_prob, token_log_prob_backward  # noqa: F401
+
 _MODULE = "entrgi_kernels._C"
 _RECORD = Path(__file__).parents[1] / "_build_info.json"  # setup.py writes there what became of the build
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

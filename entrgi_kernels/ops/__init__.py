@@ -12,6 +12,7 @@ from .guidance_update import AdamState, guidance_update_
 from .sample_tokens import sample_tokens
 from .soft_embedding import soft_embedding
 from .softmax_entropy import softmax_entropy
+from .token_log_prob import token_log_prob
 from .unmask_confidence import unmask_confidence
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "sample_tokens",
     "soft_embedding",
     "softmax_entropy",
+    "token_log_prob",
     "unmask_confidence",
 ]

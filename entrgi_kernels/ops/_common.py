@@ -22,11 +22,16 @@ def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 def check_logits(logits: torch.Tensor, name: str = "logits") -> None:
     """Raise unless `logits` is a floating [N, V] tensor with V >= 1."""
-    if not isinstance(logits, torch.Tensor):
-        raise TypeError(f"{name} is {type(logits).__name__}: expected a torch.Tensor of shape [N, V]")
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(f"{name} has shape {list(logits.shape)}: expected [N, V] with V >= 1")
-    check_dtype(logits, name)
+    check_matrix(logits, name, "[N, V] with V >= 1")
+
+
+def check_matrix(tensor: torch.Tensor, name: str, expected: str) -> None:
+    """Raise unless `tensor` is a floating matrix with at least one column; `expected` words its shape."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is {type(tensor).__name__}: expected a torch.Tensor of shape {expected}")
+    if tensor.dim() != 2 or tensor.shape[1] == 0:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}: expected {expected}")
+    check_dtype(tensor, name)
 
 
 def check_dtype(tensor: torch.Tensor, name: str) -> None:
@@ -37,33 +42,40 @@ def check_dtype(tensor: torch.Tensor, name: str) -> None:
 
 def check_embedding(logits: torch.Tensor, embedding: torch.Tensor) -> None:
     """Raise unless `embedding` is a floating [V, D] table on the logits' device."""
-    if not isinstance(embedding, torch.Tensor):
-        raise TypeError(f"embedding is {type(embedding).__name__}: expected a torch.Tensor of shape [V, D]")
-    if embedding.dim() != 2 or embedding.shape[1] == 0:
-        raise ValueError(f"embedding has shape {list(embedding.shape)}: expected [V, D] with D >= 1")
+    check_matrix(embedding, "embedding", "[V, D] with D >= 1")
     if embedding.shape[0] != logits.shape[1]:
         raise ValueError(
             f"embedding has {embedding.shape[0]} rows but logits have {logits.shape[1]} columns: expected one row per "
             "vocabulary entry (map a reward model's table through the vocabulary first)"
         )
-    check_dtype(embedding, "embedding")
     check_same_device(logits, embedding=embedding)
 
 
-def check_same_device(logits: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """Raise unless all the named tensors are where the logits are."""
+def check_same_device(logits: torch.Tensor, called: str = "logits", /, **others: torch.Tensor | None) -> None:
+    """Raise unless all the named tensors are where the logits are (or whatever the first tensor is called)."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device} but logits are on {logits.device}: expected one device")
+            verb = "are" if called == "logits" else "is"
+            raise ValueError(
+                f"{name} is on {tensor.device} but {called} {verb} on {logits.device}: expected one device"
+            )
 
 
-def check_vector(logits: torch.Tensor, tensor: torch.Tensor, name: str, dtype: torch.dtype | None = None) -> None:
-    """Raise unless `tensor` has one entry a row (and the dtype, where one is given)."""
+def check_vector(
+    logits: torch.Tensor,
+    tensor: torch.Tensor,
+    name: str,
+    dtype: torch.dtype | None = None,
+    called: str = "logits",
+) -> None:
+    """Raise unless `tensor` has one entry a row of the logits (or of whatever the first tensor is called)."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is {type(tensor).__name__}: expected a torch.Tensor of shape [{logits.shape[0]}]")
     if tensor.dim() != 1 or tensor.shape[0] != logits.shape[0]:
         raise ValueError(f"{name} has shape {list(tensor.shape)}: expected [{logits.shape[0]}], one entry a row")
     if dtype is not None and tensor.dtype != dtype:
         raise TypeError(f"{name} is {tensor.dtype}: expected {dtype}")
-    check_same_device(logits, **{name: tensor})
+    check_same_device(logits, called, **{name: tensor})
 
 
 def check_number(value: float, name: str, expected: str) -> float:

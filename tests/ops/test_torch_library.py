@@ -28,6 +28,8 @@ def _case(name: str, x: torch.Tensor, backend: str) -> tuple:
     vector, soft = ref.table(n, 1, acc, seed=4)[:, 0].contiguous(), ref.table(n, D, acc, seed=5)
     lse = torch.logsumexp(x.to(acc) / 0.7, dim=-1)
     grad_x, grad_e = x.detach().requires_grad_(), e.clone().requires_grad_()
+    head = ref.table(6, v, x.dtype, seed=6).requires_grad_()
+    bias = ref.table(6, 1, x.dtype, seed=7)[:, 0].contiguous().requires_grad_()
     own = x.clone()
     moments = torch.zeros_like(own), torch.zeros_like(own)
     adam = (0.7, 0.5, 0.9, 0.999, 1e-3, backend)
@@ -56,6 +58,16 @@ def _case(name: str, x: torch.Tensor, backend: str) -> tuple:
         "guidance_update_": (OPS.guidance_update_, (own, g, e, soft, lse, *moments, 2, *adam)),
         "guidance_update_ without state": (OPS.guidance_update_, (own, g, e, soft, lse, None, None, 1, *adam)),
         "unmask_confidence": (OPS.unmask_confidence, (x, tokens, "topk_margin", 0.7, 2, 0.9, backend)),
+        "token_log_prob": (OPS.token_log_prob, (grad_x, head, bias, tokens, False, backend)),
+        "token_log_prob without bias": (OPS.token_log_prob, (grad_x, head.detach(), None, tokens, True, backend)),
+        "token_log_prob_backward": (
+            OPS.token_log_prob_backward,
+            (x, head.detach(), bias.detach(), tokens, lse, vector, backend),
+        ),
+        "token_log_prob_backward without bias": (
+            OPS.token_log_prob_backward,
+            (x, head.detach(), None, tokens, lse, vector, backend),
+        ),
     }[name]
 
 
@@ -63,6 +75,7 @@ NAMES = [
     "softmax_entropy", "softmax_entropy_backward", "sample_tokens", "soft_embedding", "soft_embedding_backward",
     "soft_embedding_grad_table", "entrgi_embedding", "entrgi_embedding given", "entrgi_embedding zero",
     "guidance_update_", "guidance_update_ without state", "unmask_confidence",
+    "token_log_prob", "token_log_prob without bias", "token_log_prob_backward", "token_log_prob_backward without bias",
 ]  # fmt: skip
 INPUTS = {
     "3x7": lambda: ref.peaked(3, 7, torch.float32),
@@ -125,7 +138,8 @@ def test_dynamic_from_the_start_never_recompiles(backend):
         out = ops.entrgi_embedding(phi, e, temperature=0.7, top_p=0.9, backend=backend)
         lse, entropy = ops.softmax_entropy(phi, 0.7, backend=backend)
         soft = ops.soft_embedding(phi, e, temperature=0.7, backend=backend)
-        return (out.embedding + soft).square().sum() + (lse * entropy).sum()
+        log_prob = ops.token_log_prob(soft, e, out.tokens, backend=backend)
+        return (out.embedding + soft).square().sum() + (lse * entropy).sum() + log_prob.sum()
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     for turn, n in enumerate((5, 9, 2, 33)):
@@ -206,6 +220,7 @@ def test_inference_mode(backend):
         ours = one_step(inside, e, 3, ops.AdamState.zeros(inside), backend)
         ops.softmax_entropy(inside, backend=backend)
         ops.soft_embedding(inside, e, backend=backend)
+        ops.token_log_prob(inside[:, :D], e, tokens, backend=backend)
     assert torch.equal(inside, expected) and torch.equal(ours[0], tokens) and torch.equal(ours[1], confidence)
 
 
@@ -220,19 +235,24 @@ def test_autocast_changes_nothing(backend):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             out, kept = forward(phi, e, temperature=0.7, backend=backend)
             soft = ops.soft_embedding(phi, table, temperature=0.7, backend=backend)
-            gradients = torch.autograd.grad((out.embedding * e[:5]).sum() + (soft * e[5:10]).sum(), (phi, table))
+            log_prob = ops.token_log_prob(soft, table, out.tokens, backend=backend)
+            loss = (out.embedding * e[:5]).sum() + (soft * e[5:10]).sum() + log_prob.sum()
+            gradients = torch.autograd.grad(loss, (phi, table))
             ops.guidance_update_(
                 moved, e[:5], e, kept.soft, kept.logsumexp, temperature=0.7, lr=0.5, eps=1.0, backend=backend
             )
-        results.append((out.embedding, soft, *gradients, moved))
+        results.append((out.embedding, soft, log_prob, *gradients, moved))
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("name", ["softmax_entropy", "soft_embedding", "entrgi_embedding"])
+@pytest.mark.parametrize("name", ["softmax_entropy", "soft_embedding", "entrgi_embedding", "token_log_prob"])
 def test_second_derivatives_are_refused_in_plain_words(backend, name):
     x, e = ref.peaked(3, 7).requires_grad_(), ref.table(7, D)
     ref.served(backend, x)
-    arguments = (x,) if name == "softmax_entropy" else (x, e)
+    arguments = {
+        "softmax_entropy": (x,),
+        "token_log_prob": (x, ref.table(D, 7).requires_grad_(), torch.tensor([0, 2, 1])),
+    }.get(name, (x, e))
     out = getattr(ops, name)(*arguments, backend=backend)
     (gradient,) = torch.autograd.grad(out[0].square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):

@@ -15,6 +15,7 @@ import os
 import torch
 import triton  # noqa: F401  a missing triton has to show here, as the registry expects, not at the first call
 
+from ..eager import token_log_prob, token_log_prob_backward
 from .confidence import unmask_confidence
 from .guidance_update import guidance_update_, soft_embedding_backward
 from .sampling import sample_tokens
@@ -31,6 +32,8 @@ __all__ = [
     "soft_embedding_grad_table",
     "softmax_entropy",
     "softmax_entropy_backward",
+    "token_log_prob",
+    "token_log_prob_backward",
     "unmask_confidence",
     "why_not",
 ]
