@@ -1,0 +1,425 @@
+"""The trainer: transformers.Trainer whose batches are completions that it draws itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from entrgi_kernels import GuidedSampler
+from entrgi_kernels.guidance.config import GuidanceConfig
+from entrgi_kernels.models import BackboneModel
+from entrgi_kernels.models.modules import evaluating
+from entrgi_kernels.rewards import Reward
+
+from ..statistics import estimate
+from . import objectives, records
+from .arguments import METHODS, PUBLISHED_SAMPLING, GuidedTrainingArguments
+from .forward_process import CompletionLogProbs, derive_seed, mask_prompts
+from .reference import ReferencePolicy
+from .rollout import Rollout, sample_rollout
+from .schedule import PromptSchedule
+
+logger = logging.getLogger(__name__)
+
+
+class GuidedTrainer(Trainer):
+    """Post-trains a diffusion language model on completions it draws: RGRL on guided ones, diffu-GRPO on its own.
+
+    A step takes `per_device_train_batch_size` prompts from each process and accumulation step, draws K completions of
+    each, and takes one optimiser step on the objective's sum over all of them. How the prompts are split over
+    processes and accumulation steps changes neither the completions nor the loss. ::
+
+        trainer = GuidedTrainer(model, reward_model, tokenizer, reward_tokenizer, args=GuidedTrainingArguments("runs/a"),
+                                train_prompts=[...], eval_prompts=[...], peft_config=LoraConfig(...))
+        trainer.train()
+
+    Args:
+        model, reward_model, tokenizer, reward_tokenizer: as :class:`entrgi_kernels.GuidedSampler` takes them.
+        args: settings of the run.
+        guidance: settings of the sampler; `method`, `seed` and what they need are set by the run. None: the published.
+        train_prompts: strings, or conversations that end with a user's turn.
+        eval_prompts: held-out prompts: `evaluate()` scores unguided completions of them.
+        judges: further rewards by name, to score held-out completions with.
+        peft_config: trains an adapter instead of the model, as in ``peft.LoraConfig(...)``.
+        **trainer: further arguments of transformers' Trainer (callbacks, optimizers, ...).
+
+    Raises:
+        ValueError, TypeError: models, tokenizers, prompts or settings that cannot serve.
+    """
+
+    args: GuidedTrainingArguments
+
+    def __init__(
+        self,
+        model: Any,
+        reward_model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        reward_tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        args: GuidedTrainingArguments,
+        guidance: GuidanceConfig | None = None,
+        train_prompts: Sequence[Any],
+        eval_prompts: Sequence[Any] = (),
+        judges: Mapping[str, Reward] | None = None,
+        peft_config: Any = None,
+        **trainer: Any,
+    ) -> None:
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"this process sees {args.n_gpu} GPUs: expected one a process; start with `accelerate launch`, or "
+                "choose one with CUDA_VISIBLE_DEVICES"
+            )
+        guidance = (guidance or PUBLISHED_SAMPLING).replace(method=METHODS[args.method].guidance)
+        settings = {field.name: getattr(guidance, field.name) for field in dataclasses.fields(guidance)}
+        self.sampler = GuidedSampler(model, reward_model, tokenizer, reward_tokenizer, **settings)
+        adapter = self.sampler.model
+        if not isinstance(adapter, BackboneModel):
+            raise TypeError(f"model is a {type(adapter).__name__}: training needs a network wrapped by models.wrap()")
+        self.log_probs = CompletionLogProbs(adapter, guidance.backend)
+        network = adapter.module
+        if peft_config is not None:
+            network = _with_adapter(network, peft_config)
+        self.eval_prompts = list(eval_prompts)
+        self.judges = dict(judges or {})
+        batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        super().__init__(
+            model=network,
+            args=args,
+            data_collator=list,
+            train_dataset=PromptSchedule(train_prompts, batch, args.max_steps, args.num_iterations, args.seed),
+            eval_dataset=self.eval_prompts or None,
+            processing_class=tokenizer,
+            **trainer,
+        )
+        # The loss is a sum over the whole step: Trainer's own scaling is undone in compute_loss, once and for all.
+        self.model_accepts_loss_kwargs = False
+        needs_reference = args.objective == "grpo" and args.beta > 0
+        self.reference = ReferencePolicy(self.model) if needs_reference else None
+        self._rollout: Rollout | None = None
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self.add_callback(_Course(self))
+
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The next optimiser step's prompts, and completions of them: drawn anew, or kept for an inner iteration.
+
+        Returns:
+            (a {"rollout", "iteration"} for each accumulation step, completion tokens of the step over all processes).
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        prompts = [item["prompt"] for batch in batches for item in batch]
+        index, iteration = batches[0][0]["rollout"], batches[0][0]["iteration"]
+        if self._rollout is None or self._rollout.index != index:
+            self._rollout = self._draw(prompts, index)
+        rollout, parts, first = self._rollout, [], 0
+        for batch in batches:
+            last = first + len(batch) * self.sampler.config.num_samples
+            parts.append({"rollout": rollout.rows(slice(first, last)), "iteration": iteration})
+            first = last
+        tokens = self.accelerator.reduce(rollout.mask.sum(), reduction="sum")
+        return parts, tokens
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This part's share of the step's loss.
+
+        Scaled so that what Trainer averages over processes and accumulation steps is the sum over the step.
+        """
+        rollout, iteration = inputs["rollout"], inputs["iteration"]
+        args, k = self.args, self.sampler.config.num_samples
+        log_probs = self._log_probs_of(model, rollout, iteration)
+        if args.objective == "rgrl":
+            weights = objectives.row_weights(rollout.rewards, k, args.weighting)
+            loss = objectives.rgrl_loss(log_probs, rollout.mask, weights)
+            shares = {}
+        else:
+            old = log_probs.detach() if rollout.old is None else rollout.old[:, iteration]
+            tokens = rollout.mask.sum() if num_items_in_batch is None else num_items_in_batch
+            loss, shares = objectives.grpo_loss(
+                log_probs,
+                old,
+                None if rollout.reference is None else rollout.reference[:, iteration],
+                rollout.mask,
+                objectives.advantages(rollout.rewards, k, args.scale_rewards),
+                epsilon=args.epsilon,
+                beta=args.beta,
+                tokens=tokens,
+            )
+        mean = (log_probs.detach() * rollout.mask).sum() / rollout.mask.sum().clamp(min=1)
+        parts = self.current_gradient_accumulation_steps
+        for name, value in shares.items():
+            self._metrics[name].append(self.accelerator.reduce(value, reduction="sum").item() * parts)
+        self._metrics["log_prob"].append(self.accelerator.reduce(mean, reduction="mean").item())
+        self._metrics["mask_seed"] = [rollout.mask_seeds[iteration]]
+        loss = loss * self.accelerator.num_processes * parts
+        return (loss, {"log_probs": log_probs}) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Forward and backward on the completions; drawing them is not counted."""
+        tokens = int(inputs["rollout"].attention.sum())
+        return 6 * tokens * sum(parameter.numel() for parameter in self.model.parameters())
+
+    def _log_probs_of(self, model: nn.Module, rollout: Rollout, iteration: int) -> Tensor:
+        assert self.args.p_mask_prompt is not None
+        canvas = mask_prompts(
+            rollout.tokens,
+            rollout.attention,
+            rollout.start,
+            self.sampler.model.mask_token_id,
+            self.args.p_mask_prompt,
+            rollout.mask_seeds[iteration],
+            rollout.keys,
+        )
+        return self.log_probs(model, canvas, rollout.attention, rollout.start, rollout.completions, rollout.mask)
+
+    def _draw(self, prompts: list[Any], index: int) -> Rollout:
+        """Completions of the step's prompts of this process, with the log-probabilities they start from."""
+        args, begin = self.args, time.perf_counter()
+        seeds = [derive_seed("mask", args.seed, index, iteration) for iteration in range(args.num_iterations)]
+        config = self.sampler.config.replace(seed=derive_seed("draw", args.seed, index))
+        rollout = sample_rollout(self.sampler, prompts, config, index=index, mask_seeds=seeds)
+        if args.objective == "grpo":
+            if len(seeds) > 1:
+                rollout.old = self._frozen_log_probs(rollout)
+            if self.reference is not None:
+                with self.reference.in_place():
+                    rollout.reference = self._frozen_log_probs(rollout)
+        self._note(rollout, time.perf_counter() - begin)
+        steps = args.sample_steps
+        if steps and self.state.global_step % steps < args.num_iterations:
+            self._show(prompts[0], rollout)
+        return rollout
+
+    @torch.no_grad()
+    def _frozen_log_probs(self, rollout: Rollout) -> Tensor:
+        """[R, I, L] without gradient and dropout, as many rows at a time as a step's forward takes."""
+        rows = self.args.per_device_train_batch_size * self.sampler.config.num_samples
+        with evaluating(self.model), self.compute_loss_context_manager():
+            columns = [
+                torch.cat(
+                    [
+                        self._log_probs_of(self.model_wrapped, rollout.rows(slice(first, first + rows)), iteration)
+                        for first in range(0, len(rollout), rows)
+                    ]
+                )
+                for iteration in range(len(rollout.mask_seeds))
+            ]
+        return torch.stack(columns, dim=1)
+
+    # -- what is told of it ------------------------------------------------------------------------------------------
+
+    def _note(self, rollout: Rollout, seconds: float) -> None:
+        """Metrics of a rollout over all processes."""
+        k = self.sampler.config.num_samples
+        groups, lengths = rollout.rewards.view(-1, k), rollout.mask.sum(dim=1).float()
+        weight = math.nan if rollout.entropy_weight is None else rollout.entropy_weight
+        sums = torch.stack(
+            [
+                groups.mean(dim=1).sum(),
+                groups.std(dim=1, correction=min(1, k - 1)).sum(),
+                groups.amax(dim=1).sum(),
+                lengths.view(-1, k).mean(dim=1).sum(),
+                rollout.terminated.float().view(-1, k).mean(dim=1).sum(),
+                torch.tensor(weight * len(groups), device=groups.device),
+                torch.tensor(float(len(groups)), device=groups.device),
+            ]
+        )
+        *values, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        names = (
+            "reward",
+            "reward_std",
+            "reward_best",
+            "completion_length",
+            "completion_terminated",
+            "entropy_weight",
+        )
+        for name, value in zip(names, values, strict=True):
+            if not math.isnan(value):
+                self._metrics[name].append(value / count)
+        self._metrics["rollout_seconds"].append(seconds)
+
+    def _show(self, prompt: Any, rollout: Rollout) -> None:
+        """The first prompt's completions, as text, to the log and to samples.jsonl."""
+        if not self.is_world_process_zero():
+            return
+        k = self.sampler.config.num_samples
+        texts = [self.sampler.decode(row) for row in rollout.completions[:k].tolist()]
+        rewards = rollout.rewards[:k].tolist()
+        record = {
+            "step": self.state.global_step,
+            "prompt": prompt,
+            "samples": [{"text": t, "reward": r} for t, r in zip(texts, rewards, strict=True)],
+            "seed": rollout.seed,
+            "mask_seeds": rollout.mask_seeds,
+        }
+        records.append(self.args.output_dir, records.SAMPLES, record)
+        lines = [f"step {self.state.global_step}: {prompt!s:.200}"]
+        lines += [f"  {r:+8.3f}  {t.strip()[:300]!r}" for t, r in zip(texts, rewards, strict=True)]
+        logger.info("%s", "\n".join(lines))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what was gathered since the last log, for whichever reporters are on."""
+        if self._metrics and "loss" in logs:
+            logs |= {name: math.fsum(values) / len(values) for name, values in self._metrics.items()}
+            self._metrics.clear()
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            records.append(self.args.output_dir, records.LOG, {"step": self.state.global_step, **logs})
+
+    # -- held-out prompts --------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Rewards of unguided completions of the held-out prompts, drawn with the same random numbers each time.
+
+        Args:
+            eval_dataset: other prompts than the trainer's.
+
+        Returns:
+            {"eval_reward", "eval_reward_se", ...}: means over prompts and their standard errors, also logged; what each
+            prompt earned goes to evaluations.jsonl.
+        """
+        prompts = list(self.eval_prompts if eval_dataset is None else eval_dataset)
+        if not prompts:
+            raise ValueError("no held-out prompts: give eval_prompts, or eval_dataset")
+        begin, args = time.perf_counter(), self.args
+        config = self.sampler.config.replace(
+            method="none", num_samples=args.eval_samples, seed=derive_seed("evaluate", args.seed)
+        )
+        # Every process takes equally many, the last ones again if need be: under FSDP forwards are made together.
+        size, rank = self.accelerator.num_processes, self.accelerator.process_index
+        share = math.ceil(len(prompts) / size)
+        mine = [min(rank + i * size, len(prompts) - 1) for i in range(share)]
+        rollout = sample_rollout(self.sampler, [prompts[i] for i in mine], config, index=-1, mask_seeds=[])
+        columns = {
+            "reward": rollout.rewards,
+            "length": rollout.mask.sum(dim=1).float(),
+            "terminated": rollout.terminated.float(),
+        }
+        if self.judges:
+            texts = [self.sampler.decode(row) for row in rollout.completions.tolist()]
+            asked = [_conversation(prompts[i]) for i in mine for _ in range(args.eval_samples)]
+            for name, judge in self.judges.items():
+                with torch.no_grad():
+                    columns[name] = torch.tensor(judge.score_texts(asked, texts))
+        per_prompt = {name: column.view(share, -1).mean(dim=1).tolist() for name, column in columns.items()}
+        found = [{"prompt": i, **{name: per_prompt[name][j] for name in columns}} for j, i in enumerate(mine)]
+        by_prompt = {entry["prompt"]: entry for entry in gather_object(found)}
+        metrics: dict[str, float] = {}
+        values = {name: [by_prompt[i][name] for i in range(len(prompts))] for name in columns}
+        for name, column in values.items():
+            mean = estimate(column)
+            metrics[f"{metric_key_prefix}_{name}"] = mean.mean
+            if mean.error is not None and name not in ("length", "terminated"):
+                metrics[f"{metric_key_prefix}_{name}_se"] = mean.error
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - begin
+        if self.is_world_process_zero():
+            records.append(args.output_dir, records.EVALUATIONS, {"step": self.state.global_step, **values})
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # -- resuming ----------------------------------------------------------------------------------------------------
+
+    def _state_file(self, checkpoint: str | Path) -> Path:
+        return Path(checkpoint) / f"entrgi_state_{self.accelerator.process_index}.pt"
+
+    def save_course(self, checkpoint: Path) -> None:
+        """Add to a checkpoint what Trainer does not know of: the rollout in use and the reference policy.
+
+        Ends with a mark that the checkpoint is whole: a run killed while it saves resumes from the one before.
+        """
+        state = {
+            "processes": self.accelerator.num_processes,
+            "rollout": None if self._rollout is None else self._rollout.state_dict(),
+            "reference": None if self.reference is None else self.reference.state_dict(),
+        }
+        torch.save(state, self._state_file(checkpoint))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (checkpoint / records.COMPLETE).write_text(f"step {self.state.global_step}\n", encoding="utf-8")
+
+    def load_course(self, checkpoint: str | Path) -> None:
+        """Take up what :meth:`save_course` added.
+
+        Raises:
+            ValueError: the checkpoint is of another number of processes, in the midst of a rollout's iterations.
+        """
+        path = self._state_file(checkpoint)
+        if not path.exists():
+            raise ValueError(f"{checkpoint} has no {path.name}: expected a checkpoint of this trainer")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["processes"] == self.accelerator.num_processes:
+            if state["rollout"] is not None:
+                self._rollout = Rollout.from_state(state["rollout"], self.args.device)
+        elif self.args.num_iterations > 1:
+            raise ValueError(
+                f"{checkpoint} was written by {state['processes']} processes, this run has "
+                f"{self.accelerator.num_processes}: expected as many, its rollout is shared out among them"
+            )
+        if self.reference is not None:
+            self.reference.load_state_dict(state["reference"])
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """As Trainer's; True resumes from the newest checkpoint that was written to its end (or starts anew)."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(records.last_complete_checkpoint(self.args.output_dir) or "") or None
+        if resume_from_checkpoint:
+            self.load_course(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+
+
+class _Course(TrainerCallback):
+    """What happens between steps: the reference follows, checkpoints are completed, records are cut back."""
+
+    def __init__(self, trainer: GuidedTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        if state.is_world_process_zero:
+            records.rewind(args.output_dir, state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        reference, every = self.trainer.reference, args.ref_model_sync_steps
+        if reference is not None and every and state.global_step % every == 0:
+            reference.sync(args.ref_model_mixup_alpha)
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self.trainer.save_course(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _with_adapter(network: nn.Module, peft_config: Any) -> nn.Module:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("training an adapter needs peft: pip install 'entrgi_kernels[train]'") from error
+    if getattr(network, "is_quantized", False):
+        network = peft.prepare_model_for_kbit_training(network)
+    return peft.get_peft_model(network, peft_config)
+
+
+def _conversation(prompt: Any) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
