@@ -66,7 +66,9 @@ class GuidedTrainingArguments(TrainingArguments):
     num_iterations: int | None = field(
         default=None, metadata={"help": "Optimiser steps on each rollout (default: 1 RGRL, 12 diffu-GRPO)."}
     )
-    epsilon: float = field(default=0.5, metadata={"help": "diffu-GRPO: the ratio is clipped to 1 - epsilon, 1 + epsilon."})
+    epsilon: float = field(
+        default=0.5, metadata={"help": "diffu-GRPO: the ratio is clipped to 1 - epsilon, 1 + epsilon."}
+    )
     beta: float = field(default=0.04, metadata={"help": "diffu-GRPO: weight of the KL term; 0 keeps no reference."})
     scale_rewards: bool = field(
         default=False, metadata={"help": "diffu-GRPO: divide advantages by the group's standard deviation."}
@@ -78,7 +80,9 @@ class GuidedTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "diffu-GRPO: how far the reference moves to the policy at each sync."}
     )
     eval_samples: int = field(default=4, metadata={"help": "Unguided completions a held-out prompt."})
-    sample_steps: int = field(default=20, metadata={"help": "Show a prompt's completions every so many steps; 0: never."})
+    sample_steps: int = field(
+        default=20, metadata={"help": "Show a prompt's completions every so many steps; 0: never."}
+    )
 
     # Published, and what this trainer needs, where TrainingArguments has other defaults.
     learning_rate: float = 5e-6
