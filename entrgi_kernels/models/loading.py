@@ -69,6 +69,7 @@ def load(
     trust_remote_code: bool = False,
     mask_token_id: int | None = None,
     shift: bool | None = None,
+    quantization_config: Any = None,
 ) -> tuple[DiffusionModel, Any]:
     """Load a diffusion language model and its tokenizer from a folder or the Hub.
 
@@ -79,6 +80,7 @@ def load(
         trust_remote_code: run the modelling code that comes with the checkpoint. Dream and LLaDA need it; never done
             unless asked for.
         mask_token_id, shift: see :func:`wrap`.
+        quantization_config: of transformers, as in ``BitsAndBytesConfig(load_in_4bit=True)``.
 
     Returns:
         The wrapped model, in evaluation mode, and its tokenizer.
@@ -108,9 +110,12 @@ def load(
     if str(model_type).lower() == "dream":
         provide_default_rope()
     auto = _auto_class(transformers, config, remote if not known else {})
-    model = auto.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    if quantization_config is not None:  # quantised weights are made where they stay
+        options |= {"quantization_config": quantization_config, "device_map": {"": device or "cpu"}}
+    model = auto.from_pretrained(path, **options)
     model.eval()
-    if device is not None:
+    if device is not None and quantization_config is None:
         model.to(device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     return wrap(model, tokenizer, mask_token_id=mask_token_id, shift=shift), tokenizer

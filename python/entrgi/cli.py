@@ -27,6 +27,8 @@ class Command(NamedTuple):
 COMMANDS = {
     "generate": Command("entrgi.generate", "reward-guided texts for prompts from arguments, files or standard input"),
     "compare": Command("entrgi.compare", "the same prompts with and without guidance: rewards, texts, a report"),
+    "train": Command("entrgi.train.command", "post-training on reward-guided samples (RGRL), or by diffu-GRPO"),
+    "plot": Command("entrgi.train.plot", "reward curves of training runs in one picture"),
     "tiny train": Command("entrgi.tiny.train", "train the built-in tiny models again (about twenty minutes on a CPU)"),
     "env": Command("entrgi.env", "what this machine has: versions, devices, backends and why the rest are missing"),
 }

@@ -323,7 +323,11 @@ def _load_paths(args: argparse.Namespace, device: Any) -> Loaded:
 
     try:
         model, tokenizer = models.load(
-            args.model, dtype=_dtype(args.dtype, "auto"), device=device, trust_remote_code=args.trust_remote_code
+            args.model,
+            dtype=_dtype(args.dtype, "auto"),
+            device=device,
+            trust_remote_code=args.trust_remote_code,
+            quantization_config=getattr(args, "quantization", None),
         )
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"cannot load --model {args.model}: {_first_line(error)}") from error

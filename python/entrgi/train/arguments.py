@@ -111,8 +111,8 @@ class GuidedTrainingArguments(TrainingArguments):
             raise ValueError(f"weighting={self.weighting!r}: only RGRL weighs completions, not {self.method}")
         if chosen.objective == "rgrl" and self.num_iterations != 1:
             raise ValueError(
-                f"num_iterations={self.num_iterations}: RGRL takes one step on each rollout, expected 1 (it has no ratio "
-                "that would correct for a policy that has moved on)"
+                f"num_iterations={self.num_iterations}: RGRL takes one step on each rollout, expected 1 (it has no "
+                "ratio that would correct for a policy that has moved on)"
             )
         if not 0 <= self.p_mask_prompt <= 1:
             raise ValueError(f"p_mask_prompt={self.p_mask_prompt}: expected a probability")

@@ -3,8 +3,8 @@
 Shapes: R rows (completions), K of them a prompt and contiguous, L completion slots; log-probabilities [R, L] in nats,
 finite wherever the mask [R, L] is False too.
 
-Sources: RGRL, arXiv 2602.05000 (post-training on reward-guided samples); diffu-GRPO, Zhao et al., "d1: Scaling Reasoning
-in Diffusion Large Language Models via Reinforcement Learning", arXiv 2504.12216; GRPO, arXiv 2402.03300.
+Sources: RGRL, arXiv 2602.05000 (post-training on reward-guided samples); diffu-GRPO, Zhao et al., "d1: Scaling
+Reasoning in Diffusion Large Language Models via Reinforcement Learning", arXiv 2504.12216; GRPO, arXiv 2402.03300.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ class GuidedTrainer(Trainer):
     each, and takes one optimiser step on the objective's sum over all of them. How the prompts are split over
     processes and accumulation steps changes neither the completions nor the loss. ::
 
-        trainer = GuidedTrainer(model, reward_model, tokenizer, reward_tokenizer, args=GuidedTrainingArguments("runs/a"),
-                                train_prompts=[...], eval_prompts=[...], peft_config=LoraConfig(...))
+        args = GuidedTrainingArguments("runs/a", method="rgrl-entrgi")
+        trainer = GuidedTrainer(model, reward_model, tokenizer, args=args, train_prompts=[...], eval_prompts=[...])
         trainer.train()
 
     Args:
