@@ -65,13 +65,11 @@ class OpenSlots:
 
     @classmethod
     def of(cls, canvas: Canvas, counts: list[int]) -> OpenSlots:
-        """The open slots of a canvas; does not wait for the device where all counts are equal."""
-        if counts and min(counts) == max(counts):
-            # A stable sort puts the masked slots first and leaves them in order.
-            slots = (~canvas.masked).to(torch.uint8).argsort(dim=1, stable=True)[:, : counts[0]].flatten()
-            rows = torch.arange(len(counts), device=slots.device).repeat_interleave(counts[0])
-        else:
-            rows, slots = canvas.masked.nonzero(as_tuple=True)
+        """The open slots of a canvas; their numbers being known, nothing waits for the device."""
+        width = canvas.masked.shape[1]
+        # A stable sort puts the open slots first and leaves them in order.
+        flat = (~canvas.masked).flatten().to(torch.uint8).argsort(stable=True)[: sum(counts)]
+        rows, slots = flat // width, flat % width
         return cls(rows, slots, canvas.keys[rows, slots], counts)
 
     def __len__(self) -> int:
@@ -103,14 +101,14 @@ class Statistics:
     seconds: float = 0.0
     _weights: list[torch.Tensor] = field(default_factory=list, repr=False)
 
-    def add_weight(self, weight: torch.Tensor) -> None:
-        """Note the weights [N] of an inner step, without waiting for the device."""
-        self._weights.append(weight.mean())
+    def add_weights(self, weights: torch.Tensor) -> None:
+        """Note the weights [M, N] of a denoising step's inner steps, without waiting for the device."""
+        self._weights.append(weights.mean(dim=1))
 
     def finish(self, seconds: float) -> None:
         """Close the run: read what was gathered on the device."""
         self.seconds = seconds
-        self.mean_weight = torch.stack(self._weights).mean().item() if self._weights else None
+        self.mean_weight = torch.cat(self._weights).mean().item() if self._weights else None
 
     def to_dict(self) -> dict[str, float | int | None]:
         """The figures as a JSON-safe dict."""

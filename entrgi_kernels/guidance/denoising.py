@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,34 +17,16 @@ from ..models import DiffusionModel
 from ..ops import make_rng, sample_tokens, softmax_entropy, unmask_confidence
 from ..rewards import PreparedPrompts, Reward
 from . import selection
+from .buffers import Buffers
 from .canvas import Canvas, NonFiniteLogitsError, OpenSlots, Statistics
 from .config import GuidanceConfig
+from .inner import Guided, InnerLoop, Scorer
 from .keys import FINAL_DRAW, POSITIONS, step_key
-from .optimizer import LogitOptimizer
 from .results import StepTrace
 from .schedules import plan
 from .tracing import Trace
-from .weights import method_weight
 
 OnStep = Callable[[int, torch.Tensor], "torch.Tensor | None"]
-
-
-@dataclass
-class _Guided:
-    """What guidance leaves behind in one denoising step.
-
-    Attributes:
-        weight: [N], the first inner step's weights.
-        before, after: [R], rewards that the first and the last inner step saw.
-        pending: [N, D], the last inner step's gradient where its update is still to be taken; else None.
-        optimizer: takes it.
-    """
-
-    weight: torch.Tensor
-    before: torch.Tensor
-    after: torch.Tensor
-    pending: torch.Tensor | None
-    optimizer: LogitOptimizer
 
 
 @dataclass
@@ -62,6 +44,11 @@ class Denoiser:
         prepared: the prompts on the reward model's side.
         index: int64 [R], each trajectory's prompt in `prepared`.
         statistics: added to.
+        buffers: memory that is used again at every step; a run of several batches hands over the same.
+
+    The host waits for the device once before the first step, once after the last, and at most once in each step: to
+    learn how many of the drawn tokens are postponed, and how far the responses are settled from the left. (Traces, and
+    networks that left padding disturbs, cost more.)
     """
 
     model: DiffusionModel
@@ -75,6 +62,18 @@ class Denoiser:
     prepared: PreparedPrompts
     index: torch.Tensor
     statistics: Statistics
+    buffers: Buffers = field(default_factory=Buffers)
+
+    def __post_init__(self) -> None:
+        # An adapter that takes the positions need not count them on the device again.
+        taken = inspect.signature(self.model.masked_logits).parameters
+        self._takes_positions, self._takes_out = "positions" in taken, "out" in taken
+        self._score = Scorer(self.reward, self.prepared, self.index, self.eos_token_id, self.pad_token_id)
+        self._guide = InnerLoop(self._score, self.table, self.config, self.buffers) if self.config.guided else None
+        # Where looking costs nothing the loop looks more often and draws less.
+        self._reads_are_free = self.canvas.tokens.device.type == "cpu"
+        self._settled = 0
+        self._shared_attention: torch.Tensor | None = None
 
     @torch.no_grad()
     def run(
@@ -100,37 +99,65 @@ class Denoiser:
         config, canvas = self.config, self.canvas
         left = canvas.masked.sum(dim=1).tolist()
         schedule = plan(config.schedule, left, config.steps, config.schedule_eps)
+        planned_counts = torch.tensor(schedule.counts, dtype=torch.int64, device=self.index.device)
         # Where commits follow the plan to the letter the host knows what is open; else (a drawn mask token stays open,
         # a hook changes tokens, "origin" commits by chance) it asks the device once a step.
-        planned = config.alg != "origin" and self.undrawable.numel() > 0
+        self._planned = config.alg != "origin" and self.undrawable.numel() > 0
         self._failed = torch.full_like(self.index, -1)
         self._identical = canvas.repeats > 1 and config.saves("shared_forward")
         self._trace = None if traces is None else Trace(traces)
         skipping = config.saves("idle_steps") and config.alg != "origin" and not every_step
         for step, (counts, share) in enumerate(zip(schedule.counts, schedule.shares, strict=True)):
-            if not planned:
-                left = canvas.masked.sum(dim=1).tolist()
+            wanted = planned_counts[step]
+            if not self._planned:
+                left = self._read(canvas.masked.sum(dim=1), look=True)
                 if config.schedule == "linspace":  # counted anew at each step, as published
                     counts = tuple(int(n * share) for n in left)
+                    wanted = self._to_device(counts)
             # With keyed draws and Adam fresh at every step, a step that commits nothing leaves no trace at all.
             if any(counts) or not skipping:
                 opened = OpenSlots.of(canvas, left)
                 if len(opened):
-                    self._step(step, opened, counts, share)
+                    self._step(step, opened, counts, wanted, share)
                 left = [n - count for n, count in zip(left, counts, strict=True)]
-                if canvas.tokens.device.type == "cpu":
-                    self._raise_if_failed()  # nothing to wait for on a CPU: stop at once
+                if self._reads_are_free:
+                    self._raise_if_failed()  # at once, not at the end
             if on_step is not None:
                 replaced = on_step(step, canvas.tokens)
                 if replaced is not None and replaced is not canvas.tokens:
                     canvas.tokens.copy_(replaced)
                     canvas.masked &= canvas.response == self.model.mask_token_id
-                    self._identical = planned = False
+                    self._identical = self._planned = False
+                    self._settled = 0
         self._raise_if_failed()
         return canvas.response
 
-    def _step(self, step: int, opened: OpenSlots, counts: tuple[int, ...], share: float) -> None:
-        """One denoising step: logits, guidance, draws, commits."""
+    def _read(self, column: torch.Tensor, look: bool, open_slots: torch.Tensor | None = None) -> list[int]:
+        """Int64 [n] as a list, and with the same transfer how far the responses are settled: a step's one wait.
+
+        Args:
+            look: whether the column itself is wanted; an empty list otherwise, and no wait where nothing is.
+            open_slots: [R, L], slots that may still change; None takes those that are masked.
+        """
+        counted = self.config.guided and self._score.takes_committed
+        parts = [column] if look else []
+        if counted:
+            open_slots = self.canvas.masked if open_slots is None else open_slots
+            parts.append(self._score.settled(self.canvas.response, open_slots))
+        values = torch.cat(parts).tolist() if parts else []
+        if counted:
+            self._settled = values.pop()
+        return values
+
+    def _to_device(self, numbers: tuple[int, ...]) -> torch.Tensor:
+        """Int64 tensor of some numbers; from pinned memory, since a copy from any other is waited for."""
+        tensor = torch.tensor(numbers, dtype=torch.int64)
+        if self.index.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.index.device, non_blocking=True)
+
+    def _step(self, step: int, opened: OpenSlots, counts: tuple[int, ...], wanted: torch.Tensor, share: float) -> None:
+        """One denoising step: logits, guidance, draws, commits. `counts` and `wanted` [R] say the same."""
         self.statistics.steps += 1
         config, canvas = self.config, self.canvas
         with ranges.scope(ranges.MODEL):
@@ -141,53 +168,68 @@ class Denoiser:
             entropy = softmax_entropy(phi, backend=config.backend)[1]
         # The positions that may be committed are known before guidance: only they need its last update and a draw.
         partial = ranking is not None and self._trace is None and config.saves("committed_rows")
-        guided = self._guide(phi, opened, step, defer=partial) if config.guided else None
+        partial &= self._planned or self._reads_are_free  # it may take a look, and a step has one
+        guided = None
+        if self._guide is not None:
+            settled = self._settled if self._score.takes_committed else None
+            guided = self._guide(phi, opened, canvas, step, settled, partial)
+            self.statistics.reward_evaluations += self._guide.length
+            self.statistics.add_weights(guided.weights)
         if partial:
             assert ranking is not None
-            chosen, proposal = self._commit_ranked(phi, opened, step, counts, ranking, guided)
+            chosen, proposal = self._commit_ranked(phi, opened, step, counts, wanted, ranking, guided)
         else:
             drawn = self._draw(phi, opened.keys, opened.rows, step)
             with ranges.scope(ranges.SELECT):
-                chosen = self._choose(phi, drawn, ranking, opened, step, counts, share)
-            proposal = canvas.response.index_put((opened.rows, opened.slots), drawn)
+                chosen = self._choose(phi, drawn, ranking, opened, step, wanted, share)
+                proposal = canvas.response.index_put((opened.rows, opened.slots), drawn)
         canvas.response.copy_(torch.where(chosen, proposal, canvas.response))
         # A mask token can only be drawn where undrawable ids are left alone; its slot then stays open, as published.
         canvas.masked &= ~chosen | (canvas.response == self.model.mask_token_id)
         self._identical = False
+        if self._planned and not partial:
+            self._read(wanted, look=False)
         if self._trace is not None:
             still_open = canvas.masked[opened.rows, opened.slots]
             best = canvas.response.masked_scatter(canvas.masked, phi.argmax(dim=-1)[still_open])
             value = self._score(self.table[best], best)
             before, after = (None, None) if guided is None else (guided.before, guided.after)
-            weight = None if guided is None else guided.weight
+            weight = None if guided is None else guided.weights[0]
             self._trace.add(step, canvas, opened, entropy, weight, chosen, value, before, after)
 
     def _logits(self, opened: OpenSlots) -> torch.Tensor:
-        """phi [N, V]: the model's logits at the open slots, in memory of their own."""
-        canvas, every = self.canvas, slice(None)
+        """phi [N, V]: the model's logits at the open slots, in memory of the loop's own."""
+        canvas, every, count = self.canvas, slice(None), len(self.canvas.tokens)
+        device, size = canvas.tokens.device, (len(opened), self.model.vocab_size)
+        phi = self.buffers.take("phi", size, self.model.dtype, device)
         flat = opened.rows * canvas.tokens.shape[1] + canvas.start + opened.slots
         if self._identical:
             # Before the first commit a prompt's K trajectories are one and the same.
             every = slice(None, None, canvas.repeats)
-            flat = flat.view(len(canvas.tokens), -1)[: len(canvas.tokens) // canvas.repeats].flatten()
+            flat = flat.view(count, -1)[: count // canvas.repeats].flatten()
         masked = torch.nn.functional.pad(canvas.masked[every], (canvas.start, 0))
         given = {"positions": flat} if self._takes_positions else {}
-        phi = self.model.masked_logits(canvas.tokens[every], self._attention(every), masked, **given)
+        if self._takes_out and not self._identical:
+            given["out"] = phi
+        logits = self.model.masked_logits(canvas.tokens[every], self._attention(every), masked, **given)
         self.statistics.model_forwards += 1
         if self._identical:
-            phi = phi.view(-1, len(opened) // len(canvas.tokens), phi.shape[-1])
-            phi = phi.repeat_interleave(canvas.repeats, dim=0).flatten(0, 1)
+            per_row = len(opened) // count
+            phi = phi.view(-1, canvas.repeats, per_row, size[1])
+            phi = phi.copy_(logits.view(-1, 1, per_row, size[1])).view(size)
+        else:
+            phi = logits
         if self.undrawable.numel():
             phi.index_fill_(1, self.undrawable, -torch.inf)
         return phi
 
-    def __post_init__(self) -> None:
-        # An adapter that takes the positions need not count them on the device again.
-        self._takes_positions = "positions" in inspect.signature(self.model.masked_logits).parameters
-
     def _attention(self, every: slice) -> torch.Tensor:
         # The very same tensor at each step: adapters keep what they derive from it.
-        return self.canvas.attention if every == slice(None) else self.canvas.attention[every]
+        if every == slice(None):
+            return self.canvas.attention
+        if self._shared_attention is None:
+            self._shared_attention = self.canvas.attention[every]
+        return self._shared_attention
 
     def _base_ranking(self, phi: torch.Tensor, opened: OpenSlots, step: int) -> torch.Tensor | None:
         """[R, L] confidence before guidance, where that is what ranks the positions; phi is moved in place later."""
@@ -204,72 +246,6 @@ class Denoiser:
         grid = torch.full(self.canvas.masked.shape, -torch.inf, dtype=column.dtype, device=column.device)
         grid[opened.rows, opened.slots] = column
         return grid
-
-    def _guide(self, phi: torch.Tensor, opened: OpenSlots, step: int, defer: bool) -> _Guided:
-        """Move phi in place by M Adam steps; with `defer` the last one is left to be taken for some rows only."""
-        config, response_ids = self.config, self.canvas.response
-        weight = method_weight(config.method, config.weight)
-        assert weight is not None
-        optimizer = LogitOptimizer(
-            phi,
-            self.table,
-            lr=config.learning_rate,
-            temperature=config.temperature,
-            weight=weight,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            seed=config.seed,
-            step=step_key(step, 0),
-            rows=opened.keys,
-            betas=config.betas,
-            eps=config.eps,
-            state_dtype=config.resolved_state_dtype(),
-            keep_state=config.guidance_steps > 1 or not config.saves("adam_state"),
-            backend=config.backend,
-        )
-        embedded = self.table[response_ids]
-        settled = self._settled_slots()
-        where = (opened.rows, opened.slots)
-        weights, values, grad = [], [], None
-        for inner in range(config.guidance_steps):
-            with ranges.scope(ranges.EMBED):
-                blend = optimizer.embed()
-            with torch.enable_grad():
-                with ranges.scope(ranges.REWARD):
-                    best = response_ids.index_put(where, optimizer.argmax)
-                    value = self._score(embedded.index_put(where, blend.embedding), best, **settled)
-                # The loss is minus the sum: a mean would change Adam's steps where gradients are near eps.
-                with ranges.scope(ranges.REWARD_BACKWARD):
-                    (grad,) = torch.autograd.grad(-value.sum(), blend.embedding)
-            if not (defer and inner == config.guidance_steps - 1):
-                with ranges.scope(ranges.UPDATE):
-                    optimizer.step(grad)
-            weights.append(blend.weight)
-            values.append(value.detach())
-            self.statistics.reward_evaluations += 1
-            self.statistics.add_weight(blend.weight)
-        return _Guided(weights[0], values[0], values[-1], grad if defer else None, optimizer)
-
-    def _score(self, response: torch.Tensor, best: torch.Tensor, **settled: torch.Tensor) -> torch.Tensor:
-        """Rewards [R] of response embeddings [R, L, D] whose tokens are, most likely, `best` [R, L]."""
-        return self.reward.score_embeddings(self.prepared, self.index, response, self.alive(best), **settled)
-
-    def _settled_slots(self) -> dict[str, torch.Tensor]:
-        """How many leading slots of each response [R] nothing can change any more, for rewards that make use of it.
-
-        One tensor for all inner steps of a denoising step: a reward looks at its content once.
-        """
-        if not getattr(self.reward, "takes_committed", False):
-            return {}
-        eos = (self.canvas.response == self.eos_token_id) & ~self.canvas.masked
-        dead = (eos.cumsum(dim=1) - eos.long()) > 0
-        return {"committed": (~self.canvas.masked | dead).long().cumprod(dim=1).sum(dim=1)}
-
-    def alive(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[R, L] bool: slots that the reward model attends to. Dead: pads, and all that follows an EOS."""
-        eos = tokens == self.eos_token_id
-        after_eos = (eos.cumsum(dim=1) - eos.long()) > 0
-        return ~(after_eos | (tokens == self.pad_token_id))
 
     def _draw(self, phi: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
         """Tokens [n] from the filtered softmax of phi [n, V]; notes the trajectories whose logits are not finite."""
@@ -300,7 +276,7 @@ class Denoiser:
         ranking: torch.Tensor | None,
         opened: OpenSlots,
         step: int,
-        counts: tuple[int, ...],
+        wanted: torch.Tensor,
         share: float,
     ) -> torch.Tensor:
         """[R, L] bool: the slots this step commits, every open one having been drawn."""
@@ -322,9 +298,7 @@ class Denoiser:
         if config.deprioritize_eos:
             eos = canvas.response.index_put((opened.rows, opened.slots), drawn) == self.eos_token_id
             ranking = ranking.masked_fill(eos, -torch.inf)
-        return selection.best_positions(
-            self._perturbed(ranking, step), canvas.masked, torch.tensor(counts, device=ranking.device)
-        )
+        return selection.best_positions(self._perturbed(ranking, step), canvas.masked, wanted)
 
     def _perturbed(self, ranking: torch.Tensor, step: int) -> torch.Tensor:
         """The ranking [R, L] itself, or with the noise that makes it a draw of positions."""
@@ -339,54 +313,79 @@ class Denoiser:
         opened: OpenSlots,
         step: int,
         counts: tuple[int, ...],
+        wanted: torch.Tensor,
         ranking: torch.Tensor,
-        guided: _Guided | None,
+        guided: Guided | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As drawing everywhere and choosing afterwards, but drawing only where the choice may fall.
 
-        The best `counts` slots are moved and drawn; where one drew an EOS that is to be postponed, the next in line
-        takes its place, until there are enough or all have been drawn; then postponed ones fill up, by position, as
-        ties do.
+        The best slots, as many as are wanted, are moved and drawn. Where some drew an EOS that is to be postponed the
+        next in line are drawn: as many as are missing, again and again, where the host may look at results for
+        nothing; elsewhere, after its one look, all that the trajectory has left. Then the best of what was drawn are
+        chosen, postponed ones last and by position, as ties are.
 
         Returns:
             (chosen [R, L] bool, proposed tokens [R, L]).
         """
         config, canvas = self.config, self.canvas
-        order = selection.ranked_slots(self._perturbed(ranking, step), canvas.masked)
-        index_of_slot = opened.index_of_slot(canvas.masked)
-        chosen, proposal = torch.zeros_like(canvas.masked), canvas.response.clone()
-        postponed = torch.zeros_like(canvas.masked)
-        needed = [min(count, n) for count, n in zip(counts, opened.counts, strict=True)]
-        seen = [0] * len(needed)
+        ranking = self._perturbed(ranking, step)
+        with ranges.scope(ranges.SELECT):
+            order = selection.ranked_slots(ranking, canvas.masked)
+            index_of_slot = opened.index_of_slot(canvas.masked)
+            tried, postponed = torch.zeros_like(canvas.masked), torch.zeros_like(canvas.masked)
+            proposal = canvas.response.clone()
+        seen, again = [0] * len(counts), False
+        needed, needed_there = [min(count, n) for count, n in zip(counts, opened.counts, strict=True)], wanted
         while any(needed):
-            pairs = [(row, seen[row] + i) for row, count in enumerate(needed) for i in range(count)]
-            rows, ranks = torch.tensor(pairs, device=order.device).T
-            slots = order[rows, ranks]
-            members = index_of_slot[rows, slots]
-            pending = None if guided is None else guided.pending
+            with ranges.scope(ranges.SELECT):
+                first = self._to_device(tuple(seen)) if again else torch.zeros_like(wanted)
+                rows, ranks = _runs(first, needed_there, sum(needed))
+                slots = order[rows, ranks]
+                members = index_of_slot[rows, slots]
             with ranges.scope(ranges.UPDATE):
-                moved = phi[members] if pending is None else guided.optimizer.moved_rows(pending, members)  # type: ignore[union-attr]
+                if guided is None or guided.pending is None:
+                    moved = self.buffers.rows("moved phi", phi, members)
+                else:
+                    moved = guided.optimizer.moved_rows(guided.pending, members)
             drawn = self._draw(moved, opened.keys[members], rows, step)
-            proposal[rows, slots] = drawn
-            seen = [n + count for n, count in zip(seen, needed, strict=True)]
-            if not config.deprioritize_eos:
-                chosen[rows, slots] = True
-                break
-            eos = drawn == self.eos_token_id
-            chosen[rows, slots] = ~eos
-            postponed[rows, slots] = eos
-            missing = torch.zeros_like(self._failed).index_put_((rows,), eos.long(), accumulate=True)
-            # The step's one wait for the device.
-            needed = [
-                min(count, n - done) for count, n, done in zip(missing.tolist(), opened.counts, seen, strict=True)
-            ]
-        if config.deprioritize_eos:
-            short = torch.tensor(counts, device=order.device) - chosen.sum(dim=1)
-            chosen |= selection.best_positions(torch.zeros_like(ranking), postponed, short)
-        return chosen, proposal
+            with ranges.scope(ranges.SELECT):
+                proposal[rows, slots] = drawn
+                tried[rows, slots] = torch.ones_like(rows, dtype=torch.bool)
+                eos = (drawn == self.eos_token_id) & config.deprioritize_eos
+                postponed[rows, slots] = eos
+                seen = [n + count for n, count in zip(seen, needed, strict=True)]
+                left = [n - done for n, done in zip(opened.counts, seen, strict=True)]
+                if again and not self._reads_are_free:
+                    break  # all was drawn where anything was missing
+                again = True
+                missing = torch.zeros_like(wanted).index_put_((rows,), eos.long(), accumulate=True)
+                # What was drawn and is not postponed is among the best: it will be committed whatever follows.
+                unsure = canvas.masked & ~(tried & ~postponed)
+                counted = self._read(missing, look=config.deprioritize_eos, open_slots=unsure) or [0] * len(seen)
+                if self._reads_are_free:
+                    needed = [min(count, n) for count, n in zip(counted, left, strict=True)]
+                else:
+                    needed = [n if count else 0 for count, n in zip(counted, left, strict=True)]
+                needed_there = self._to_device(tuple(needed)) if any(needed) else missing
+        with ranges.scope(ranges.SELECT):
+            ranking = ranking.masked_fill(postponed, -torch.inf)
+            return selection.best_positions(ranking, tried, wanted), proposal
 
     def _raise_if_failed(self) -> None:
         bad = [(step, row) for row, step in enumerate(self._failed.tolist()) if step >= 0]
         if bad:
             step, row = min(bad)
             raise NonFiniteLogitsError(step, row, f"trajectory {row} of the batch")
+
+
+def _runs(first: torch.Tensor, lengths: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(row, place) of every entry of runs first[r], first[r] + 1, ... of given lengths, one run a row.
+
+    Args:
+        first, lengths: int64 [R].
+        total: the sum of the lengths; telling it spares a wait for the device.
+    """
+    rows = torch.arange(len(lengths), device=lengths.device)
+    rows = rows.repeat_interleave(lengths, output_size=total)
+    begin = lengths.cumsum(dim=0) - lengths - first
+    return rows, torch.arange(total, device=lengths.device) - begin[rows]

@@ -6,7 +6,10 @@ import torch
 
 from ..ops import AdamState, EntrgiEmbedding, ForwardState, guidance_update_
 from ..ops.entrgi_embedding import forward
+from .buffers import Buffers
 from .weights import WeightFunction, resolve_weight
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class LogitOptimizer:
@@ -32,10 +35,13 @@ class LogitOptimizer:
         weight: "entropy" (or "linear"), "one", "zero", another schedule's name, or a callable of (entropy [N], V).
         top_k, top_p: filters of the draw; None keeps all.
         seed, step, rows: keys of the draw, as in :func:`entrgi_kernels.ops.sample_tokens`; each :meth:`embed` counts
-            `step` up by one.
+            `step` up by one. `seed` may also be an int64 tensor [M, 2], the (seed, step) of each :meth:`embed` in turn:
+            a CUDA graph replays with new numbers when its content is changed between replays.
         betas, eps: Adam's.
         state_dtype: dtype of Adam's moments; None takes that of phi.
         keep_state: False when only one :meth:`step` will follow: the moments are then never formed (M = 1).
+        buffers: memory for the moments and for :meth:`moved_rows`, used again by the next optimiser that is given the
+            same; None takes fresh memory.
         backend: "auto" or the name of a backend.
 
     Raises:
@@ -60,16 +66,18 @@ class LogitOptimizer:
         eps: float = 1e-8,
         state_dtype: torch.dtype | None = None,
         keep_state: bool = True,
+        buffers: Buffers | None = None,
         backend: str = "auto",
     ) -> None:
         if phi.requires_grad and phi.is_leaf:
             raise ValueError("phi requires grad: pass phi.detach(), it is changed in place outside of autograd")
         self.phi = phi.detach()
         self.embedding = embedding.detach()
-        self._forward = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, rows=rows, backend=backend)
+        self._forward = dict(temperature=temperature, top_k=top_k, top_p=top_p, rows=rows, backend=backend)
         self._forward["weight"] = resolve_weight(weight)
         self._update = dict(lr=lr, temperature=temperature, betas=tuple(betas), eps=eps, backend=backend)
-        self._rng_step = step
+        self._seed, self._step, self._draws = seed, step, 0
+        self._buffers = Buffers() if buffers is None else buffers
         self._state_dtype = state_dtype
         self._keep_state = keep_state
         self._adam: AdamState | None = None
@@ -89,11 +97,11 @@ class LogitOptimizer:
         Args:
             tokens: int64 [N] hard tokens; None draws them.
         """
+        listed = isinstance(self._seed, torch.Tensor) and self._seed.dim() == 2
+        rng = dict(seed=self._seed[self._draws]) if listed else dict(seed=self._seed, step=self._step + self._draws)
         with torch.no_grad():
-            result, self._context = forward(
-                self.phi, self.embedding, tokens=tokens, step=self._rng_step, **self._forward
-            )
-        self._rng_step += 1
+            result, self._context = forward(self.phi, self.embedding, tokens=tokens, **rng, **self._forward)
+        self._draws += 1
         return result._replace(embedding=result.embedding.requires_grad_())
 
     @torch.no_grad()
@@ -105,7 +113,10 @@ class LogitOptimizer:
         """
         soft, lse, _ = self._ready()
         if self._keep_state and self._adam is None:
-            self._adam = AdamState.zeros(self.phi, self._state_dtype)
+            dtype = self._state_dtype or self.phi.dtype
+            self._adam = AdamState(
+                *(self._buffers.take(name, self.phi.shape, dtype, self.phi.device).zero_() for name in _MOMENTS)
+            )
         guidance_update_(self.phi, grad, self.embedding, soft, lse, state=self._adam, **self._update)
         self._context = None
         self._steps += 1
@@ -114,7 +125,8 @@ class LogitOptimizer:
     def moved_rows(self, grad: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """What :meth:`step` would make of some rows, as a copy; phi and the state stay as they are.
 
-        For a last step of which only some rows are wanted. May be called again with other rows.
+        For a last step of which only some rows are wanted. May be called again with other rows: the result is good
+        until then.
 
         Args:
             grad: d loss/d embedding [N, D] of the last :meth:`embed`.
@@ -127,9 +139,11 @@ class LogitOptimizer:
             RuntimeError: without a fresh embed(), or where keep_state=False and a step was taken.
         """
         soft, lse, _ = self._ready()
-        moved, state = self.phi[rows], None
+        moved, state = self._buffers.rows("moved phi", self.phi, rows), None
         if self._adam is not None:
-            state = AdamState(self._adam.exp_avg[rows], self._adam.exp_avg_sq[rows], self._adam.step)
+            moments = zip(_MOMENTS, (self._adam.exp_avg, self._adam.exp_avg_sq), strict=True)
+            taken = (self._buffers.rows(f"moved {name}", moment, rows) for name, moment in moments)
+            state = AdamState(*taken, self._adam.step)
         guidance_update_(moved, grad[rows], self.embedding, soft[rows], lse[rows], state=state, **self._update)
         return moved
 

@@ -150,7 +150,13 @@ class BackboneModel:
         return name in self._accepted or "**" in self._accepted
 
     def masked_logits(
-        self, canvas: Tensor, attention_mask: Tensor, masked: Tensor, *, positions: Tensor | None = None
+        self,
+        canvas: Tensor,
+        attention_mask: Tensor,
+        masked: Tensor,
+        *,
+        positions: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Logits of the masked slots: one forward of the network, without gradient, in its own dtype.
 
@@ -160,9 +166,11 @@ class BackboneModel:
             masked: [B, S] bool, True where logits are wanted.
             positions: [N] int64, ``masked.flatten().nonzero()`` when the caller already has it; saves the
                 synchronisation that counting the masked slots costs on a GPU.
+            out: [N, V] contiguous, memory for the result; it is used where the head is a plain linear layer.
 
         Returns:
             [N, V] in row-major order of the True positions; slot i of a shifting model reads position max(i - 1, 0).
+            It is ``out`` or a tensor of its own.
 
         Raises:
             ValueError: shapes or dtypes do not fit.
@@ -178,7 +186,7 @@ class BackboneModel:
             padded, arguments = self._arguments(attention_mask)
             if padded and not self.pad_invariant:
                 return self._by_padding(canvas, attention_mask, positions)
-            return self._rows(canvas, arguments, positions)
+            return self._rows(canvas, arguments, positions, out)
 
     def _arguments(self, attention_mask: Tensor) -> tuple[bool, dict[str, Any]]:
         """``(padded, keyword arguments)``, computed once per mask tensor: a run keeps one for all its steps."""
@@ -214,10 +222,10 @@ class BackboneModel:
         assert out is not None  # positions is not empty here
         return out
 
-    def _rows(self, canvas: Tensor, arguments: dict[str, Any], positions: Tensor) -> Tensor:
+    def _rows(self, canvas: Tensor, arguments: dict[str, Any], positions: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits [N, V] at flat positions of the canvas; the head runs on these alone where it may."""
         if self.head_on_masked_rows and self._head is not None:
-            with _only_rows(self._head, canvas.shape, positions) as applied:
+            with _only_rows(self._head, canvas.shape, positions) as applied, _writing_to(self._head, out):
                 logits = logits_of(self.module(canvas, **arguments))
             if applied:
                 return logits.reshape(positions.numel(), logits.shape[-1])
@@ -327,6 +335,33 @@ def _only_rows(head: nn.Module, shape: torch.Size, positions: Tensor) -> Iterato
         yield applied
     finally:
         handle.remove()
+
+
+@contextmanager
+def _writing_to(head: nn.Module, out: Tensor | None) -> Iterator[None]:
+    """Let a plain linear head write into given memory while inside; any other head is left as it is.
+
+    What the network does to its logits afterwards then works on that memory, or on copies, as it always does.
+    """
+    weight = getattr(head, "weight", None)
+    if out is None or type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):
+        yield
+        return
+    thread, transposed = threading.get_ident(), weight.t()
+
+    def forward(hidden: Tensor) -> Tensor:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        fits = out.shape == (rows.shape[0], transposed.shape[1]) and out.dtype == rows.dtype == transposed.dtype
+        if threading.get_ident() != thread or not fits:
+            return nn.functional.linear(hidden, head.weight)
+        torch.mm(rows, transposed, out=out)
+        return out.view(*hidden.shape[:-1], -1)
+
+    head.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def same_result(a: Tensor, b: Tensor) -> bool:
