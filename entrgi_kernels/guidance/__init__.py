@@ -3,7 +3,8 @@
 from .canvas import Canvas, NonFiniteLogitsError, Statistics
 from .config import GuidanceConfig
 from .denoising import Denoiser
-from .guide import Guidance, guide
+from .guide import guide
+from .hosts import Guidance
 from .optimizer import LogitOptimizer
 from .results import GenerationResult, Sample, StepTrace
 from .sampler import GuidedSampler

@@ -177,15 +177,8 @@ class GuidedSampler:
         Returns:
             [R, L] int64, the responses.
         """
-        device = canvas.tokens.device
-        # Callers under torch.inference_mode() are served: gradients need ordinary tensors.
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            evaluating(self.model, self.reward),
-            reward_savings(self.reward, config.exact_savings),
-        ):
-            table, undrawable = self._table(config, device)
+        with self.running(config):
+            table, undrawable = self.table(config, canvas.tokens.device)
             denoiser = Denoiser(
                 model=model or self.model,
                 reward=self.reward,
@@ -200,6 +193,16 @@ class GuidedSampler:
                 statistics=statistics or Statistics(),
             )
             return denoiser.run(traces=traces, on_step=on_step, every_step=every_step)
+
+    @property
+    def eos_token_id(self) -> int:
+        """The id that ends responses."""
+        return self._eos
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that fills short rows: the tokenizer's pad token, else its end-of-sequence token."""
+        return self._pad
 
     def decode(self, response: list[int]) -> str:
         """The text of a response's ids: up to the first end-of-sequence token, special tokens removed."""
@@ -263,7 +266,24 @@ class GuidedSampler:
         ]
         return [samples[i : i + k] for i in range(0, len(samples), k)]
 
-    def _table(self, config: GuidanceConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    @contextlib.contextmanager
+    def running(self, config: GuidanceConfig) -> Iterator[None]:
+        """What guided steps need around them: models in evaluation mode, ordinary tensors, no gradients."""
+        # Callers under torch.inference_mode() are served: gradients need ordinary tensors.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            evaluating(self.model, self.reward),
+            reward_savings(self.reward, config.exact_savings),
+        ):
+            yield
+
+    def table(self, config: GuidanceConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the reward's embeddings seen through the vocabulary map [V, D], the ids that are never drawn).
+
+        Raises:
+            ValueError: the reward model is on another device.
+        """
         table = self.reward.embedding_table(self.tokenizer, self.model.vocab_size)
         if table.device != device:
             raise ValueError(

@@ -6,18 +6,16 @@ import logging
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.utils import ModelOutput
 
-from ..models import DiffusionModel
-from ..rewards.template import conversation_from_ids
-from .canvas import Canvas, Statistics
-from .keys import prompt_keys, row_keys
-
-if TYPE_CHECKING:
-    from .guide import Guidance
+from ...models import DiffusionModel
+from ...rewards.template import conversation_from_ids
+from ..canvas import Canvas, Statistics
+from ..keys import prompt_keys, row_keys
+from .base import Guidance, Host, Parts
 
 logger = logging.getLogger("entrgi_kernels")
 
@@ -46,6 +44,22 @@ class DiffusionOutput(ModelOutput):
     history: tuple[torch.Tensor, ...] | None = None
 
 
+class DreamHost(Host):
+    """A model with a ``diffusion_generate``: that call is replaced on the instance by the fused loop."""
+
+    name = "dream"
+
+    @staticmethod
+    def recognises(target: Any) -> bool:
+        return isinstance(target, torch.nn.Module) and hasattr(target, "diffusion_generate")
+
+    @staticmethod
+    def attach(target: Any, guidance: Guidance, parts: Parts) -> None:
+        guidance.sampler = parts.sampler(target)
+        guidance.claim(target)
+        guidance.patch("diffusion_generate", DreamGeneration(target, guidance))
+
+
 class DreamGeneration:
     """A replacement of a model's bound `diffusion_generate`.
 
@@ -57,6 +71,7 @@ class DreamGeneration:
     def __init__(self, model: Any, guidance: Guidance) -> None:
         self._model = model
         self._guidance = guidance
+        self._own = model.diffusion_generate
 
     def __call__(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Guided `diffusion_generate`.
@@ -75,6 +90,8 @@ class DreamGeneration:
         """
         if inputs is None or inputs.dim() != 2 or inputs.shape[1] == 0:
             raise ValueError(f"inputs={None if inputs is None else list(inputs.shape)}: expected prompt ids [B, P]")
+        if not self._guidance.active:
+            return self._own(inputs, generation_config, **kwargs)
         tokens_hook = kwargs.pop("generation_tokens_hook_func", None)
         logits_hook = kwargs.pop("generation_logits_hook_func", None)
         attention_mask = kwargs.pop("attention_mask", None)
