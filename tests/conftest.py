@@ -19,6 +19,10 @@ import torch  # noqa: E402
 THREADS = 2  # results of a sum depend on how it is split; every machine splits it in two
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--hosts", metavar="FOLDER", help="code of guide()'s hosts, laid out as docs/hosts.md says")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(THREADS)
 

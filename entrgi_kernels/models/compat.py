@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -68,3 +69,55 @@ def repair_rotary(module: nn.Module) -> None:
             "known effect of transformers 5 on older remote code); entrgi_kernels recomputed them from its config",
             stacklevel=3,
         )
+
+
+def loadable_llada(cls: type) -> type:
+    """A subclass of LLaDA's remote ``LLaDAModelLM`` that transformers 5 can load.
+
+    The remote code is left as it is; the subclass changes four things, each only in how the network is built:
+
+    - the inner network is made on the device that the loader asks for; the code names ``"cuda"``, always;
+    - ``all_tied_weights_keys`` exists, which transformers 5 fills in a ``post_init`` that the code does not call;
+    - ``tie_weights`` takes the arguments that transformers 5 hands to it;
+    - ``config.use_cache`` exists, which transformers 5 keeps from configs that are handed it.
+
+    Args:
+        cls: the remote class.
+
+    Returns:
+        The subclass, or `cls` itself where it needs nothing of this (it ties its weights as transformers 5 asks).
+    """
+    from inspect import Parameter, signature
+
+    takes = signature(cls.tie_weights).parameters.values()
+    if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in takes):
+        return cls
+    code = sys.modules[cls.__module__]
+
+    class LLaDAModelLM(cls):
+        all_tied_weights_keys: dict[str, str] = {}
+
+        def __init__(self, config: Any, model: Any = None, init_params: bool = False) -> None:
+            if "use_cache" not in config.__dict__:
+                config.use_cache = False
+            if model is None:
+                inner = code.create_model_config_from_pretrained_config(config)
+                inner.init_device = None
+                model = code.LLaDAModel(inner, init_params=init_params)
+            super().__init__(config, model, init_params)
+
+        def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+            super().tie_weights()
+
+    LLaDAModelLM.__qualname__, LLaDAModelLM.__module__, LLaDAModelLM.__doc__ = (
+        "LLaDAModelLM",
+        cls.__module__,
+        cls.__doc__,
+    )
+    warnings.warn(
+        "LLaDA's modelling code was written for transformers 4; entrgi_kernels loads it through a subclass that builds "
+        "it on the device asked for and fits transformers 5's loader (all_tied_weights_keys, tie_weights' arguments, "
+        "config.use_cache)",
+        stacklevel=3,
+    )
+    return LLaDAModelLM

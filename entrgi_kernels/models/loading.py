@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from entrgi_kernels.models.base import BackboneModel, DiffusionModel, mask_token_error
-from entrgi_kernels.models.compat import provide_default_rope
+from entrgi_kernels.models.compat import loadable_llada, provide_default_rope
 from entrgi_kernels.models.dream import Dream
 from entrgi_kernels.models.llada import LLaDA
 from entrgi_kernels.models.masked_diffusion import MaskedDiffusion
@@ -110,6 +110,10 @@ def load(
     if str(model_type).lower() == "dream":
         provide_default_rope()
     auto = _auto_class(transformers, config, remote if not known else {})
+    if str(model_type).lower() == "llada" and not known:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        auto = loadable_llada(get_class_from_dynamic_module(remote[auto.__name__], path))
     options: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantization_config is not None:  # quantised weights are made where they stay
         options |= {"quantization_config": quantization_config, "device_map": {"": device or "cpu"}}

@@ -56,13 +56,19 @@ class _Run:
     end: torch.Tensor
 
     def continues(self, tokens: torch.Tensor, masked: torch.Tensor) -> bool:
-        """Whether a canvas is this run's: the same prompts, and no columns beyond the last ones but fresh masks."""
+        """Whether a canvas is this run's.
+
+        It has the same prompts, any columns beyond the last ones are fresh masks, and it is not all masks again.
+        """
         width = self.tokens.shape[1]
         if tokens.shape[0] != self.tokens.shape[0] or tokens.shape[1] < width:
             return False
-        prompt = torch.arange(width, device=tokens.device) < self.start[:, None]
-        same = (tokens[:, :width] == self.tokens) | ~prompt
-        return bool(same.all() & ~(masked[:, :width] & prompt).any() & masked[:, width:].all())
+        place = torch.arange(width, device=tokens.device)
+        prompt, response = place < self.start[:, None], (place >= self.start[:, None]) & (place < self.end[:, None])
+        same = ((tokens[:, :width] == self.tokens) & ~masked[:, :width]) | ~prompt
+        begun = (response & ~self.masked).any()
+        again = begun & (masked[:, :width] | ~response).all()
+        return bool(same.all() & masked[:, width:].all() & ~again)
 
 
 class LogitsHook:

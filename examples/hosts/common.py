@@ -1,0 +1,86 @@
+"""What the examples beside this file share: their flags, the built-in models, and the before and after."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from entrgi.tiny import load_reward, prompts
+
+PROMPTS = prompts(2)
+
+
+def arguments(description: str | None, **flags: str) -> argparse.Namespace:
+    """The flags of an example: --model, --reward, and those given as name=help."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
+    parser.add_argument("--model", help="checkpoint of the host, a folder or a Hub name; a tiny one unless given")
+    parser.add_argument("--reward", help="sequence classifier with one label; the built-in one unless given")
+    for name, text in flags.items():
+        parser.add_argument("--" + name, help=text)
+    parser.add_argument("--tokens", type=int, default=16, help="response slots")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def reward(path: str | None) -> tuple[Any, Any]:
+    """(reward model, its tokenizer)."""
+    if path is None:
+        return load_reward()
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1).eval()
+    return model, AutoTokenizer.from_pretrained(path)
+
+
+def encode(tokenizer: Any, texts: list[str]) -> Any:
+    """Prompts through the chat template, left-padded: input_ids and attention_mask [B, P]."""
+    tokenizer.padding_side = "left"
+    return tokenizer.apply_chat_template(
+        [[{"role": "user", "content": text}] for text in texts],
+        add_generation_prompt=True,
+        padding=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def load_code(path: str | Path, name: str) -> Any:
+    """A Python file of a host as a module."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def compare(
+    target: Any, call: Callable[[], torch.Tensor], tokenizer: Any, start: int, seed: int
+) -> tuple[float, float]:
+    """Run the host's call as it is and guided, with the same random numbers; print both and return their mean rewards.
+
+    Args:
+        target: what guide() was given.
+        call: the host's own call; returns sequences [B, S].
+        tokenizer: of the diffusion model.
+        start: first response column of the sequences.
+        seed: of torch's generator.
+    """
+    torch.manual_seed(seed)
+    guided = call()
+    torch.manual_seed(seed)
+    with target.entrgi.paused():
+        plain = call()
+    means = []
+    for name, sequences in (("as it was", plain), ("guided", guided)):
+        rewards = target.entrgi.score(sequences)
+        means.append(sum(rewards) / len(rewards))
+        print(f"{name}: mean reward {means[-1]:+.3f}")
+        for row, value in zip(sequences, rewards, strict=True):
+            text = tokenizer.decode(row[start:], skip_special_tokens=True)
+            print(f"  {value:+.3f}  {' '.join(text.split())[:100]}")
+    return means[0], means[1]
