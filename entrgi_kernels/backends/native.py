@@ -7,45 +7,22 @@ describes the algorithms, the instruction sets and how to run the sanitisers.
 
 from __future__ import annotations
 
-import importlib
-import json
-from functools import cache
-from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from . import extension
 from .eager import token_log_prob, token_log_prob_backward  # noqa: F401
 
 _MODULE = "entrgi_kernels._C"
-_RECORD = Path(__file__).parents[1] / "_build_info.json"  # setup.py writes there what became of the build
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-@cache
-def _extension() -> ModuleType | str:
-    """The extension module, or the reason why it cannot be loaded."""
-    try:
-        return importlib.import_module(_MODULE)
-    except ModuleNotFoundError:
-        return f"the extension {_MODULE} is not built: {_recorded_reason()}"
-    except ImportError as error:
-        return f"the extension {_MODULE} cannot be loaded, probably because it was built for another torch: {error}"
-
-
-def _recorded_reason() -> str:
-    try:
-        reason = json.loads(_RECORD.read_text(encoding="utf-8"))["extensions"][_MODULE]
-    except (OSError, ValueError, KeyError, TypeError):
-        reason = None
-    return str(reason or "run 'python setup.py build_ext --inplace' in a checkout, or install the package again")
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot serve a device and dtype; None when it can."""
-    extension = _extension()
-    if isinstance(extension, str):
-        return extension
+    module = extension.load(_MODULE)
+    if isinstance(module, str):
+        return module
     if device.type != "cpu":
         return f"it runs on CPU tensors, not on {device.type}"
     if dtype not in _DTYPES:
@@ -73,10 +50,10 @@ def set_isa(name: str) -> None:
 
 
 def _loaded() -> ModuleType:
-    extension = _extension()
-    if isinstance(extension, str):
-        raise RuntimeError(extension)
-    return extension
+    module = extension.load(_MODULE)
+    if isinstance(module, str):
+        raise RuntimeError(module)
+    return module
 
 
 def softmax_entropy(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
