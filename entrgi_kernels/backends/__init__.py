@@ -1,8 +1,8 @@
 """Engines that compute the operators, and the choice among them.
 
-A backend is a module of raw functions on tensors (no autograd, no validation), all with the names and the signatures
-of :mod:`entrgi_kernels.backends.eager`, the oracle. :func:`resolve` picks one; an explicit choice that cannot serve
-raises, only ``"auto"`` falls back.
+A backend is a module of raw functions on tensors (no autograd, no validation), with the names and the signatures of
+:mod:`entrgi_kernels.backends.eager`, the oracle. :func:`resolve` picks one; an explicit choice that cannot serve raises,
+only ``"auto"`` falls back. A backend that has some of the functions alone says why in ``LACKING``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from functools import cache
 from types import ModuleType
 
 import torch
+
+from . import evidence
 
 logger = logging.getLogger("entrgi_kernels")
 
@@ -65,14 +67,18 @@ def _load(name: str) -> ModuleType | str:
         return f"importing it failed: {type(error).__name__}: {error}"
 
 
-def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not(name: str, device: torch.device, dtype: torch.dtype, op: str | None = None) -> str | None:
     module = _load(name)
     if isinstance(module, str):
         return module
     try:
-        return module.why_not(device, dtype)
+        reason = module.why_not(device, dtype)
     except Exception as error:
         return f"asking whether it can serve failed: {type(error).__name__}: {error}"
+    # A backend need not have every operator; one that has not says why in LACKING.
+    if reason is None and op is not None and hasattr(module, "LACKING") and not hasattr(module, op):
+        return module.LACKING
+    return reason
 
 
 @cache
@@ -99,13 +105,14 @@ def check_name(name: str, source: str = "backend") -> str:
     return name
 
 
-def resolve(name: str, tensor: torch.Tensor) -> ModuleType:
+def resolve(name: str, tensor: torch.Tensor, op: str | None = None) -> ModuleType:
     """The backend module that serves `tensor`.
 
     Args:
         name: "auto" or a backend's name. "auto" follows the environment variable ENTRGI_BACKEND where it is set, else
-            the best engine for the tensor's device and dtype.
-        tensor: the logits of the call; device and dtype decide.
+            the table of :mod:`.evidence`, else the best engine for the tensor's device and dtype.
+        tensor: the logits of the call; device and dtype decide, and shape where the table speaks of it.
+        op: the raw function that is going to be called; None when any will do.
 
     Raises:
         ValueError: no such backend.
@@ -115,12 +122,15 @@ def resolve(name: str, tensor: torch.Tensor) -> ModuleType:
     if name == "auto":
         name = check_name(os.environ.get("ENTRGI_BACKEND") or "auto", "ENTRGI_BACKEND")
     if name == "auto":
-        name = _choose(tensor.device.type, tensor.dtype)
+        name = evidence.fastest(op, tensor) or "auto"
+        if name == "auto" or _why_not(name, tensor.device, tensor.dtype, op) is not None:
+            name = _choose(tensor.device.type, tensor.dtype)
     else:
-        reason = _why_not(name, tensor.device, tensor.dtype)
+        reason = _why_not(name, tensor.device, tensor.dtype, op)
         if reason is not None:
             raise BackendUnavailableError(
-                f"backend={name!r} cannot serve {tensor.dtype} tensors on {tensor.device.type}: {reason}"
+                f"backend={name!r} cannot serve {op or 'operators'} on {tensor.dtype} tensors on "
+                f"{tensor.device.type}: {reason}"
             )
     module = _load(name)
     assert not isinstance(module, str)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -168,6 +169,6 @@ def check_backend(backend: str) -> str:
     return backends.check_name(backend)
 
 
-def run(backend: str, tensor: torch.Tensor) -> ModuleType:
-    """The backend module that serves `tensor`; see :func:`entrgi_kernels.backends.resolve`."""
-    return backends.resolve(backend, tensor)
+def run(op: str, backend: str, tensor: torch.Tensor) -> Callable[..., Any]:
+    """The raw function `op` of the backend that serves `tensor`; see :func:`entrgi_kernels.backends.resolve`."""
+    return getattr(backends.resolve(backend, tensor, op), op)

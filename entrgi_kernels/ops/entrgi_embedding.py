@@ -62,8 +62,8 @@ def _entrgi_embedding(
     top_p: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    run = _common.run(backend, logits)
-    return run.entrgi_embedding(logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p)
+    run = _common.run("entrgi_embedding", backend, logits)
+    return run(logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p)
 
 
 @_entrgi_embedding.register_fake

@@ -56,7 +56,7 @@ def _guidance_update_(
     eps: float,
     backend: str,
 ) -> None:
-    _common.run(backend, logits).guidance_update_(
+    _common.run("guidance_update_", backend, logits)(
         logits, grad, embedding, soft, logsumexp, exp_avg, exp_avg_sq, step, temperature, lr, beta1, beta2, eps
     )
 

@@ -27,7 +27,7 @@ def _sample_tokens(
     top_p: float,
     backend: str,
 ) -> torch.Tensor:
-    return _common.run(backend, logits).sample_tokens(logits, rng, rows, temperature, top_k, top_p)
+    return _common.run("sample_tokens", backend, logits)(logits, rng, rows, temperature, top_k, top_p)
 
 
 @_sample_tokens.register_fake

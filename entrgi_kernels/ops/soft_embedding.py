@@ -19,7 +19,7 @@ from . import _common
 def _soft_embedding(
     logits: torch.Tensor, embedding: torch.Tensor, temperature: float, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    soft, lse = _common.run(backend, logits).soft_embedding(logits, embedding, temperature)
+    soft, lse = _common.run("soft_embedding", backend, logits)(logits, embedding, temperature)
     # A second tensor even where no rounding is needed: outputs of an operator may not alias one another.
     return soft.to(embedding.dtype, copy=True), soft, lse
 
@@ -41,7 +41,7 @@ def _soft_embedding_backward(
     temperature: float,
     backend: str,
 ) -> torch.Tensor:
-    return _common.run(backend, logits).soft_embedding_backward(logits, embedding, grad, soft, lse, temperature)
+    return _common.run("soft_embedding_backward", backend, logits)(logits, embedding, grad, soft, lse, temperature)
 
 
 @_soft_embedding_backward.register_fake
@@ -58,8 +58,8 @@ def _soft_embedding_grad_table(
     temperature: float,
     backend: str,
 ) -> torch.Tensor:
-    run = _common.run(backend, logits)
-    return run.soft_embedding_grad_table(logits, grad, lse, temperature, embedding.dtype)
+    run = _common.run("soft_embedding_grad_table", backend, logits)
+    return run(logits, grad, lse, temperature, embedding.dtype)
 
 
 @_soft_embedding_grad_table.register_fake

@@ -16,7 +16,7 @@ from . import _common
 
 @torch.library.custom_op("entrgi::softmax_entropy", mutates_args=())
 def _softmax_entropy(logits: torch.Tensor, temperature: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return _common.run(backend, logits).softmax_entropy(logits, temperature)
+    return _common.run("softmax_entropy", backend, logits)(logits, temperature)
 
 
 @_softmax_entropy.register_fake
@@ -35,8 +35,8 @@ def _softmax_entropy_backward(
     temperature: float,
     backend: str,
 ) -> torch.Tensor:
-    run = _common.run(backend, logits)
-    return run.softmax_entropy_backward(logits, lse, entropy, grad_lse, grad_entropy, temperature)
+    run = _common.run("softmax_entropy_backward", backend, logits)
+    return run(logits, lse, entropy, grad_lse, grad_entropy, temperature)
 
 
 @_softmax_entropy_backward.register_fake

@@ -27,7 +27,7 @@ def _unmask_confidence(
     top_p: float,
     backend: str,
 ) -> torch.Tensor:
-    return _common.run(backend, logits).unmask_confidence(logits, tokens, alg, temperature, top_k, top_p)
+    return _common.run("unmask_confidence", backend, logits)(logits, tokens, alg, temperature, top_k, top_p)
 
 
 @_unmask_confidence.register_fake
