@@ -109,12 +109,31 @@ def openmp_link_flags() -> list[str]:
 
 
 def cuda_sources() -> list[str]:
-    """CUDA sources, where torch was built for CUDA and nvcc is at hand; nothing otherwise."""
+    """Sources of the CUDA module; none where torch was built without CUDA, which needs no word."""
     import torch
+
+    return sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp") if torch.version.cuda else []
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler that torch would use; None where there is none."""
     from torch.utils.cpp_extension import CUDA_HOME
 
-    found = sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp")
-    return found if torch.version.cuda and CUDA_HOME and Path(CUDA_HOME, "bin", "nvcc").exists() else []
+    path = Path(CUDA_HOME or "", "bin", "nvcc")
+    return str(path) if CUDA_HOME and path.exists() else None
+
+
+def cuda_architectures(compiler: str) -> str:
+    """TORCH_CUDA_ARCH_LIST where it is set, else the shipped architectures that this nvcc knows.
+
+    Those with an `a` have instructions of their own and run on no other; PTX of the oldest serves the rest.
+    """
+    if given := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return given
+    run = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=False)
+    known = set(run.stdout.split())
+    shipped = {"sm_80": "8.0+PTX", "sm_90": "9.0a", "sm_100": "10.0a"}
+    return ";".join(name for code, name in shipped.items() if code in known) or "8.0+PTX"
 
 
 def extensions() -> list[Extension]:
@@ -133,10 +152,12 @@ def extensions() -> list[Extension]:
     cpu = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     link = openmp_link_flags() if openmp else []
     modules = [CppExtension(CPU_MODULE, cpu, extra_compile_args={"cxx": cxx}, extra_link_args=link, **common)]
-    cuda = cuda_sources()
-    if cuda:
-        flags = {"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "-lineinfo"]}
-        modules.append(CUDAExtension(CUDA_MODULE, cuda, extra_compile_args=flags, extra_link_args=link, **common))
+    cuda, compiler = cuda_sources(), nvcc()
+    if cuda and compiler:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures(compiler)
+        # No --use_fast_math: the race is decided by the relative accuracy of logarithms near 1.
+        flags = {"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "-lineinfo", "--threads=4"]}
+        modules.append(CUDAExtension(CUDA_MODULE, cuda, extra_compile_args=flags, **common))
     return modules
 
 
@@ -146,7 +167,10 @@ def compiler_facts() -> dict[str, str]:
 
     cxx = os.environ.get("CXX", "c++")
     run = subprocess.run([*cxx.split(), "--version"], capture_output=True, text=True, check=False)
-    return {"torch": torch.__version__, "compiler": (run.stdout.splitlines() or [cxx])[0]}
+    facts = {"torch": torch.__version__, "compiler": (run.stdout.splitlines() or [cxx])[0]}
+    if cuda_sources() and nvcc():
+        facts["cuda architectures"] = os.environ["TORCH_CUDA_ARCH_LIST"]
+    return facts
 
 
 def say(reason: str) -> None:
@@ -272,6 +296,11 @@ def make_build_ext() -> type[build_ext]:
                 if problem is not None:
                     reason = self.outcome[name] = summary(name, problem, lines)
                     say(f"{reason}\nTo see the compiler's whole output: {NO_ISOLATION} -v")
+            if cuda_sources() and nvcc() is None:
+                self.outcome[CUDA_MODULE] = (
+                    "torch has CUDA but there is no nvcc: install the CUDA toolkit (or set CUDA_HOME), "
+                    f"then run `{NO_ISOLATION}`"
+                )
             record(folder, self.outcome, compiler_facts())
 
         def build_extension(self, ext: Extension) -> None:

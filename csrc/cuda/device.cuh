@@ -154,9 +154,10 @@ DEVICE uint32_t ordered_key(float x) {
   const uint32_t u = float_bits(x == 0.0f ? 0.0f : x);
   return ((u >> 31) ? ~u : u | 0x80000000u) >> Element<T>::SHIFT;
 }
-// The smallest float32 that has this key.
+// The smallest float32 that has this key; -inf for its own key and for all below it, which no value has.
 template <typename T>
 DEVICE float key_value(uint32_t key) {
+  if (key <= ordered_key<T>(-INFINITY)) return -INFINITY;
   const uint32_t u = key << Element<T>::SHIFT;
   return bits_float((u >> 31) ? u & 0x7fffffffu : ~u);
 }

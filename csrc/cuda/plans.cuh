@@ -19,7 +19,13 @@ constexpr int LEAST_SLICE = 8192, MOST_SPLITS = 64;
 constexpr Plan DRAW_PLAN{512, 2};
 // Candidates on chip: 64 KiB of list and 12 KiB of histogram let two blocks share a multiprocessor of 163 KiB (sm_80).
 // At top-p 0.95 and V = 151,936 that is all entries above probability 1.6e-7, as long as those are at most 5% of V.
+#ifdef ENTRGI_DRAW_CAPACITY  // tests: a short list, so that rows of a few thousand entries overflow it
+constexpr int DRAW_CAPACITY = ENTRGI_DRAW_CAPACITY;
+#else
 constexpr int DRAW_CAPACITY = 8192;
+#endif
+// Shared memory of a multiprocessor on the smallest architecture served (sm_80), 1 KiB a block reserved by the system.
+constexpr int LEAST_SHARED = 164 << 10, RESERVED_SHARED = 1 << 10;
 
 // Elementwise: 16 bytes in and out a thread and step, enough blocks to hide everything.
 constexpr Plan ELEMENTWISE_PLAN{256, 4};

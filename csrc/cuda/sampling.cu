@@ -6,6 +6,8 @@ namespace entrgi::cuda {
 
 using Shared = FilterShared<DRAW_PLAN.threads, DRAW_CAPACITY>;
 
+static_assert(DRAW_PLAN.blocks * (sizeof(Shared) + RESERVED_SHARED) <= LEAST_SHARED, "the planned blocks do not fit");
+
 static size_t shared_size(const FilterJob& job) {
   return job.top_p < 1.0 || job.top_k < job.logits.v ? sizeof(Shared) : offsetof(Shared, value);
 }

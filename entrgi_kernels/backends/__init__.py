@@ -1,8 +1,8 @@
 """Engines that compute the operators, and the choice among them.
 
 A backend is a module of raw functions on tensors (no autograd, no validation), with the names and the signatures of
-:mod:`entrgi_kernels.backends.eager`, the oracle. :func:`resolve` picks one; an explicit choice that cannot serve raises,
-only ``"auto"`` falls back. A backend that has some of the functions alone says why in ``LACKING``.
+:mod:`entrgi_kernels.backends.eager`, the oracle. :func:`resolve` picks one; an explicit choice that cannot serve
+raises, only ``"auto"`` falls back. A backend that has some of the functions alone says why in ``LACKING``.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 
 from . import extension
+from .eager import token_log_prob, token_log_prob_backward  # noqa: F401
+from .ranges import ranged
 
 _MODULE = "entrgi_kernels._C_cuda"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,12 +57,14 @@ def build_info() -> dict[str, object]:
     return dict(module.build_info())
 
 
+@ranged
 def softmax_entropy(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-sum-exp [N], entropy [N] in nats) of softmax(logits / temperature), float32."""
     statistics, _ = torch.ops.entrgi_cuda.row_statistics(logits, temperature, 0.0, 0)
     return statistics[1].clone(), statistics[2].clone()
 
 
+@ranged
 def softmax_entropy_backward(
     logits: torch.Tensor,
     lse: torch.Tensor,
@@ -73,6 +77,7 @@ def softmax_entropy_backward(
     return torch.ops.entrgi_cuda.softmax_entropy_backward(logits, lse, entropy, grad_lse, grad_entropy, temperature)
 
 
+@ranged
 def sample_tokens(
     logits: torch.Tensor, rng: torch.Tensor, rows: torch.Tensor, temperature: float, top_k: int, top_p: float
 ) -> torch.Tensor:
@@ -82,6 +87,7 @@ def sample_tokens(
     return torch.ops.entrgi_cuda.draw(logits, rng, rows, temperature, top_k, top_p, False)[0]
 
 
+@ranged
 def unmask_confidence(
     logits: torch.Tensor, tokens: torch.Tensor, alg: str, temperature: float, top_k: int, top_p: float
 ) -> torch.Tensor:

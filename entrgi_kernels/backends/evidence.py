@@ -1,8 +1,9 @@
 """Which engine "auto" takes ahead of its usual order, shape by shape: only what a committed result shows.
 
-A row of :data:`TABLE` says that on one device a backend computed an operator correctly and faster than the others, for a
-range of shapes; it names the file under benchmarks/results/ that holds the timings (a benchmark prints a time only when
-its check has passed). tests/backends/test_evidence.py reads those files and fails on a row that they do not bear out.
+A row of :data:`TABLE` says that on one device a backend computed an operator correctly and faster than the others, for
+a range of shapes; it names the file under benchmarks/results/ that holds the timings (a benchmark prints a time only
+when its check has passed). tests/backends/cuda/test_cuda_backend.py reads those files and fails on a row that they do
+not bear out.
 The table is empty: the CUDA kernels have not run on a GPU yet.
 """
 

@@ -30,7 +30,7 @@ def _token_log_prob(
     slope: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _common.run(backend, hidden).token_log_prob(hidden, head, bias, targets, slope)
+    return _common.run("token_log_prob", backend, hidden)(hidden, head, bias, targets, slope)
 
 
 @_token_log_prob.register_fake
@@ -50,7 +50,7 @@ def _token_log_prob_backward(
     grad: torch.Tensor,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _common.run(backend, hidden).token_log_prob_backward(hidden, head, bias, targets, lse, grad)
+    return _common.run("token_log_prob_backward", backend, hidden)(hidden, head, bias, targets, lse, grad)
 
 
 @_token_log_prob_backward.register_fake
