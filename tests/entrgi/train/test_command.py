@@ -1,0 +1,96 @@
+"""`entrgi train`, end to end on the built-in models, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from entrgi.train import command, records
+
+QUICK = ("-L", 4, "-T", 2, "-K", 2, "--prompts", 1, "--max-steps", 2, "--eval-prompts", 2, "--max-prompts", 20)
+
+
+def _train(entrgi, folder, *more) -> int:
+    return entrgi("train", "-o", folder, *QUICK, *more)
+
+
+def test_a_run_and_what_it_leaves(entrgi, tmp_path, tiny_weights, capsys):
+    folder = tmp_path / "run"
+    more = ("--lora-r", 2, "--save-merged", "--eval-steps", 1, "--save-steps", 1, "--sample-steps", 1)
+    assert _train(entrgi, folder, *more, "--sampling", "temperature=0.8", "--set", "weight_decay=0.1") == 0
+    out, err = capsys.readouterr()
+    assert "held-out reward, unguided:" in out and "95% interval" in out and "step 1/2" in err
+    described = json.loads((folder / "run.json").read_text())
+    assert described["method"] == "rgrl-entrgi" and described["sampling"]["temperature"] == 0.8
+    assert described["sampling"]["top_k"] == 50 and described["arguments"]["weight_decay"] == 0.1
+    assert [r["step"] for r in records.read(folder, records.EVALUATIONS)] == [0, 1, 2]
+    assert len(records.read(folder, records.SAMPLES)) == 2
+    assert {"adapter_config.json", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    # What was merged can be sampled from, like any model.
+    arguments = ("--reward", Path(importlib.import_module("entrgi.tiny").weights_path("reward")))
+    assert entrgi("generate", "Tell me about the inn.", "--model", folder / "merged", *arguments, "-L", 4) == 0
+    # A run that is over has nothing to resume, and says how it went again.
+    assert _train(entrgi, folder, *more, "--resume", "--quiet") == 0
+    assert [r["step"] for r in records.read(folder, records.EVALUATIONS)] == [0, 1, 2]
+    assert _train(entrgi, folder) == 2
+    assert "is not empty: --resume" in capsys.readouterr().err
+
+
+def test_data_from_a_file(entrgi, tmp_path, tiny_weights):
+    (tmp_path / "p.txt").write_text("".join(f"Tell me about the inn, part {i}.\n" for i in range(5)))
+    (tmp_path / "held.txt").write_text("Tell me about the inn, part 1.\nTell me about the bar.\n")
+    more = ("--data", tmp_path / "p.txt", "--eval-data", tmp_path / "held.txt", "--method", "diffu-grpo", "--quiet")
+    assert _train(entrgi, tmp_path / "run", *more) == 0
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert described["train_prompts"] == 4 and described["sampling"]["method"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ["--output-dir is needed"]),
+        (("-o", "{}", "--model", "x"), ["--reward is missing"]),
+        (("-o", "{}", "--set", "nonsense=1"), ["--set nonsense=1", "learning_rate", "beta"]),
+        (("-o", "{}", "--set", "beta=-1"), ["beta=-1"]),
+        (("-o", "{}", "--sampling", "temperature=-1"), ["temperature=-1"]),
+        (("-o", "{}", "--sampling", "heat"), ["--sampling heat", "NAME=VALUE"]),
+        (("-o", "{}", "--method", "diffu-grpo", "--weighting", "best"), ["only RGRL"]),
+        (("-o", "{}", "--data", "{}/none.txt"), ["cannot read"]),
+        (("-o", "{}", "--report-to", "nobody"), ["nobody"]),
+    ],
+    ids=str,
+)
+def test_errors_are_one_line(entrgi, tmp_path, tiny_weights, capsys, arguments, words):
+    assert entrgi("train", *(str(a).format(tmp_path / "run") for a in arguments)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("entrgi train: error:") and all(word in error for word in words), error
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is here")
+def test_4_bit_without_bitsandbytes(entrgi, tmp_path, capsys):
+    assert _train(entrgi, tmp_path / "run", "--load-in-4bit") == 2
+    assert "--load-in-4bit needs bitsandbytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", command.CONFIGS)
+def test_configurations_are_what_accelerate_accepts(entrgi, name, capsys):
+    pytest.importorskip("accelerate")
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert entrgi("train", "--show-config", name) == 0
+    path = capsys.readouterr().out.strip()
+    config = load_config_from_file(path)
+    assert config.num_processes == 4 and config.mixed_precision == "bf16"
+    kind = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}[name]
+    assert str(config.distributed_type).endswith(kind)
+    if name == "zero2":
+        assert config.deepspeed_config["zero_stage"] == 2
+    if name == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+
+
+def test_the_recipe_of_the_tiny_models_is_the_only_difference_of_defaults():
+    assert command.TINY.keys() == command._PUBLISHED.keys()

@@ -1,0 +1,310 @@
+"""Training steps on the built-in models, float64, against what they should be."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from train_cases import PROMPTS, losses, parameters
+
+from entrgi.train import GuidedTrainingArguments, objectives, records
+from entrgi.train.forward_process import derive_seed, mask_prompts
+from entrgi.train.schedule import PromptSchedule
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 1e-9) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def moved(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[name] - b[name]).abs().amax()) for name in a)
+
+
+def _direct_log_probs(trainer, rollout, iteration):
+    """The issue's one forward, written out."""
+    network = trainer.accelerator.unwrap_model(trainer.model)
+    masked = mask_prompts(
+        rollout.tokens,
+        rollout.attention,
+        rollout.start,
+        trainer.sampler.model.mask_token_id,
+        trainer.args.p_mask_prompt,
+        rollout.mask_seeds[iteration],
+        rollout.keys,
+    )
+    assert (masked[:, rollout.start :] == trainer.sampler.model.mask_token_id).all()
+    attention = rollout.attention
+    keys = attention[:, None, None, :].expand(-1, 1, attention.shape[1], -1)
+    positions = (attention.long().cumsum(1) - 1).masked_fill(~attention, 1)
+    logits = network(masked, attention_mask=keys, position_ids=positions, use_cache=False).logits
+    logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)[:, rollout.start :]
+    return logits.log_softmax(-1).gather(-1, rollout.completions[..., None])[..., 0]
+
+
+@pytest.mark.parametrize("method", ["rgrl-entrgi", "rgrl-aps"])
+def test_a_step_of_rgrl_is_adamw_on_the_published_loss(trainer_of, method):
+    trainer = trainer_of(method=method, max_steps=1, max_grad_norm=0.0, weight_decay=0.01)
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    rollout, k = trainer._rollout, 2
+    assert len(rollout) == 4 and rollout.completions.shape == (4, 6)
+    end = parameters(trainer)
+    with torch.no_grad():
+        for name, p in trainer.model.named_parameters():
+            p.copy_(start[name])
+    trainer.model.eval().zero_grad()
+    loss = torch.zeros((), dtype=torch.float64)
+    for row, found in enumerate(_direct_log_probs(trainer, rollout, 0)):
+        inside = rollout.mask[row]
+        loss = loss - (found * inside).sum() / max(1, int(inside.sum())) / k
+    # Trainer sums the losses that it logs in float32.
+    assert losses(trainer.args.output_dir) == [(1, pytest.approx(loss.item(), rel=1e-6))]
+    loss.backward()
+    for name, p in trainer.model.named_parameters():  # AdamW's first step: the sign of the gradient, and decay
+        decay = 0.0 if "norm" in name else 0.01
+        step = p.grad / (p.grad.abs() + trainer.args.adam_epsilon)
+        torch.testing.assert_close(end[name], start[name] * (1 - 1e-3 * decay) - 1e-3 * step, rtol=1e-6, atol=1e-7)
+
+
+def test_methods_differ_in_how_they_draw(trainer_of):
+    drawn = {}
+    for method in ("rgrl-entrgi", "rgrl-aps", "diffu-grpo"):
+        trainer = trainer_of(method, method=method, max_steps=1, num_iterations=1)
+        trainer.train()
+        drawn[method] = trainer._rollout
+        log = records.read(trainer.args.output_dir, records.LOG)[0]
+        assert ("entropy_weight" in log) == method.startswith("rgrl")
+        assert log["reward"] == pytest.approx(float(trainer._rollout.rewards.mean()), rel=1e-5)
+    assert drawn["rgrl-aps"].entropy_weight == 1.0 and 0 < drawn["rgrl-entrgi"].entropy_weight < 1
+    assert not torch.equal(drawn["rgrl-aps"].completions, drawn["diffu-grpo"].completions)
+
+
+def test_the_sampler_draws_in_evaluation_mode(trainer_of, monkeypatch):
+    pytest.importorskip("peft")
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.9, init_lora_weights=False)
+    drawn = []
+    for folder in ("a", "b"):
+        torch.manual_seed(0)
+        trainer = trainer_of(folder, max_steps=1, extra={"peft_config": lora})
+        modes = []
+        forward = trainer.sampler.model.masked_logits
+
+        def watched(*args, _forward=forward, _trainer=trainer, _modes=modes, **kwargs):
+            _modes.append(any(module.training for module in _trainer.sampler.model.module.modules()))
+            return _forward(*args, **kwargs)
+
+        monkeypatch.setattr(trainer.sampler.model, "masked_logits", watched)
+        trainer.model.train()
+        torch.manual_seed(1 if folder == "a" else 2)
+        drawn.append(trainer._draw(PROMPTS[:2], 0).completions)
+        assert modes and not any(modes)
+        assert trainer.model.training  # and is back in its own mode
+    assert torch.equal(*drawn)
+
+
+def test_what_a_step_does_does_not_depend_on_accumulation(trainer_of):
+    for method, iterations in (("rgrl-entrgi", 1), ("diffu-grpo", 2)):
+        results = []
+        for parts in (1, 2):
+            trainer = trainer_of(
+                f"{method}-{parts}",
+                method=method,
+                max_steps=3,
+                per_device_train_batch_size=2 // parts,
+                gradient_accumulation_steps=parts,
+                num_iterations=iterations,
+                ref_model_sync_steps=1,
+            )
+            trainer.train()
+            results.append((losses(trainer.args.output_dir), parameters(trainer)))
+        (one, p), (two, q) = results
+        assert [step for step, _ in one] == [1, 2, 3]
+        assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-6, abs=1e-9)
+        same(p, q, 1e-7)
+
+
+def test_diffu_grpo_uses_a_rollout_for_its_iterations_under_their_own_masks(trainer_of):
+    trainer = trainer_of(method="diffu-grpo", max_steps=3, num_iterations=2, beta=0.5, ref_model_sync_steps=0)
+    start = parameters(trainer)
+    trainer.train()
+    first, second = (derive_seed("mask", 42, 1, iteration) for iteration in range(2))
+    assert trainer._rollout.index == 1 and trainer._rollout.mask_seeds == [first, second] and first != second
+    log = records.read(trainer.args.output_dir, records.LOG)[:3]
+    assert ["reward" in record for record in log] == [True, False, True]
+    assert log[0]["kl"] == pytest.approx(0, abs=1e-12) and log[1]["kl"] > 1e-8
+    # The first iteration's ratio is 1: minus the mean advantage over tokens.
+    end = parameters(trainer)
+    rollout = trainer._rollout
+    assert moved(start, end) > 1e-3
+    advantage = objectives.advantages(rollout.rewards.double(), 2)
+    tokens = rollout.mask.sum(1)
+    expected = -(advantage * tokens).sum() / tokens.sum() + 0.5 * log[2]["kl"]
+    assert log[2]["loss"] == pytest.approx(float(expected), rel=1e-6)
+    # What was kept is what the policy that drew gives: the parameters are back where they were while the reference ran.
+    same(dict(enumerate(trainer.reference._kept)), dict(enumerate(start.values())), 1e-12)
+
+
+def test_old_and_reference_log_probs_are_a_direct_computation(trainer_of):
+    trainer = trainer_of(method="diffu-grpo", num_iterations=2)
+    trainer.reference.sync()
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(1.1)
+        rollout = trainer._draw(PROMPTS[:2], 0)
+        inside = rollout.mask
+        for iteration in range(2):
+            direct = _direct_log_probs(trainer, rollout, iteration)
+            torch.testing.assert_close(rollout.old[:, iteration][inside], direct[inside], rtol=1e-9, atol=1e-9)
+        assert not torch.equal(rollout.old[:, 0], rollout.old[:, 1])
+        trainer.model.lm_head.weight.div_(1.1)
+        direct = _direct_log_probs(trainer, rollout, 1)
+    torch.testing.assert_close(rollout.reference[:, 1][inside], direct[inside], rtol=1e-8, atol=1e-8)
+
+
+def test_the_reference_follows_every_so_many_steps(trainer_of):
+    trainer = trainer_of(method="diffu-grpo", max_steps=3, ref_model_sync_steps=2, num_iterations=1)
+    kept = []
+    step = trainer.reference.sync
+    trainer.reference.sync = lambda mix: (step(mix), kept.append((trainer.state.global_step, parameters(trainer))))
+    start = parameters(trainer)
+    trainer.train()
+    assert [at for at, _ in kept] == [2]
+    same(dict(zip(start, trainer.reference._kept, strict=True)), kept[0][1], 1e-14)
+    half = {name: (a + kept[0][1][name]) / 2 for name, a in parameters(trainer).items()}
+    step(0.5)
+    same(dict(zip(start, trainer.reference._kept, strict=True)), half, 1e-12)
+
+
+def test_weighted_rgrl_counts_completions_by_reward(trainer_of):
+    found = {}
+    for weighting in ("uniform", "softmax", "best"):
+        trainer = trainer_of(weighting, weighting=weighting, max_steps=1)
+        trainer.train()
+        found[weighting] = losses(trainer.args.output_dir)[0][1]
+        rollout = trainer._rollout
+    assert len(set(found.values())) == 3 and all(math.isfinite(value) for value in found.values())
+    assert objectives.row_weights(rollout.rewards, 2, "best").sum() == 2
+
+
+@pytest.mark.parametrize(("method", "at"), [("rgrl-entrgi", 2), ("diffu-grpo", 2), ("diffu-grpo", 3)])
+def test_a_resumed_run_takes_the_same_steps(trainer_of, method, at):
+    settings = {"method": method, "max_steps": 4, "save_strategy": "steps", "save_steps": at, "ref_model_sync_steps": 2}
+    if method == "diffu-grpo":
+        settings |= {"num_iterations": 3, "beta": 0.3}
+    whole = trainer_of("whole", **settings)
+    whole.train()
+    again = trainer_of("whole", **settings)
+    before = losses(again.args.output_dir)
+    last = records.last_complete_checkpoint(again.args.output_dir)
+    assert last is not None
+    again.train(resume_from_checkpoint=str(last.parent / f"checkpoint-{at}"))
+    assert [s for s, _ in losses(again.args.output_dir)] == [1, 2, 3, 4]  # cut back, then written again
+    assert losses(again.args.output_dir) == before
+    same(parameters(whole), parameters(again), 0.0)
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path):
+    for step, whole in ((5, True), (10, True), (15, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")
+        if whole:
+            (folder / records.COMPLETE).write_text("")
+    assert records.last_complete_checkpoint(tmp_path).name == "checkpoint-10"
+    assert records.last_complete_checkpoint(tmp_path / "checkpoint-5") is None
+
+
+def test_records_survive_a_torn_line_and_are_cut_back(tmp_path):
+    for step in (1, 2, 3):
+        records.append(tmp_path, records.LOG, {"step": step, "loss": 0.5})
+    with open(tmp_path / records.LOG, "ab") as file:
+        file.write(b'{"step": 4, "lo')
+    assert [record["step"] for record in records.read(tmp_path, records.LOG)] == [1, 2, 3]
+    records.rewind(tmp_path, 2)
+    records.append(tmp_path, records.LOG, {"step": 3, "loss": 0.25})
+    assert records.read(tmp_path, records.LOG)[-1] == {"step": 3, "loss": 0.25}
+    assert len(records.read(tmp_path, records.LOG)) == 3
+
+
+def test_evaluation_is_unguided_and_the_same_each_time(trainer_of):
+    trainer = trainer_of(eval_samples=2)
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert first["eval_reward"] == second["eval_reward"] and first["eval_reward_se"] > 0
+    lines = records.read(trainer.args.output_dir, records.EVALUATIONS)
+    assert len(lines) == 2 and len(lines[0]["reward"]) == 4
+    assert first["eval_reward"] == pytest.approx(sum(lines[0]["reward"]) / 4)
+    direct = trainer.sampler.generate(
+        PROMPTS[8:], method="none", num_samples=2, seed=derive_seed("evaluate", 42), progress=False
+    )
+    assert [result.mean for result in direct] == pytest.approx(lines[0]["reward"], rel=1e-5)
+
+
+def test_logs_reach_reporters_and_samples_are_kept(trainer_of):
+    from transformers import TrainerCallback
+
+    class Reporter(TrainerCallback):
+        seen: list = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen.append(dict(logs))
+
+    trainer = trainer_of(max_steps=2, sample_steps=2, extra={"callbacks": [Reporter()]})
+    trainer.train()
+    wanted = {"loss", "reward", "reward_std", "reward_best", "entropy_weight", "completion_length"}
+    wanted |= {"completion_terminated", "log_prob", "mask_seed", "learning_rate"}
+    assert wanted <= Reporter.seen[0].keys()
+    (sample,) = records.read(trainer.args.output_dir, records.SAMPLES)
+    assert len(sample["samples"]) == 2 and sample["mask_seeds"] == [derive_seed("mask", 42, 0, 0)]
+    assert sample["prompt"] in PROMPTS
+
+
+def test_schedule_covers_all_prompts_each_pass_and_repeats_rollouts():
+    schedule = PromptSchedule(list("abcdefgh"), batch=4, steps=12, num_iterations=3, seed=1)
+    items = [[schedule[step * 4 + i] for i in range(4)] for step in range(12)]
+    assert len(schedule) == 48
+    for step, row in enumerate(items):
+        assert {item["rollout"] for item in row} == {step // 3} and {item["iteration"] for item in row} == {step % 3}
+        assert [item["prompt"] for item in row] == [item["prompt"] for item in items[step // 3 * 3]]
+    passes = ["".join(item["prompt"] for item in items[step] + items[step + 3]) for step in (0, 6)]
+    assert sorted(passes[0]) == sorted(passes[1]) == list("abcdefgh") and passes[0] != passes[1]
+    with pytest.raises(ValueError, match="at least one"):
+        PromptSchedule([], batch=4, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "ppo"}, ["method='ppo'", "rgrl-entrgi"]),
+        ({"weighting": "rank"}, ["weighting='rank'", "softmax"]),
+        ({"method": "diffu-grpo", "weighting": "best"}, ["only RGRL"]),
+        ({"num_iterations": 2}, ["num_iterations=2", "expected 1"]),
+        ({"p_mask_prompt": 1.5}, ["p_mask_prompt=1.5", "probability"]),
+        ({"beta": -1.0}, ["beta=-1.0", ">= 0"]),
+        ({"ref_model_mixup_alpha": 0.0}, ["ref_model_mixup_alpha=0.0"]),
+        ({"save_total_limit": 1}, ["save_total_limit=1", "at least 2"]),
+        ({"train_sampling_strategy": "random"}, ["'sequential'"]),
+    ],
+    ids=str,
+)
+def test_settings_are_checked(changes, words, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        GuidedTrainingArguments(str(tmp_path), use_cpu=True, **changes)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_defaults_are_the_published_ones(tmp_path):
+    from entrgi.train import PUBLISHED_SAMPLING
+
+    rgrl = GuidedTrainingArguments(str(tmp_path), use_cpu=True)
+    assert (rgrl.p_mask_prompt, rgrl.num_iterations, rgrl.learning_rate, rgrl.max_steps) == (0.3, 1, 5e-6, 500)
+    assert rgrl.lr_scheduler_type == "linear" and rgrl.optim.startswith("adamw")
+    grpo = GuidedTrainingArguments(str(tmp_path), method="diffu-grpo", use_cpu=True)
+    assert (grpo.p_mask_prompt, grpo.num_iterations, grpo.epsilon, grpo.beta) == (0.15, 12, 0.5, 0.04)
+    assert grpo.ref_model_sync_steps == 64 and not grpo.scale_rewards
+    s = PUBLISHED_SAMPLING
+    assert (s.guidance_steps, s.learning_rate, s.temperature, s.top_p, s.top_k) == (1, 0.5, 0.9, 0.95, 50)
+    assert (s.confidence, s.schedule, s.max_new_tokens, s.steps, s.num_samples) == ("guided", "even", 128, 128, 4)
