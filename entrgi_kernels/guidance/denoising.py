@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -45,6 +46,7 @@ class Denoiser:
         index: int64 [R], each trajectory's prompt in `prepared`.
         statistics: added to.
         buffers: memory that is used again at every step; a run of several batches hands over the same.
+        tokenizer: of the diffusion model, for rewards that look at tokens (``takes_targets``).
 
     The host waits for the device once before the first step, once after the last, and at most once in each step: to
     learn how many of the drawn tokens are postponed, and how far the responses are settled from the left. (Traces, and
@@ -63,12 +65,22 @@ class Denoiser:
     index: torch.Tensor
     statistics: Statistics
     buffers: Buffers = field(default_factory=Buffers)
+    tokenizer: Any = None
 
     def __post_init__(self) -> None:
         # An adapter that takes the positions need not count them on the device again.
         taken = inspect.signature(self.model.masked_logits).parameters
         self._takes_positions, self._takes_out = "positions" in taken, "out" in taken
-        self._score = Scorer(self.reward, self.prepared, self.index, self.eos_token_id, self.pad_token_id)
+        self._score = Scorer(
+            self.reward,
+            self.prepared,
+            self.index,
+            self.eos_token_id,
+            self.pad_token_id,
+            self.config,
+            self.tokenizer,
+            self.table.shape[0],
+        )
         self._guide = InnerLoop(self._score, self.table, self.config, self.buffers) if self.config.guided else None
         # Where looking costs nothing the loop looks more often and draws less.
         self._reads_are_free = self.canvas.tokens.device.type == "cpu"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..backends import ranges
 from ..ops import make_rng
-from ..rewards import PreparedPrompts, Reward
+from ..rewards import PreparedPrompts, Reward, Targets
 from .buffers import Buffers
 from .canvas import Canvas, OpenSlots
 from .config import GuidanceConfig
@@ -44,6 +45,8 @@ class Scorer:
         prepared: the prompts on its side.
         index: int64 [R], each trajectory's prompt in `prepared`.
         eos_token_id, pad_token_id: of the diffusion model's vocabulary.
+        config: settings.
+        tokenizer, vocab_size: of the diffusion model, for rewards that look at tokens.
     """
 
     reward: Reward
@@ -51,19 +54,39 @@ class Scorer:
     index: torch.Tensor
     eos_token_id: int
     pad_token_id: int
+    config: GuidanceConfig
+    tokenizer: Any
+    vocab_size: int
 
     @property
     def takes_committed(self) -> bool:
         """Whether the reward makes use of how much of the responses' left part is settled."""
         return bool(getattr(self.reward, "takes_committed", False))
 
-    def __call__(self, response: torch.Tensor, best: torch.Tensor, settled: int | None = None) -> torch.Tensor:
+    def __call__(
+        self,
+        response: torch.Tensor,
+        best: torch.Tensor,
+        settled: int | None = None,
+        opened: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Rewards [R] of response embeddings [R, L, D] whose tokens are, most likely, `best` [R, L].
 
         Args:
             settled: leading slots of every response that nothing can change any more; None tells nothing.
+            opened: rows and slots [N] of the slots still open, and their logits phi [N, V]; None when there are none.
         """
-        given = {} if settled is None else {"committed": settled}
+        given: dict[str, Any] = {} if settled is None else {"committed": settled}
+        if getattr(self.reward, "takes_targets", False):
+            given["targets"] = Targets(
+                self.tokenizer,
+                self.vocab_size,
+                best,
+                best == self.eos_token_id,
+                *(opened or ()),
+                temperature=self.config.temperature,
+                backend=self.config.backend,
+            )
         return self.reward.score_embeddings(self.prepared, self.index, response, self.alive(best), **given)
 
     def alive(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -162,7 +185,7 @@ class InnerLoop:
                 with ranges.scope(ranges.REWARD):
                     best = tokens.index_put((rows, slots), optimizer.argmax)[:count]
                     filled = embedded.index_put((rows, slots), blend.embedding)[:count]
-                    value = self._score(filled, best, settled)
+                    value = self._score(filled, best, settled, (rows, slots, optimizer.phi))
                 # The loss is minus the sum: a mean would change Adam's steps where gradients are near eps.
                 with ranges.scope(ranges.REWARD_BACKWARD):
                     (grad,) = torch.autograd.grad(-value.sum(), blend.embedding)

@@ -35,7 +35,8 @@ class GuidedSampler:
     Args:
         model: a diffusion language model: Dream, LLaDA, any transformers backbone with a mask token, or a
             :class:`entrgi_kernels.models.DiffusionModel`.
-        reward_model: a transformers sequence classifier with one label, or a :class:`entrgi_kernels.rewards.Reward`.
+        reward_model: a transformers sequence classifier with one label, a causal LM (its likelihood of the response),
+            or a :class:`entrgi_kernels.rewards.Reward`.
         tokenizer: of the diffusion model; needs a chat template.
         reward_tokenizer: of the reward model; None takes `tokenizer`.
         unmatched: what stands for ids that the reward tokenizer lacks: "unk", "zero" or "pieces".
@@ -191,6 +192,7 @@ class GuidedSampler:
                 prepared=self.reward.prepare(conversations),
                 index=index,
                 statistics=statistics or Statistics(),
+                tokenizer=self.tokenizer,
             )
             return denoiser.run(traces=traces, on_step=on_step, every_step=every_step)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from entrgi_kernels.models.modules import input_embedding, module_device, module_dtype, plain_precision
-from entrgi_kernels.rewards.template import Conversation, split_template
+from entrgi_kernels.rewards.template import Conversation, encode_answered, split_template
 from entrgi_kernels.rewards.vocabulary import VocabularyMap, check_tokenizer, check_unmatched
 
 
@@ -40,6 +40,58 @@ class PreparedPrompts:
         return len(self.conversations)
 
 
+@dataclass
+class Sequences:
+    """A batch of [prefix | response | suffix] rows as a network takes it.
+
+    Attributes:
+        embeddings: [B, T, D].
+        mask: [B, T] bool, False at padding and at dead slots.
+        positions: [B, T] int64.
+        expected: [B, T] int64, what a reward that predicts tokens expects at each place, in a code of its own; -1
+            where nothing is predicted. None for other rewards.
+        book: what ``expected`` refers to.
+    """
+
+    embeddings: Tensor
+    mask: Tensor
+    positions: Tensor
+    expected: Tensor | None = None
+    book: Any = None
+
+    def without_padding(self, rows: Tensor, columns: Tensor) -> Sequences:
+        """Some rows, cut to the columns in which they hold no padding, with positions counted from 0."""
+        positions = torch.arange(len(columns), device=columns.device).expand(len(rows), -1)
+        expected = None if self.expected is None else self.expected[rows][:, columns]
+        return Sequences(self.embeddings[rows][:, columns], self.mask[rows][:, columns], positions, expected, self.book)
+
+
+@dataclass
+class Targets:
+    """What each slot of a batch of responses holds, or may come to hold, in the diffusion LM's own tokens.
+
+    Attributes:
+        tokenizer: of the diffusion LM.
+        vocab_size: V, the rows of its head.
+        tokens: [B, L] int64, the tokens; at open slots the likeliest ones.
+        ended: [B, L] bool, slots whose token ends the response.
+        rows, slots: [N] int64, the slots still open; None when none is. A row of B stands for none of the responses.
+        logits: [N, V], their logits; p = softmax(logits / temperature). No gradient reaches them from here.
+        temperature: 0 stands for 1, as in the soft embedding.
+        backend: of the operators of :mod:`entrgi_kernels.ops`.
+    """
+
+    tokenizer: Any
+    vocab_size: int
+    tokens: Tensor
+    ended: Tensor
+    rows: Tensor | None = None
+    slots: Tensor | None = None
+    logits: Tensor | None = None
+    temperature: float = 1.0
+    backend: str = "auto"
+
+
 @runtime_checkable
 class Reward(Protocol):
     """A reward as the guided sampler sees it: differentiable in the response's embeddings, and able to score texts."""
@@ -63,7 +115,8 @@ class Reward(Protocol):
                 their position ids.
 
         A reward with the attribute ``takes_committed`` also takes ``committed=``, how many leading slots of each row
-        are the same in all later calls; see :class:`SequenceClassifierReward`.
+        are the same in all later calls; see :class:`NetworkReward`. One with ``takes_targets`` also takes
+        ``targets=``, the tokens themselves (:class:`Targets`): a likelihood is one of tokens.
         """
         ...
 
@@ -72,7 +125,33 @@ class Reward(Protocol):
         ...
 
 
-class EmbeddingReward:
+class Combinable:
+    """Rewards that are written into sums: ``0.7 * a + 0.3 * b - c`` is a :class:`WeightedSum`."""
+
+    def __mul__(self, weight: float) -> Any:
+        from entrgi_kernels.rewards.weighted_sum import WeightedSum
+
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            return NotImplemented
+        return WeightedSum([(weight, self)])  # type: ignore[list-item]
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> Any:
+        from entrgi_kernels.rewards.weighted_sum import WeightedSum
+
+        if isinstance(other, type) or not isinstance(other, Reward):
+            return NotImplemented
+        return WeightedSum([(1.0, self), (1.0, other)])  # type: ignore[list-item]
+
+    def __neg__(self) -> Any:
+        return self * -1.0
+
+    def __sub__(self, other: Any) -> Any:
+        return self + -1.0 * other if isinstance(other, Combinable) else NotImplemented
+
+
+class EmbeddingReward(Combinable):
     """Base of the rewards that run a network on input embeddings: vocabulary map, prompts, sequence layout.
 
     Args:
@@ -100,9 +179,9 @@ class EmbeddingReward:
         self.unmatched = unmatched
         self.chat_template = chat_template
         self._maps: dict[tuple[int, int, int], tuple[Any, VocabularyMap]] = {}
-        self._tables: dict[tuple[int, int, int], tuple[tuple[Any, ...], Tensor]] = {}
+        self._tables: dict[tuple[Any, ...], tuple[tuple[Any, ...], Tensor]] = {}
         # Now rather than in the middle of a run: says what to pass when the tokenizer has no usable chat template.
-        split_template(tokenizer, [{"role": "user", "content": "a"}], chat_template=chat_template)
+        self.split([{"role": "user", "content": "a"}])
 
     @property
     def device(self) -> torch.device:
@@ -140,21 +219,33 @@ class EmbeddingReward:
             tokenizer: the diffusion LM's tokenizer.
             vocab_size: V, the rows of the diffusion LM's head.
         """
+        return self._table("input", tokenizer, vocab_size, self.embedding)
+
+    def _table(self, role: str, tokenizer: Any, vocab_size: int, embedding: nn.Module) -> Tensor:
+        """A table [V, D] of the rows of an embedding that stand for a diffusion LM's tokens; cached by its role."""
         vocabulary = self.vocabulary_map(tokenizer, vocab_size)
-        weight = self.embedding.weight
-        key = id(tokenizer), len(tokenizer), vocab_size
+        weight = embedding.weight
+        key = role, id(tokenizer), len(tokenizer), vocab_size
         version = -1 if weight.is_inference() else weight._version
         state = weight.device, weight.dtype, weight.data_ptr(), version
         if key not in self._tables or self._tables[key][0] != state:
             with plain_precision(self.device), torch.no_grad():
-                self._tables[key] = state, vocabulary.table(self.embedding)
+                self._tables[key] = state, vocabulary.table(embedding)
         return self._tables[key][1]
+
+    def split(self, conversation: Conversation) -> tuple[list[int], list[int]]:
+        """Token ids before and after the response; a reward that asks about responses has its own."""
+        return split_template(self.tokenizer, conversation, chat_template=self.chat_template)
+
+    def encode(self, conversation: Conversation, response: str) -> list[int]:
+        """Token ids of a conversation with its response."""
+        return encode_answered(self.tokenizer, conversation, response, chat_template=self.chat_template)
 
     def prepare(self, conversations: list[Conversation]) -> PreparedPrompts:
         """Prefix and suffix of every prompt, as ids and as padded embeddings."""
         if not conversations:
             raise ValueError("there are no prompts to prepare; accepted: at least one conversation")
-        split = [split_template(self.tokenizer, turns, chat_template=self.chat_template) for turns in conversations]
+        split = [self.split(turns) for turns in conversations]
         prefix_ids, suffix_ids = [list(ids) for ids, _ in split], [list(ids) for _, ids in split]
         prefix, prefix_valid = self.embed_right_aligned(prefix_ids)
         suffix, suffix_valid = self.embed_right_aligned(suffix_ids)
@@ -183,9 +274,7 @@ class EmbeddingReward:
             return self.embedding(ids).masked_fill(~valid[..., None], 0), valid
 
 
-def assemble(
-    prepared: PreparedPrompts, index: Tensor, response: Tensor, alive: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def assemble(prepared: PreparedPrompts, index: Tensor, response: Tensor, alive: Tensor) -> Sequences:
     """Lay out [prefix | response | suffix] for a batch of responses.
 
     Positions are counted as if nothing were dead and nothing padded: a prefix starts at 0 behind its left padding, a
@@ -199,8 +288,7 @@ def assemble(
         alive: [B, L] bool.
 
     Returns:
-        ``(embeddings [B, T, D], mask [B, T] bool, position ids [B, T] int64)``; the last position is each row's last
-        real token, whatever the lengths, unless the suffix is empty.
+        The rows; the last position is each row's last real token, whatever the lengths, unless the suffix is empty.
 
     Raises:
         ValueError: shapes do not fit together.
@@ -224,4 +312,4 @@ def assemble(
     mask = torch.cat([prefix_valid, alive.to(device), suffix_valid], dim=1)
     counted = torch.cat([prefix_valid, prefix_valid.new_ones(len(index), length), suffix_valid], dim=1)
     positions = (counted.long().cumsum(1) - 1).clamp_min(0)
-    return embeddings, mask, positions
+    return Sequences(embeddings, mask, positions)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,12 +134,12 @@ class CachedDecoder:
         known = getattr(self.config, "model_type", None) in _WINDOWED
         return self.window is None or known or columns <= self.window
 
-    def encode(self, embeddings: Tensor, positions: Tensor, valid: Tensor) -> KeyValues:
-        """Keys and values of all positions of [B, T, D] embeddings, without gradient."""
+    def encode(self, embeddings: Tensor, positions: Tensor, valid: Tensor) -> tuple[KeyValues, Tensor]:
+        """Keys and values of all positions of [B, T, D] embeddings and the last one's final state, without gradient."""
         past = Past(record=embeddings.shape[1])
         with torch.no_grad():
-            self.hidden(embeddings, positions, valid, positions, valid, past)
-        return past.recorded()
+            hidden = self.hidden(embeddings, positions, valid, positions, valid, past)
+        return past.recorded(), hidden[:, -1]
 
     def hidden(
         self,
@@ -150,20 +150,20 @@ class CachedDecoder:
         key_valid: Tensor,
         past: Past | None = None,
         *,
-        last_layer_at: Tensor | Literal["end"] | None = None,
+        last_layer_at: Tensor | int | None = None,
     ) -> Tensor:
-        """Final hidden states [B, T, D]; with ``last_layer_at``, those of one position of each row [B, 1, D].
+        """Final hidden states [B, T, D]; with ``last_layer_at``, those of some positions of each row alone.
 
         Args:
             embeddings: [B, T, D].
             positions, valid: [B, T] int64 and bool, of the tokens at hand.
             key_positions, key_valid: [B, A + T], of what is held and, behind it, the tokens at hand.
             past: what is held, A positions; None when nothing is.
-            last_layer_at: [B] int64, the place among the T at which the last layer is run; or "end", the last place
-                of all rows.
+            last_layer_at: where the last layer is run: [B] int64, one place among the T of each row; or an int, that
+                many places at the end of all rows.
 
         Raises:
-            RuntimeError: the last layer cannot be run at one position.
+            RuntimeError: the last layer cannot be run at some positions alone.
         """
         arguments: dict[str, Any] = {
             "inputs_embeds": embeddings,
@@ -174,8 +174,7 @@ class CachedDecoder:
             arguments["past_key_values"] = past
         if "use_cache" in self._accepts:
             arguments["use_cache"] = past is not None
-        place = last_layer_at if isinstance(last_layer_at, Tensor) else None
-        narrowed = nullcontext([True]) if last_layer_at is None else _at_one_position(self.last_layer, place)
+        narrowed = nullcontext([True]) if last_layer_at is None else _at_places(self.last_layer, last_layer_at)
         with narrowed as applied:
             output = self.backbone(**arguments)
         if not applied:
@@ -262,13 +261,13 @@ class _Given(_Catch):
 
 
 @contextmanager
-def _at_one_position(layer: nn.Module | None, place: Tensor | None) -> Iterator[list[bool]]:
-    """Run a decoder layer for one query a row, with the keys and values of all; yields a list, non-empty once done.
+def _at_places(layer: nn.Module | None, places: Tensor | int) -> Iterator[list[bool]]:
+    """Run a decoder layer for some queries, with the keys and values of all; yields a list, non-empty once done.
 
-    The query's place is given for each row [B]; None is the last place of all rows.
+    Wanted is one place of each row [B], or a number of places at the end of all rows.
 
     The layer is run twice: on all positions until it hands its keys and values to the cache, then for the wanted
-    position alone with these as its cache. So projections, norms and rotation of keys are the layer's own. Other
+    positions alone with these as its cache. So projections, norms and rotation of keys are the layer's own. Other
     threads' calls are left alone.
     """
     if layer is None:
@@ -283,10 +282,10 @@ def _at_one_position(layer: nn.Module | None, place: Tensor | None) -> Iterator[
             return None
 
         def pick(tensor: Tensor) -> Tensor:
-            if place is None:
-                return tensor[:, -1:]
-            rows = torch.arange(len(place), device=place.device)
-            return tensor.expand(len(place), *tensor.shape[1:])[rows, place][:, None]
+            if isinstance(places, int):
+                return tensor[:, -places:]
+            rows = torch.arange(len(places), device=places.device)
+            return tensor.expand(len(places), *tensor.shape[1:])[rows, places][:, None]
 
         catch = _Catch(kwargs.get("past_key_values"))
         try:

@@ -8,8 +8,8 @@ name                   what is saved
 ``reward_committed``   so are those of the leading slots that are committed in all rows of the batch
 ``reward_dead``        slots that nothing attends to are cut out, the others keeping their position ids; on a CPU only:
                        how many are left must be known on the host, and an accelerator would be waited for each time
-``reward_last_layer``  the last layer (but for its keys and values), the final norm and the head are run at the one
-                       position that the score is read at
+``reward_last_layer``  the last layer (but for its keys and values), the final norm and the head are run where they are
+                       read: at the one position of a score, or from the response on for a likelihood
 =====================  =================================================================================================
 
 Which of them a model can be served with is found out by trying (:meth:`ExactSavings.probe`), not read off its name.
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from entrgi_kernels.rewards.base import PreparedPrompts
+from entrgi_kernels.rewards.base import PreparedPrompts, Sequences
 from entrgi_kernels.rewards.decoder import CachedDecoder, KeyValues, Past, Rows
 
 PREFIX, COMMITTED, DEAD, LAST_LAYER = NAMES = ("reward_prefix", "reward_committed", "reward_dead", "reward_last_layer")
@@ -61,6 +61,7 @@ class _Committed:
         rows: the rows they belong to.
         layers: of ``count`` slots.
         response, alive: the slots themselves [B, count, D], zero where dead, and [B, count].
+        read: what a reward read off them, by name, [B, count, ...] each.
         given, version, wanted: the tensor of counts that was last read, its version, and what was read.
     """
 
@@ -69,6 +70,7 @@ class _Committed:
     layers: KeyValues = field(default_factory=list)
     response: Tensor | None = None
     alive: Tensor | None = None
+    read: dict[str, Tensor] = field(default_factory=dict)
     given: Tensor | None = None
     version: int = -1
     wanted: int = 0
@@ -79,18 +81,65 @@ class _Committed:
             assert self.response is not None and self.alive is not None
             self.layers = [(key[..., :count, :], value[..., :count, :]) for key, value in self.layers]
             self.response, self.alive, self.count = self.response[:, :count], self.alive[:, :count], count
+            self.read = {name: values[:, :count] for name, values in self.read.items()}
 
-    def extend(self, layers: KeyValues, response: Tensor, alive: Tensor) -> None:
-        """Add the slots that follow; ``response`` and ``alive`` are all slots up to there."""
+    def extend(self, layers: KeyValues, response: Tensor, alive: Tensor, read: dict[str, Tensor]) -> None:
+        """Add the slots that follow; ``response`` and ``alive`` are all slots up to there, the rest is of the new."""
         if self.count:
             old = self.layers
             self.layers = [
                 (torch.cat([k, key], -2), torch.cat([v, value], -2))
                 for (k, v), (key, value) in zip(old, layers, strict=True)
             ]
+            self.read = {name: torch.cat([self.read[name], values], 1) for name, values in read.items()}
         else:
             self.layers = [(key.clone(), value.clone()) for key, value in layers]  # not views of whole sequences
+            self.read = {name: values.clone() for name, values in read.items()}
         self.response, self.alive, self.count = response.clone(), alive.clone(), response.shape[1]
+
+
+@dataclass
+class PartialRun:
+    """Final hidden states of the part of a batch that had to be run.
+
+    Attributes:
+        hidden: [B, T', D]; T' is 1 where each row is read at its last real position alone.
+        columns, valid: [B, T'], which column of the sequences each of these is, and whether it is a live one; None in
+            the former case, as is ``before``.
+        before: [B, D], the state at the last position of the prefix; None where the prefix is among the columns.
+    """
+
+    hidden: Tensor
+    sequences: Sequences
+    prefix_width: int
+    past: Past | None
+    state: _Committed | None
+    grow: int
+    columns: Tensor | None = None
+    valid: Tensor | None = None
+    before: Tensor | None = None
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What was read off the committed slots that were not run, by name [B, count, ...]; empty without any."""
+        return self.state.read if self.state is not None else {}
+
+    @property
+    def kept_alive(self) -> Tensor:
+        """[B, count] bool: which of these are alive."""
+        assert self.state is not None and self.state.alive is not None
+        return self.state.alive
+
+    def keep(self, **read: Tensor) -> None:
+        """Keep keys and values of the slots that are committed now, and what was read off each slot run [B, T', ..]."""
+        if self.state is None or not self.grow:
+            return
+        assert self.past is not None
+        kept = slice(self.prefix_width, self.prefix_width + self.state.count + self.grow)
+        alive = self.sequences.mask[:, kept]
+        response = self.sequences.embeddings[:, kept].detach().masked_fill(~alive[..., None], 0)
+        new = {name: values[:, : self.grow].detach() for name, values in read.items()}
+        self.state.extend(self.past.recorded(), response, alive, new)
 
 
 class ExactSavings:
@@ -137,31 +186,34 @@ class ExactSavings:
 
     # ---- the forward
 
-    def pooled(
+    def run(
         self,
         use: frozenset[str],
         prepared: PreparedPrompts,
         index: Tensor,
-        embeddings: Tensor,
-        mask: Tensor,
-        positions: Tensor,
+        sequences: Sequences,
         committed: Tensor | int | None,
-    ) -> Tensor:
-        """Final hidden states [B, D] at the last real position of each row.
+        *,
+        everywhere: bool = False,
+    ) -> PartialRun:
+        """Run what has to be run of a batch.
 
         Args:
             use: what :meth:`for_call` allows.
             prepared: the prompts.
             index: [B], the prompt of each row.
-            embeddings, mask, positions: as ``assemble`` lays them out.
+            sequences: as ``assemble`` lays them out.
             committed: how many leading slots of each row [B], or of every row, stay what they are.
+            everywhere: the states are read from the last position of the prefix on; else at each row's last real
+                position alone.
         """
+        embeddings, mask, positions = sequences.embeddings, sequences.mask, sequences.positions
         prefix_width, suffix_width = prepared.prefix_valid.shape[1], prepared.suffix_valid.shape[1]
         end = embeddings.shape[1] - suffix_width
         start = grow = 0
-        past = state = None
+        past = state = before = None
         if PREFIX in use and prefix_width:
-            shared, rows = self._prefix(prepared, index)
+            shared, rows, before = self._prefix(prepared, index)
             past, start = Past(prefix_width, shared, rows), prefix_width
             if COMMITTED in use and committed is not None and end > start:
                 response, alive = embeddings[:, start:end].detach(), mask[:, start:end]
@@ -169,31 +221,38 @@ class ExactSavings:
                 past.columns, past.own, past.record = start + state.count, state.layers or None, grow
                 start += state.count
         tokens, valid, places = embeddings[:, start:], mask[:, start:], positions[:, start:]
+        columns = torch.arange(start, embeddings.shape[1], device=embeddings.device).expand(len(tokens), -1)
         if grow:  # constants from now on: what they are in later calls, they are in this one
             tokens = torch.cat([tokens[:, :grow].detach(), tokens[:, grow:]], dim=1)
         if DEAD in use:
             first = grow if start else prefix_width
-            tokens, valid, places = _without_dead(tokens, valid, places, first, end - start)
+            tokens, valid, places, columns = _without_dead(tokens, valid, places, columns, first, end - start)
         key_valid = torch.cat([mask[:, :start], valid], dim=1)
         key_places = torch.cat([positions[:, :start], places], dim=1)
         # Behind an empty suffix the last slot may be a dead one; otherwise the last position is the last token.
-        last = None if all(prepared.suffix_ids) else last_real(valid)
-        at = None if LAST_LAYER not in use else "end" if last is None else last
+        last = None if everywhere or all(prepared.suffix_ids) else last_real(valid)
+        at: Tensor | int | None = None
+        if LAST_LAYER in use:
+            if not everywhere:
+                at = 1 if last is None else last
+            elif not start and prefix_width > 1:
+                at = tokens.shape[1] - prefix_width + 1
         hidden = self.decoder.hidden(tokens, places, valid, key_places, key_valid, past, last_layer_at=at)
-        if state is not None and grow:
-            assert past is not None
-            kept = state.count + grow
-            response, alive = embeddings[:, prefix_width:][:, :kept].detach(), mask[:, prefix_width:][:, :kept]
-            state.extend(past.recorded(), response.masked_fill(~alive[..., None], 0), alive)
-        if at is not None or last is None:
-            return hidden[:, -1]
-        return hidden[torch.arange(len(last), device=last.device), last]
+        if not everywhere and at is None:
+            hidden = hidden[:, -1:] if last is None else hidden.take_along_dim(last[:, None, None], 1)
+        if not everywhere:
+            return PartialRun(hidden, sequences, prefix_width, past, state, grow)
+        count = hidden.shape[1]
+        return PartialRun(
+            hidden, sequences, prefix_width, past, state, grow, columns[:, -count:], valid[:, -count:], before
+        )
 
-    def last_of_texts(self, embeddings: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """Final hidden states [B, D] at the last position of whole sequences, the last layer being run there alone."""
-        return self.decoder.hidden(embeddings, positions, mask, positions, mask, last_layer_at="end")[:, -1]
+    def end_of_texts(self, sequences: Sequences, count: int) -> Tensor:
+        """Final hidden states [B, count, D] at the end of whole sequences, the last layer being run there alone."""
+        mask, positions = sequences.mask, sequences.positions
+        return self.decoder.hidden(sequences.embeddings, positions, mask, positions, mask, last_layer_at=count)
 
-    def _prefix(self, prepared: PreparedPrompts, index: Tensor) -> tuple[KeyValues, Rows]:
+    def _prefix(self, prepared: PreparedPrompts, index: Tensor) -> tuple[KeyValues, Rows, Tensor]:
         extra = prepared.extra
         if "prefix_states" not in extra:
             positions = (prepared.prefix_valid.long().cumsum(1) - 1).clamp_min(0)
@@ -201,7 +260,8 @@ class ExactSavings:
         seen = extra.get("rows")
         if seen is None or seen[0] is not index or seen[1] != _version(index):
             extra["rows"] = seen = index, _version(index), Rows.of(index, len(prepared))
-        return extra["prefix_states"], seen[2]
+        layers, last = extra["prefix_states"]
+        return layers, seen[2], last[index]
 
     def _committed(
         self, prepared: PreparedPrompts, rows: Rows, response: Tensor, alive: Tensor, committed: Tensor | int
@@ -295,17 +355,19 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _without_dead(tokens: Tensor, valid: Tensor, places: Tensor, first: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+def _without_dead(
+    tokens: Tensor, valid: Tensor, places: Tensor, numbers: Tensor, first: int, end: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cut dead columns of ``[first, end)`` out of a batch, down to the most live ones that a row has.
 
     Args:
-        tokens, valid, places: [B, T, D], [B, T], [B, T].
+        tokens, valid, places, numbers: [B, T, D], [B, T], [B, T], [B, T].
         first, end: the columns in which dead ones may be; the rest stays.
     """
     live = valid[:, first:end]
     width = int(live.sum(1).max()) if live.numel() else 0
     if width >= live.shape[1]:
-        return tokens, valid, places
+        return tokens, valid, places, numbers
     order = torch.argsort(~live, dim=1, stable=True)[:, :width] + first
     columns = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
     columns = torch.cat([columns[:, :first], order, columns[:, end:]], dim=1)
@@ -313,4 +375,5 @@ def _without_dead(tokens: Tensor, valid: Tensor, places: Tensor, first: int, end
         tokens.take_along_dim(columns[..., None], 1),
         valid.take_along_dim(columns, 1),
         places.take_along_dim(columns, 1),
+        numbers.take_along_dim(columns, 1),
     )

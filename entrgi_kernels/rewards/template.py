@@ -86,9 +86,14 @@ def conversation_from(prompt: Any) -> Conversation:
 
 
 def render(
-    tokenizer: Any, conversation: Conversation, *, add_generation_prompt: bool = False, chat_template: str | None = None
+    tokenizer: Any,
+    conversation: Conversation,
+    *,
+    add_generation_prompt: bool = False,
+    chat_template: str | None = None,
+    **variables: Any,
 ) -> str:
-    """The conversation as the tokenizer's chat template writes it.
+    """The conversation as the tokenizer's chat template writes it; ``variables`` are further ones of the template.
 
     Raises:
         ValueError: there is no chat template, or it refuses this conversation.
@@ -105,7 +110,11 @@ def render(
         )
     try:
         return tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=chat_template
+            conversation,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=chat_template,
+            **variables,
         )
     except TemplateError as error:
         roles = [turn["role"] for turn in conversation]
@@ -115,18 +124,21 @@ def render(
 # ---- conversations to ids
 
 
-def encode_prompt(tokenizer: Any, conversation: Conversation, *, chat_template: str | None = None) -> list[int]:
+def encode_prompt(
+    tokenizer: Any, conversation: Conversation, *, chat_template: str | None = None, **variables: Any
+) -> list[int]:
     """Token ids of a conversation up to where the model answers, for the diffusion LM.
 
     Args:
         tokenizer: the diffusion LM's tokenizer.
         conversation: turns as :func:`conversation_from` returns them.
         chat_template: a template to use instead of the tokenizer's own.
+        variables: further ones of the template.
 
     Raises:
         ValueError: no chat template, or it refuses this conversation.
     """
-    return _encode(tokenizer, conversation, add_generation_prompt=True, chat_template=chat_template)
+    return _encode(tokenizer, conversation, add_generation_prompt=True, chat_template=chat_template, **variables)
 
 
 def encode_answered(
@@ -153,33 +165,63 @@ def split_template(
     Raises:
         ValueError: no chat template, or one that does not write the assistant's answer exactly once.
     """
-    mark = _marks(1, (turn["content"] for turn in conversation))[0]
-    answered = [*conversation, {"role": "assistant", "content": mark}]
+    mark = new_mark(turn["content"] for turn in conversation)
+    return split_at(
+        tokenizer, [*conversation, {"role": "assistant", "content": mark}], mark, chat_template=chat_template
+    )
+
+
+def split_at(
+    tokenizer: Any,
+    conversation: Conversation,
+    mark: str,
+    *,
+    add_generation_prompt: bool = False,
+    chat_template: str | None = None,
+    **variables: Any,
+) -> tuple[list[int], list[int]]:
+    """Token ids before and after a mark, which stands in one of a conversation's turns: ``(prefix, suffix)``.
+
+    Args:
+        tokenizer: the reward model's tokenizer.
+        conversation: any turns.
+        mark: of :func:`new_mark`.
+        add_generation_prompt: end where the model would answer.
+        chat_template: a template to use instead of the tokenizer's own.
+        variables: further ones of the template.
+
+    Raises:
+        ValueError: no chat template, or one that does not write the marked content exactly once.
+    """
+    arguments = {"add_generation_prompt": add_generation_prompt, "chat_template": chat_template, **variables}
     if _is_safe(tokenizer, conversation):
-        text = render(tokenizer, answered, chat_template=chat_template)
-        _check_once(text.count(mark))
-        prefix, suffix = text.split(mark)
-        parts = [(prefix, False)], [(suffix, False)]
+        pieces = [(render(tokenizer, conversation, **arguments), False)]
     else:
-        pieces = _parts(tokenizer, answered, add_generation_prompt=False, chat_template=chat_template)
-        places = [place for place, (text, _) in enumerate(pieces) if text == mark]
-        _check_once(len(places))
-        parts = pieces[: places[0]], pieces[places[0] + 1 :]
-    return ids_of_parts(tokenizer, parts[0]), ids_of_parts(tokenizer, parts[1], continuation=True)
+        pieces = _parts(tokenizer, conversation, **arguments)
+    _check_once(sum(text.count(mark) for text, _ in pieces))
+    place = next(place for place, (text, _) in enumerate(pieces) if mark in text)
+    (text, written) = pieces[place]
+    before, after = text.split(mark)
+    return (
+        ids_of_parts(tokenizer, [*pieces[:place], (before, written)]),
+        ids_of_parts(tokenizer, [(after, written), *pieces[place + 1 :]], continuation=True),
+    )
+
+
+def new_mark(texts: Iterable[str]) -> str:
+    """A random word that occurs in none of the texts, to stand for a content in a conversation."""
+    return _marks(1, texts)[0]
 
 
 def _check_once(count: int) -> None:
     if count != 1:
         raise ValueError(
-            f"the chat template writes the assistant's answer {count} times; guidance needs a template that writes it "
+            f"the chat template writes the response {count} times; guidance needs a template that writes it "
             "exactly once (pass another with chat_template=)"
         )
 
 
-def _encode(
-    tokenizer: Any, conversation: Conversation, *, add_generation_prompt: bool, chat_template: str | None
-) -> list[int]:
-    arguments = {"add_generation_prompt": add_generation_prompt, "chat_template": chat_template}
+def _encode(tokenizer: Any, conversation: Conversation, **arguments: Any) -> list[int]:
     if _is_safe(tokenizer, conversation):
         text = render(tokenizer, conversation, **arguments)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -104,6 +104,39 @@ class VocabularyMap:
         """Share of the ids that can be drawn that have a counterpart, from 0 to 1."""
         return self._matched / self._drawable if self._drawable else 0.0
 
+    @property
+    def known(self) -> Tensor:
+        """[V] bool: which ids something stands for."""
+        if self.unmatched != "zero" and self._substitute is not None:
+            return torch.ones(self.vocab_size, dtype=torch.bool)
+        known = self.ids >= 0
+        known[list(self.pieces)] = True
+        return known
+
+    @property
+    def complete(self) -> bool:
+        """Whether something stands for every id."""
+        return bool(self.known.all())
+
+    def matrix(self, rows: int) -> Tensor:
+        """The map as a sparse float64 matrix [rows, V]: column v holds what stands for id v, and sums to one or zero.
+
+        Args:
+            rows: of the reward model's vocabulary.
+        """
+        ids = self.ids.clone()
+        if self.unmatched != "zero" and self._substitute is not None:
+            ids[ids < 0] = self._substitute
+        ids[list(self.pieces)] = -1
+        single = (ids >= 0).nonzero()[:, 0]
+        pieces = [(piece, token, 1 / len(found)) for token, found in self.pieces.items() for piece in found]
+        places = torch.tensor([[p, t] for p, t, _ in pieces], dtype=torch.long).reshape(-1, 2).T
+        values = torch.tensor([share for _, _, share in pieces], dtype=torch.float64)
+        places = torch.cat([torch.stack([ids[single], single]), places], dim=1)
+        values = torch.cat([torch.ones(len(single), dtype=torch.float64), values])
+        size = rows, self.vocab_size
+        return torch.sparse_coo_tensor(places, values, size, check_invariants=False).coalesce()
+
     def __repr__(self) -> str:
         return (
             f"VocabularyMap({self._matched} of {self._drawable} tokens matched ({self.coverage:.1%}), "

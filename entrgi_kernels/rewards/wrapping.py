@@ -7,14 +7,19 @@ from typing import Any
 
 from torch import nn
 
+from entrgi_kernels.models.modules import output_head
 from entrgi_kernels.rewards.base import Reward
+from entrgi_kernels.rewards.judge import JudgeReward
+from entrgi_kernels.rewards.likelihood import LikelihoodReward
 from entrgi_kernels.rewards.savings import parse_savings
 from entrgi_kernels.rewards.sequence_classification import SequenceClassifierReward
+from entrgi_kernels.rewards.similarity import SimilarityReward
 from entrgi_kernels.rewards.vocabulary import check_unmatched
 
 _ACCEPTED = (
-    "accepted: a loaded sequence classifier with one label (AutoModelForSequenceClassification) together with its "
-    "tokenizer, or an object that follows entrgi_kernels.rewards.Reward"
+    "accepted, each loaded and with its tokenizer: a sequence classifier with one label "
+    "(AutoModelForSequenceClassification), a causal language model (AutoModelForCausalLM; with question= a judge), a "
+    "sentence-embedding model (AutoModel) with target=; or an object that follows entrgi_kernels.rewards.Reward"
 )
 
 
@@ -22,24 +27,35 @@ def wrap(
     model_or_reward: Any,
     tokenizer: Any = None,
     *,
+    question: str | None = None,
+    target: str | None = None,
     unmatched: str = "unk",
     chat_template: str | None = None,
     exact_savings: str | Iterable[str] | None = "all",
 ) -> Reward:
-    """Make a reward of a model, or return the reward that is given.
+    """Make a reward of a model by its class, or return the reward that is given.
+
+    ====================================  ======================================================================
+    ``*ForSequenceClassification``        :class:`SequenceClassifierReward`
+    ``*ForCausalLM``                      :class:`LikelihoodReward`; with ``question=``, :class:`JudgeReward`
+    a network without a head (AutoModel)  :class:`SimilarityReward`, needs ``target=``
+    a reward                              itself
+    ====================================  ======================================================================
 
     Args:
-        model_or_reward: a sequence classifier with one label, or something that follows the :class:`Reward` protocol.
+        model_or_reward: one of these.
         tokenizer: the model's tokenizer; not needed for a reward, which has its own.
+        question: to be answered by yes or no, for a causal LM as a judge.
+        target: a text to come close to, for a sentence-embedding model.
         unmatched: what stands for tokens of the diffusion LM that the reward model does not know: ``"unk"``,
             ``"zero"`` or ``"pieces"`` (see :class:`VocabularyMap`).
         chat_template: a template to use instead of the tokenizer's own.
         exact_savings: work that a decoder's reward leaves out without changing a result: "all", "none" or a set of
-            names (see :class:`SequenceClassifierReward`); a reward that is returned as it is keeps its own.
+            names (see :class:`NetworkReward`); a reward that is returned as it is keeps its own.
 
     Raises:
-        TypeError: neither a classifier nor a reward, or the tokenizer is missing.
-        ValueError: see :class:`SequenceClassifierReward`.
+        TypeError: neither a model of these kinds nor a reward, or the tokenizer or the target is missing.
+        ValueError: see the classes.
     """
     check_unmatched(unmatched)
     parse_savings(exact_savings)
@@ -47,22 +63,42 @@ def wrap(
         return model_or_reward
     if isinstance(model_or_reward, str):
         raise TypeError(f"a reward cannot be the string {model_or_reward!r}; load the model first; {_ACCEPTED}")
-    if not isinstance(model_or_reward, nn.Module):
-        raise TypeError(f"a reward cannot be {type(model_or_reward).__name__}; {_ACCEPTED}")
     name = type(model_or_reward).__name__
-    if _has_vocabulary_head(model_or_reward):
-        raise TypeError(f"{name} predicts tokens and is no sequence classifier; {_ACCEPTED}")
+    if not isinstance(model_or_reward, nn.Module):
+        if callable(model_or_reward):
+            name = getattr(model_or_reward, "__name__", name)
+            raise TypeError(
+                f"a function ({name}) needs an embedding table: pass "
+                "entrgi_kernels.rewards.CallableReward(function, embedding, tokenizer)"
+            )
+        if isinstance(model_or_reward, (list, tuple)):
+            raise TypeError(
+                f"a reward cannot be a {name}: pass entrgi_kernels.rewards.WeightedSum([(weight, reward), ...]), or "
+                "0.7 * a + 0.3 * b"
+            )
+        raise TypeError(f"a reward cannot be {name}; {_ACCEPTED}")
     if tokenizer is None:
         raise TypeError(f"the reward model {name} needs its tokenizer; pass it as the reward tokenizer")
-    return SequenceClassifierReward(
-        model_or_reward, tokenizer, unmatched=unmatched, chat_template=chat_template, exact_savings=exact_savings
-    )
+    common: dict[str, Any] = {"unmatched": unmatched}
+    savings: dict[str, Any] = {"chat_template": chat_template, "exact_savings": exact_savings}
+    if question is not None and target is not None:
+        raise TypeError("question= makes a judge and target= a similarity; pass one of them")
+    if target is not None:
+        return SimilarityReward(model_or_reward, tokenizer, target, **common)
+    if question is not None:
+        return JudgeReward(model_or_reward, tokenizer, question, **common, **savings)
+    if _is_classifier(model_or_reward):
+        return SequenceClassifierReward(model_or_reward, tokenizer, **common, **savings)
+    if output_head(model_or_reward) is not None:
+        return LikelihoodReward(model_or_reward, tokenizer, **common, **savings)
+    # No head at all: an embedding model, unless a classifier of somebody's own is meant.
+    if name.endswith("Model"):
+        raise TypeError(
+            f"{name} has no head, so it makes no reward without target= (a text to come close to); {_ACCEPTED}"
+        )
+    return SequenceClassifierReward(model_or_reward, tokenizer, **common, **savings)
 
 
-def _has_vocabulary_head(module: nn.Module) -> bool:
-    if "SequenceClassification" in type(module).__name__:
-        return False
-    try:
-        return module.get_output_embeddings() is not None
-    except (AttributeError, NotImplementedError):
-        return False
+def _is_classifier(module: nn.Module) -> bool:
+    core = module.get_base_model() if hasattr(module, "get_base_model") else module  # PEFT wraps the model it adapts
+    return "SequenceClassification" in type(core).__name__

@@ -42,7 +42,7 @@ SUBSETS = [{PREFIX}, {DEAD}, {LAST_LAYER}, {PREFIX, COMMITTED}, set(NAMES) - {PR
 
 
 @pytest.fixture
-def make(tokenizer, classifier) -> Callable[..., rewards.SequenceClassifierReward]:
+def make(tokenizer, classifier, in_double) -> Callable[..., rewards.SequenceClassifierReward]:
     def build(name: str = "Qwen3", attention: str = "sdpa", dtype=torch.float64, **changes):
         module = classifier(len(tokenizer), name, dtype=dtype, attn_implementation=attention, **changes)
         if dtype == torch.float64:
@@ -50,17 +50,6 @@ def make(tokenizer, classifier) -> Callable[..., rewards.SequenceClassifierRewar
         return rewards.wrap(module, tokenizer)
 
     return build
-
-
-def in_double(module: torch.nn.Module) -> None:
-    """Norms in float64: transformers' own compute, and pass gradients on, in float32 whatever the network's dtype."""
-    for norm in module.modules():
-        if type(norm).__name__.endswith("RMSNorm"):
-
-            def forward(x, norm=norm):
-                return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (0.5 + norm.weight)
-
-            norm.forward = forward
 
 
 def steps(samples: int, dtype: torch.dtype, prompts: int = 2, seed: int = 0) -> list[tuple]:

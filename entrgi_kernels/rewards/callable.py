@@ -1,0 +1,119 @@
+"""A plain function as a reward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entrgi_kernels.models.modules import evaluating, frozen, plain_precision
+from entrgi_kernels.rewards.base import EmbeddingReward, PreparedPrompts, assemble
+from entrgi_kernels.rewards.network import check_texts, widened
+from entrgi_kernels.rewards.template import PLAIN, Conversation
+
+RewardFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class CallableReward(EmbeddingReward):
+    """Any function ``(inputs_embeds [B, T, D], attention_mask [B, T], position_ids [B, T]) -> rewards [B]``.
+
+    ::
+
+        def brightness(inputs_embeds, attention_mask, position_ids):
+            scores = network(inputs_embeds)                       # [B, T]
+            return (scores * attention_mask).sum(1) / attention_mask.sum(1)
+
+        reward = CallableReward(brightness, network.embed_tokens, tokenizer)
+        GuidedSampler(model, reward, tokenizer).generate(["Why is the sky blue?"])
+
+    The rows are the chat template's [prefix | response | suffix], in the dtype of the embedding. Padding (zeros) lies
+    to the left of a row, or behind its response where suffixes differ in length; what is dead or padding has a 0 in
+    ``attention_mask`` (int64), and must not change the reward.
+
+    Args:
+        function: differentiable in its first argument.
+        embedding: an ``nn.Embedding`` (called, so it may scale), or its weights [R, D].
+        tokenizer: whose ids these rows are.
+        module: a network that the function uses, to be frozen and in evaluation mode while it runs; optional.
+        unmatched: see :class:`VocabularyMap`.
+        chat_template: a template to use instead of the tokenizer's own; a tokenizer without any is given the turns
+            one below the other.
+
+    Raises:
+        TypeError: the function cannot be called, or the embedding is none.
+        ValueError: as for :class:`EmbeddingReward`; in use, when the function returns anything but [B] numbers.
+    """
+
+    def __init__(
+        self,
+        function: RewardFunction,
+        embedding: nn.Module | Tensor,
+        tokenizer: Any,
+        *,
+        module: nn.Module | None = None,
+        unmatched: str = "unk",
+        chat_template: str | None = None,
+    ) -> None:
+        if not callable(function):
+            raise TypeError(
+                f"a reward function cannot be {type(function).__name__}; accepted: a callable of (inputs_embeds, "
+                "attention_mask, position_ids) that returns rewards [B]"
+            )
+        if isinstance(embedding, Tensor):
+            if embedding.dim() != 2 or not embedding.is_floating_point():
+                raise TypeError(
+                    f"embedding must be floating-point [R, D], got {embedding.dtype} {tuple(embedding.shape)}"
+                )
+            embedding = nn.Embedding.from_pretrained(embedding.detach())
+        self.function = function
+        self._network = module
+        if chat_template is None and not getattr(tokenizer, "chat_template", None):
+            chat_template = PLAIN
+        super().__init__(_Holder(embedding), tokenizer, unmatched=unmatched, chat_template=chat_template)
+
+    def __repr__(self) -> str:
+        return f"CallableReward({getattr(self.function, '__name__', type(self.function).__name__)})"
+
+    def score_embeddings(self, prepared: PreparedPrompts, index: Tensor, response: Tensor, alive: Tensor) -> Tensor:
+        """The function's rewards [B] of [prefix | response | suffix]; see :meth:`Reward.score_embeddings`."""
+        rows = assemble(prepared, index, response, alive)
+        return self._call(rows.embeddings, rows.mask, rows.positions)
+
+    @torch.no_grad()
+    def score_texts(self, conversations: list[Conversation], responses: list[str], batch_size: int = 8) -> list[float]:
+        """The function's rewards of finished responses, through the template and the tokenizer.
+
+        Raises:
+            ValueError, TypeError: as for :meth:`NetworkReward.score_texts`.
+        """
+        check_texts(conversations, responses, batch_size)
+        rows = [self.encode(turns, response) for turns, response in zip(conversations, responses, strict=True)]
+        scores: list[float] = []
+        for start in range(0, len(rows), batch_size):
+            embeddings, mask = self.embed_right_aligned(rows[start : start + batch_size])
+            scores += self._call(embeddings, mask, (mask.long().cumsum(1) - 1).clamp_min(0)).tolist()
+        return scores
+
+    def _call(self, embeddings: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        network = self._network if self._network is not None else self.module
+        with plain_precision(self.device), evaluating(network), frozen(network):
+            rewards = self.function(embeddings, mask.long(), positions)
+        if not isinstance(rewards, Tensor) or rewards.shape != mask.shape[:1] or not rewards.is_floating_point():
+            given = f"{rewards.dtype} {tuple(rewards.shape)}" if isinstance(rewards, Tensor) else type(rewards).__name__
+            raise ValueError(f"the reward function returned {given}; accepted: floating-point [B] = {(len(mask),)}")
+        return widened(rewards)
+
+
+class _Holder(nn.Module):
+    """A network that is nothing but its embedding."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(getattr(embedding, "weight", None), Tensor):
+            raise TypeError(f"embedding must be an nn.Embedding or a tensor [R, D], got {type(embedding).__name__}")
+        self.embedding = embedding
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding

@@ -1,0 +1,251 @@
+"""How close a response is to a target text, by a sentence-embedding model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from entrgi_kernels.models.modules import (
+    accepted_arguments,
+    evaluating,
+    first_nonfinite_parameter,
+    frozen,
+    plain_precision,
+)
+from entrgi_kernels.rewards.base import EmbeddingReward, PreparedPrompts, Targets, assemble
+from entrgi_kernels.rewards.causal import wide
+from entrgi_kernels.rewards.network import check_texts
+from entrgi_kernels.rewards.plain import plain_ids
+from entrgi_kernels.rewards.savings import last_real
+from entrgi_kernels.rewards.template import Conversation
+
+POOLINGS = ("mean", "cls", "max", "last")
+# What sentence-transformers calls these in a pooling module's config.json.
+_FLAGS = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_lasttoken": "last",
+}
+_NAMES = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
+
+
+class SimilarityReward(EmbeddingReward):
+    """Cosine, from -1 to 1, between the sentence embeddings of the response and of a target text.
+
+    ::
+
+        module = AutoModel.from_pretrained("sentence-transformers/all-MiniLM-L6-v2")
+        tokenizer = AutoTokenizer.from_pretrained("sentence-transformers/all-MiniLM-L6-v2")
+        reward = SimilarityReward(module, tokenizer, "The soup was cold.", unmatched="pieces")
+        GuidedSampler(model, reward, tokenizer_of_the_model).generate(["How was the inn?"])
+
+    The response is read alone, between the special tokens that the tokenizer puts around a text; the prompt plays no
+    part. Positions are counted over live slots, as they will be once the response is text.
+
+    Args:
+        module: an encoder (BERT, MiniLM, MPNet, XLM-R, ...) or an embedding decoder, returning hidden states.
+        tokenizer: its tokenizer; no chat template is needed.
+        target: the text to come close to.
+        pooling: ``"mean"``, ``"cls"``, ``"max"`` or ``"last"``; None takes what the model's own sentence-transformers
+            files say (``modules.json``), and ``"mean"`` where there are none.
+        max_length: tokens read at most, special ones included; None takes what these files and the model's positions
+            allow. What is longer is cut, as sentence-transformers does.
+        unmatched: see :class:`VocabularyMap`; ``"pieces"`` is best across tokenizers of different granularity.
+
+    Attributes:
+        pooling, max_length: those in use.
+        takes_targets: True, to leave out a slot that ends the response.
+
+    Raises:
+        TypeError: not a network, or no tokenizer.
+        ValueError: an empty target, an unknown pooling, or modules that change embeddings in another way (Dense).
+    """
+
+    takes_targets = True
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tokenizer: Any,
+        target: str,
+        *,
+        pooling: str | None = None,
+        max_length: int | None = None,
+        unmatched: str = "unk",
+    ) -> None:
+        if not isinstance(target, str) or not target.strip():
+            raise ValueError(f"a similarity needs a target text, got {target!r}")
+        if pooling is not None and pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(map(repr, POOLINGS))}, got {pooling!r}")
+        super().__init__(module, tokenizer, unmatched=unmatched)
+        bad = first_nonfinite_parameter(module)
+        if bad is not None:
+            raise ValueError(
+                f"parameter {bad!r} of {type(module).__name__} holds NaN or infinite values; the weights are damaged"
+            )
+        theirs, length = _settings(getattr(getattr(module, "config", None), "_name_or_path", "") or "", pooling is None)
+        self.target, self.pooling = target, pooling or theirs or "mean"
+        limits = [limit for limit in (max_length or length, _positions(module)) if limit]
+        self.max_length: int | None = min(limits) if limits else None
+        self._accepts = accepted_arguments(module)
+        self._aim: tuple[Any, Tensor] | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"SimilarityReward({type(self.module).__name__}, target={self.target!r}, pooling={self.pooling!r}, "
+            f"max_length={self.max_length})"
+        )
+
+    def split(self, conversation: Conversation) -> tuple[list[int], list[int]]:
+        """The special tokens before and after a text."""
+        whole = list(self.tokenizer("a")["input_ids"])
+        inner = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
+        for start in range(len(whole) - len(inner) + 1):
+            if whole[start : start + len(inner)] == inner:
+                return whole[:start], whole[start + len(inner) :]
+        return [], []
+
+    def encode(self, conversation: Conversation, response: str) -> list[int]:
+        """Token ids of the response between the special tokens, cut to ``max_length``."""
+        prefix, suffix = self.split(conversation)
+        room = None if self.max_length is None else max(0, self.max_length - len(prefix) - len(suffix))
+        return [*prefix, *plain_ids(self.tokenizer, response)[:room], *suffix]
+
+    def score_embeddings(
+        self,
+        prepared: PreparedPrompts,
+        index: Tensor,
+        response: Tensor,
+        alive: Tensor,
+        *,
+        targets: Targets | None = None,
+    ) -> Tensor:
+        """Cosines [B] (float32, float64 for a float64 model), differentiable in ``response`` [B, L, D].
+
+        See :meth:`Reward.score_embeddings`; ``targets`` tells which slots end a response.
+        """
+        with plain_precision(self.device), evaluating(self.module), frozen(self.module):
+            alive = alive if targets is None else alive & ~targets.ended
+            if self.max_length is not None:
+                fixed = prepared.prefix_valid.shape[1] + prepared.suffix_valid.shape[1]
+                room = max(0, self.max_length - fixed)
+                alive = alive & (alive.cumsum(1) <= room)  # the first live slots that fit, as of the finished text
+            rows = assemble(prepared, index, response, alive)
+            return self._cosine(rows.embeddings, rows.mask)
+
+    @torch.no_grad()
+    def score_texts(self, conversations: list[Conversation], responses: list[str], batch_size: int = 8) -> list[float]:
+        """Cosines of finished responses. A batch gives what single texts would.
+
+        Raises:
+            ValueError, TypeError: as for :meth:`NetworkReward.score_texts`.
+        """
+        check_texts(conversations, responses, batch_size)
+        rows = [self.encode(turns, response) for turns, response in zip(conversations, responses, strict=True)]
+        scores: list[float] = []
+        with plain_precision(self.device), evaluating(self.module):
+            for start in range(0, len(rows), batch_size):
+                scores += self._cosine(*self.embed_right_aligned(rows[start : start + batch_size])).tolist()
+        return scores
+
+    # ---- how the model is run
+
+    def _cosine(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        return functional.cosine_similarity(self._sentences(embeddings, mask), self._target(), dim=-1)
+
+    def _target(self) -> Tensor:
+        """The target's sentence embedding [1, D'], computed again when the model has moved or changed."""
+        weight = self.embedding.weight
+        state = weight.device, weight.dtype, weight.data_ptr(), -1 if weight.is_inference() else weight._version
+        if self._aim is None or self._aim[0] != state:
+            with torch.no_grad():
+                self._aim = state, self._sentences(*self.embed_right_aligned([self.encode([], self.target)]))
+        return self._aim[1]
+
+    def _sentences(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Pooled embeddings [B, D'] of rows [B, T, D], packed to the left: absolute positions count from there."""
+        order = (~mask).long().argsort(dim=1, stable=True)
+        embeddings, mask = embeddings.take_along_dim(order[..., None], 1), mask.gather(1, order)
+        if mask.device.type == "cpu":  # elsewhere, knowing the longest row would mean waiting for the device
+            longest = max(1, int(mask.sum(1).max()))
+            embeddings, mask = embeddings[:, :longest], mask[:, :longest]
+        elif self.max_length is not None:
+            embeddings, mask = embeddings[:, : self.max_length], mask[:, : self.max_length]
+        arguments: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": mask.long()}
+        if "use_cache" in self._accepts:
+            arguments["use_cache"] = False
+        output = self.module(**arguments)
+        hidden = getattr(output, "last_hidden_state", None)
+        hidden = wide(hidden if isinstance(hidden, Tensor) else output[0])
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        if self.pooling == "last":
+            return hidden[torch.arange(len(hidden), device=hidden.device), last_real(mask)]
+        if self.pooling == "max":
+            return hidden.masked_fill(~mask[..., None], torch.finfo(hidden.dtype).min).amax(1)
+        return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+
+
+def _settings(source: str, pooling: bool) -> tuple[str | None, int | None]:
+    """Pooling and longest text that a model's sentence-transformers files ask for, None where they say nothing.
+
+    Args:
+        source: the folder or the hub's name that the model was loaded from.
+        pooling: whether the pooling will be used.
+    """
+    modules = _read(source, "modules.json")
+    length = (_read(source, "sentence_bert_config.json") or {}).get("max_seq_length")
+    if modules is None or not pooling:
+        return None, length
+    kinds = {module["type"].rpartition(".")[2]: module.get("path", "") for module in modules}
+    strange = kinds.keys() - {"Transformer", "Pooling", "Normalize"}
+    if strange:
+        raise ValueError(
+            f"the sentence-embedding model {source} has modules of type {', '.join(sorted(strange))}, which are not "
+            "supported; accepted: Transformer, Pooling and Normalize (or pass pooling= to leave the others out)"
+        )
+    config = _read(source, f"{kinds.get('Pooling', '1_Pooling')}/config.json") or {}
+    chosen = [name for flag, name in _FLAGS.items() if config.get(flag)]
+    if "pooling_mode" in config:  # how newer versions write it
+        chosen = [_NAMES.get(mode, mode) for mode in (config["pooling_mode"],) if isinstance(mode, str)]
+    others = [flag for flag, on in config.items() if flag.startswith("pooling_mode_") and on is True]
+    if len(chosen) != 1 or chosen[0] not in POOLINGS or set(others) - _FLAGS.keys():
+        raise ValueError(
+            f"the sentence-embedding model {source} pools by {config.get('pooling_mode') or others}; accepted: one of "
+            f"{', '.join(map(repr, POOLINGS))} (pass pooling= to choose)"
+        )
+    return chosen[0], length
+
+
+def _read(source: str, name: str) -> Any:
+    """A JSON file beside a model's weights, None where there is none."""
+    from transformers.utils import cached_file
+
+    if not source:
+        return None
+    path = cached_file(
+        source,
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _positions(module: nn.Module) -> int | None:
+    """How many positions a model has, None where it says nothing."""
+    config = getattr(module, "config", None)
+    count = getattr(config, "max_position_embeddings", None)
+    # RoBERTa and its kin count positions from behind the padding token.
+    table = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
+    offset = getattr(table, "padding_idx", None)
+    return count if count is None or offset is None else count - offset - 1

@@ -1,0 +1,181 @@
+"""Several rewards at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entrgi_kernels.rewards.base import Combinable, PreparedPrompts, Reward, Targets
+from entrgi_kernels.rewards.template import Conversation
+
+
+class WeightedSum(Combinable):
+    """A weighted sum of rewards, each with a network, a tokenizer and a template of its own.
+
+    ::
+
+        polite = JudgeReward(lm, lm_tokenizer, "Is the response polite?")
+        near = SimilarityReward(encoder, encoder_tokenizer, "The soup was cold.")
+        reward = 0.7 * polite + 5 * near - 0.1 * LikelihoodReward(lm, lm_tokenizer)
+        reward = WeightedSum([(0.7, polite), (5, near)], names=["polite", "near"])       # the same, with names
+
+        reward.score_components(conversations, texts)          # {"polite": [...], "near": [...]}, unweighted
+        reward.last_components                                  # of the last guidance step
+
+    The parts' embedding tables stand side by side, E [V, D1 + D2 + ...], and a response's embedding is cut up again,
+    so that any number of rewards costs one soft embedding and the parts' own forwards. Gradients add up by the
+    weights: rewards of different scales want weights that level them.
+
+    Args:
+        parts: (weight, reward) pairs; a part that is a sum itself is taken apart.
+        names: of the parts, for reports; by default the classes' names, numbered where they repeat.
+
+    Attributes:
+        weights, rewards, names: of the parts.
+        last_components: unweighted rewards [B] of each part in the last :meth:`score_embeddings`, by name.
+        exact_savings: of the parts, in order; may be set to one setting for all.
+
+    Raises:
+        TypeError: a part is no reward, or a weight no number.
+        ValueError: no parts, a weight that is not finite, or names that do not fit.
+    """
+
+    takes_committed = True
+    takes_targets = True
+
+    def __init__(self, parts: Iterable[tuple[float, Reward]], *, names: Sequence[str] | None = None) -> None:
+        self.weights: list[float] = []
+        self.rewards: list[Reward] = []
+        for part in parts:
+            if not isinstance(part, (tuple, list)) or len(part) != 2:
+                raise TypeError(f"a part of a sum must be (weight, reward), got {part!r:.100}")
+            weight, reward = part
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                raise TypeError(f"a weight must be a number, got {weight!r:.100}")
+            if not math.isfinite(weight):
+                raise ValueError(f"a weight must be finite, got {weight}")
+            if isinstance(reward, type) or not isinstance(reward, Reward):
+                raise TypeError(
+                    f"a part of a sum cannot be {type(reward).__name__}; accepted: rewards (make one of a model with "
+                    "entrgi_kernels.rewards.wrap)"
+                )
+            inner = list(zip(reward.weights, reward.rewards, strict=True)) if isinstance(reward, WeightedSum) else None
+            for factor, one in inner if inner is not None else [(1.0, reward)]:
+                self.weights.append(float(weight) * factor)
+                self.rewards.append(one)
+        if not self.rewards:
+            raise ValueError("a sum of no rewards; accepted: at least one (weight, reward)")
+        self.names = _names(self.rewards) if names is None else [str(name) for name in names]
+        if len(self.names) != len(self.rewards) or len(set(self.names)) != len(self.names):
+            raise ValueError(f"names must be {len(self.rewards)} different ones, got {self.names}")
+        self.last_components: dict[str, Tensor] = {}
+        self._tables: dict[tuple[int, int], tuple[list[Tensor], Tensor]] = {}
+
+    def __repr__(self) -> str:
+        terms = (f"{weight:g} * {reward!r}" for weight, reward in zip(self.weights, self.rewards, strict=True))
+        return f"WeightedSum({' + '.join(terms)})"
+
+    @property
+    def exact_savings(self) -> tuple[Any, ...]:
+        """What each part has, None for parts without savings."""
+        return tuple(getattr(reward, "exact_savings", None) for reward in self.rewards)
+
+    @exact_savings.setter
+    def exact_savings(self, names: Any) -> None:
+        each = names if isinstance(names, tuple) else (names,) * len(self.rewards)
+        for reward, own in zip(self.rewards, each, strict=True):
+            if getattr(reward, "exact_savings", None) is not None:
+                reward.exact_savings = own  # type: ignore[attr-defined]
+
+    def embedding_table(self, tokenizer: Any, vocab_size: int) -> Tensor:
+        """E [V, D1 + D2 + ...] in the widest of the parts' dtypes; cached until a part's table changes."""
+        tables = [reward.embedding_table(tokenizer, vocab_size) for reward in self.rewards]
+        key = id(tokenizer), vocab_size
+        known = self._tables.get(key)
+        if known is None or any(a is not b for a, b in zip(known[0], tables, strict=True)):
+            dtype = tables[0].dtype
+            for table in tables:
+                dtype = torch.promote_types(dtype, table.dtype)
+                if table.device != tables[0].device:
+                    raise ValueError(
+                        f"the parts of a sum are on {tables[0].device} and on {table.device}: expected one device"
+                    )
+            self._tables[key] = known = tables, torch.cat([table.to(dtype) for table in tables], dim=1)
+        return known[1]
+
+    def prepare(self, conversations: list[Conversation]) -> PreparedPrompts:
+        """Each part's own view of the prompts."""
+        parts = [reward.prepare(conversations) for reward in self.rewards]
+        return PreparedPrompts([list(turns) for turns in conversations], extra={"parts": parts})
+
+    def score_embeddings(
+        self,
+        prepared: PreparedPrompts,
+        index: Tensor,
+        response: Tensor,
+        alive: Tensor,
+        *,
+        committed: Tensor | int | None = None,
+        targets: Targets | None = None,
+    ) -> Tensor:
+        """Weighted rewards [B], differentiable in ``response`` [B, L, D1 + D2 + ...].
+
+        See :meth:`Reward.score_embeddings`; ``committed`` and ``targets`` go to the parts that take them.
+        """
+        total, start = None, 0
+        self.last_components = {}
+        parts = prepared.extra["parts"]
+        for name, weight, reward, part in zip(self.names, self.weights, self.rewards, parts, strict=True):
+            width = _width(part, reward)
+            given: dict[str, Any] = {}
+            if getattr(reward, "takes_committed", False):
+                given["committed"] = committed
+            if getattr(reward, "takes_targets", False):
+                given["targets"] = targets
+            value = reward.score_embeddings(part, index, response[..., start : start + width], alive, **given)
+            start += width
+            self.last_components[name] = value.detach()
+            total = weight * value if total is None else total + weight * value
+        if start != response.shape[-1]:
+            raise ValueError(f"response must be [B, L, {start}], got shape {tuple(response.shape)}")
+        assert total is not None
+        return total
+
+    def score_texts(self, conversations: list[Conversation], responses: list[str], batch_size: int = 8) -> list[float]:
+        """Weighted rewards of finished responses."""
+        found = self.score_components(conversations, responses, batch_size)
+        return [
+            sum(weight * value for weight, value in zip(self.weights, values, strict=True))
+            for values in zip(*found.values(), strict=True)
+        ]
+
+    def score_components(
+        self, conversations: list[Conversation], responses: list[str], batch_size: int = 8
+    ) -> dict[str, list[float]]:
+        """Unweighted rewards of finished responses, by part."""
+        return {
+            name: reward.score_texts(conversations, responses, batch_size=batch_size)
+            for name, reward in zip(self.names, self.rewards, strict=True)
+        }
+
+
+def _names(rewards: list[Reward]) -> list[str]:
+    kinds = [type(reward).__name__.removesuffix("Reward") for reward in rewards]
+    return [
+        kind if kinds.count(kind) == 1 else f"{kind} {kinds[: place + 1].count(kind)}"
+        for place, kind in enumerate(kinds)
+    ]
+
+
+def _width(prepared: PreparedPrompts, reward: Reward) -> int:
+    """D of a part."""
+    if prepared.prefix is not None:
+        return prepared.prefix.shape[-1]
+    raise ValueError(
+        f"{type(reward).__name__}.prepare left no prefix embeddings, by which a sum knows its width; accepted: "
+        "PreparedPrompts with prefix [P, A, D]"
+    )
