@@ -75,6 +75,7 @@ class LikelihoodReward(NetworkReward):
         )
         self._causal.check_causal()
         self._matrices: dict[VocabularyMap, Tensor] = {}
+        self._known: dict[tuple[VocabularyMap, torch.device], Tensor] = {}
         self._find_way("causal language models")
 
     # ---- what is expected where
@@ -261,8 +262,10 @@ class _Book:
         vocabulary = reward.vocabulary_map(self.targets.tokenizer, tokens)
         self.width = max(self.rows, tokens)
         self.open = self.rows + tokens
-        self.known = vocabulary.known.to(device)
-        self.linear = self.linear and bool(vocabulary.complete)
+        if (vocabulary, device) not in reward._known:  # copied once: a copy makes an accelerator wait
+            reward._known[vocabulary, device] = vocabulary.known.to(device)
+        self.known = reward._known[vocabulary, device]
+        self.linear = self.linear and vocabulary.complete
         if not self.linear:
             self.matrix = reward._matrix(vocabulary)
             return

@@ -39,6 +39,8 @@ class VocabularyMap:
         pieces: for ``"pieces"``, the reward tokens of each unmatched id's text.
         undrawable_ids: [U] int64, ids that must never be drawn: those without a token, and the mask token.
         identical: True when both tokenizers have the same vocabulary.
+        known: [V] bool, the ids that something stands for.
+        complete: True when something stands for every id.
 
     Raises:
         TypeError, ValueError: an argument is not what it should be, named in the message.
@@ -93,6 +95,11 @@ class VocabularyMap:
         drawable[self.undrawable_ids] = False
         self._drawable = int(drawable.sum())
         self._matched = int((drawable & (self.ids >= 0)).sum())
+        self.known = self.ids >= 0
+        self.known[list(self.pieces)] = True
+        if unmatched != "zero" and self._substitute is not None:
+            self.known[:] = True
+        self.complete = bool(self.known.all())
 
     @property
     def matched(self) -> int:
@@ -103,20 +110,6 @@ class VocabularyMap:
     def coverage(self) -> float:
         """Share of the ids that can be drawn that have a counterpart, from 0 to 1."""
         return self._matched / self._drawable if self._drawable else 0.0
-
-    @property
-    def known(self) -> Tensor:
-        """[V] bool: which ids something stands for."""
-        if self.unmatched != "zero" and self._substitute is not None:
-            return torch.ones(self.vocab_size, dtype=torch.bool)
-        known = self.ids >= 0
-        known[list(self.pieces)] = True
-        return known
-
-    @property
-    def complete(self) -> bool:
-        """Whether something stands for every id."""
-        return bool(self.known.all())
 
     def matrix(self, rows: int) -> Tensor:
         """The map as a sparse float64 matrix [rows, V]: column v holds what stands for id v, and sums to one or zero.
