@@ -29,6 +29,8 @@ COMMANDS = {
     "compare": Command("entrgi.compare", "the same prompts with and without guidance: rewards, texts, a report"),
     "train": Command("entrgi.train.command", "post-training on reward-guided samples (RGRL), or by diffu-GRPO"),
     "plot": Command("entrgi.train.plot", "reward curves of training runs in one picture"),
+    "evaluate": Command("entrgi.evaluate", "a grid of methods, models, temperatures, seeds and datasets; resumable"),
+    "report": Command("entrgi.report.command", "tables and pictures of evaluations, as HTML, Markdown or LaTeX"),
     "tiny train": Command("entrgi.tiny.train", "train the built-in tiny models again (about twenty minutes on a CPU)"),
     "env": Command("entrgi.env", "what this machine has: versions, devices, backends and why the rest are missing"),
 }

@@ -18,13 +18,13 @@ from .errors import UsageError, check_writable
 from .prompts import Prompt, prompt_text, read_prompts
 from .prompts import add_arguments as add_prompt_arguments
 from .statistics import Estimate, estimate, paired_difference
+from .tables import LABELS, text_table
 
 if TYPE_CHECKING:
     from entrgi_kernels import GuidedSampler
     from entrgi_kernels.guidance.config import GuidanceConfig
     from entrgi_kernels.guidance.results import GenerationResult
 
-LABELS = {"none": "Best-of-N", "expectation": "Expectation", "aps": "APS", "entrgi": "EntRGi"}
 METRICS = {
     "top1": "Top@1",
     "avg": "Avg@N",
@@ -246,7 +246,7 @@ def compare(
         "dtype": loaded.dtype,
         "tiny": loaded.tiny,
         "traced": trace,
-        **_versions(),
+        **versions(),
     }
     return Comparison(prompts, runs, {**about, **{k: v for k, v in config.to_dict().items() if k != "method"}})
 
@@ -292,29 +292,19 @@ def render(comparison: Comparison, *, texts: int = 3) -> str:
     for run in comparison.runs:
         values = run.estimates()
         rows.append([run.label, *(str(values[name]) for name in names), f"{run.seconds:.1f}"])
-    out += ["", "mean over prompts ± standard error", *_table(head, rows)]
+    out += ["", "mean over prompts ± standard error", *text_table(head, rows)]
     differences = comparison.differences()
     if differences:
         rows = [[f"{a.label} - {b.label}", *(d[name].signed() for name in names)] for a, b, d in differences]
         out += [
             "",
             "paired differences over the same prompts ± standard error",
-            *_table(["", *(METRICS[name] for name in names)], rows),
+            *text_table(["", *(METRICS[name] for name in names)], rows),
         ]
     width = max(len(METRICS[name]) for name in names)
     out += ["", *(f"{METRICS[name].ljust(width)}  {EXPLAINED[name]}" for name in names)]
     out += _texts(comparison, texts)
     return "\n".join(out)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        return "  ".join(cells).rstrip()
-
-    return [line(head), "-" * len(line(head)), *(line(row) for row in rows)]
 
 
 def _texts(comparison: Comparison, count: int) -> list[str]:
@@ -360,7 +350,8 @@ def _prompts(args: argparse.Namespace, tiny: bool) -> list[Prompt]:
     return prompts[: args.num_prompts or (_SHORT if args.short else None)]
 
 
-def _versions() -> dict[str, Any]:
+def versions() -> dict[str, Any]:
+    """What the numbers were made with."""
     import torch
     import transformers
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from . import loading
+from . import jsonl, loading
 from .errors import UsageError, check_writable
 from .prompts import Prompt, prompt_text, read_prompts
 from .prompts import add_arguments as add_prompt_arguments
@@ -144,26 +144,7 @@ def repair(path: Path) -> set[str]:
     Raises:
         UsageError: an unreadable file, or a line before the last that is none of ours: such a file is left alone.
     """
-    try:
-        data = path.read_bytes()
-        end = data.rfind(b"\n") + 1
-        keys = set()
-        for number, line in enumerate(data[:end].splitlines(), start=1):
-            if line.strip():
-                keys.add(_key_of(line, f"{path}, line {number}"))
-        if end < len(data):
-            try:
-                keys.add(_key_of(data[end:], str(path)))
-                tail = data[end:] + b"\n"
-            except UsageError:
-                tail = b""
-            with path.open("r+b") as file:
-                file.truncate(end)
-                file.seek(end)
-                file.write(tail)
-    except OSError as error:
-        raise UsageError(f"cannot resume {path}: {error.strerror or error}") from None
-    return keys
+    return set(jsonl.repair(path, _key_of))
 
 
 def _key_of(line: bytes, where: str) -> str:

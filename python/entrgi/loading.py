@@ -201,20 +201,21 @@ def uses_tiny(args: argparse.Namespace) -> bool:
     return args.model is None
 
 
-def load(args: argparse.Namespace, *, judge: bool = False) -> Loaded:
+def load(args: argparse.Namespace, *, judge: bool = False, reuse: Loaded | None = None) -> Loaded:
     """Load what the flags name.
 
     Args:
         args: parsed flags of :func:`add_model_arguments`.
         judge: also load the independent judge, where there is one (tiny models).
+        reuse: models loaded before, whose diffusion model is taken where it is the one wanted.
 
     Raises:
         UsageError: unknown device, missing files, a reward model that is none.
     """
     tiny = uses_tiny(args)
-    device = _device(args.device, tiny)
+    device = device_of(args.device, tiny)
     _quiet()
-    return _load_tiny(args.dtype, device, judge) if tiny else _load_paths(args, device)
+    return _load_tiny(args.dtype, device, judge) if tiny else _load_paths(args, device, reuse)
 
 
 def make_sampler(loaded: Loaded, config: GuidanceConfig) -> GuidedSampler:
@@ -267,7 +268,12 @@ def _without_warnings() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _device(name: str, tiny: bool) -> Any:
+def device_of(name: str, tiny: bool) -> Any:
+    """The ``torch.device`` of a flag; "auto" is a GPU where there is one, but for the tiny models.
+
+    Raises:
+        UsageError: a device that is not usable here.
+    """
     import torch
 
     if name == "auto":
@@ -281,7 +287,8 @@ def _device(name: str, tiny: bool) -> Any:
     return device
 
 
-def _dtype(name: str, auto: Any) -> Any:
+def dtype_of(name: str, auto: Any) -> Any:
+    """The ``torch.dtype`` of a flag; ``auto`` stands for itself."""
     import torch
 
     return auto if name == "auto" else getattr(torch, name)
@@ -292,7 +299,7 @@ def _load_tiny(dtype_name: str, device: Any, judge: bool) -> Loaded:
 
     from entrgi import tiny
 
-    dtype = _dtype(dtype_name, torch.float32)
+    dtype = dtype_of(dtype_name, torch.float32)
     try:
         model, tokenizer = tiny.load_diffusion(dtype)
         reward, reward_tokenizer = tiny.load_reward(dtype)
@@ -316,46 +323,63 @@ def _to(model: Any, device: Any) -> Any:
     return model
 
 
-def _load_paths(args: argparse.Namespace, device: Any) -> Loaded:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    from entrgi_kernels import models
-
-    try:
-        model, tokenizer = models.load(
-            args.model,
-            dtype=_dtype(args.dtype, "auto"),
-            device=device,
-            trust_remote_code=args.trust_remote_code,
-            quantization_config=getattr(args, "quantization", None),
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(f"cannot load --model {args.model}: {_first_line(error)}") from error
-    options = {"trust_remote_code": args.trust_remote_code}
-    try:
-        reward_tokenizer = AutoTokenizer.from_pretrained(args.reward, **options)
-        with _without_warnings():
-            reward, report = AutoModelForSequenceClassification.from_pretrained(
-                args.reward, dtype=_dtype(args.dtype, "auto"), output_loading_info=True, **options
-            )
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(f"cannot load --reward {args.reward}: {_first_line(error)}") from error
-    # transformers fills a missing head with noise and only warns: guidance would then follow that noise.
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise UsageError(f"--reward {args.reward} is no trained reward model: its files lack {missing}")
-    if reward.config.num_labels != 1:
-        raise UsageError(f"--reward {args.reward} has {reward.config.num_labels} labels; a reward model has one")
+def _load_paths(args: argparse.Namespace, device: Any, reuse: Loaded | None) -> Loaded:
+    if reuse is not None and reuse.model_name == args.model:
+        model, tokenizer = reuse.model, reuse.tokenizer
+    else:
+        model, tokenizer = _load_diffusion(args, device)
+    reward, reward_tokenizer = load_reward(args.reward, args.dtype, device, args.trust_remote_code)
     return Loaded(
         model,
         tokenizer,
-        reward.eval().to(device),
+        reward,
         reward_tokenizer,
         model_name=args.model,
         reward_name=args.reward,
         dtype=str(reward.dtype).removeprefix("torch.") if args.dtype == "auto" else args.dtype,
         tiny=False,
     )
+
+
+def _load_diffusion(args: argparse.Namespace, device: Any) -> tuple[Any, Any]:
+    from entrgi_kernels import models
+
+    try:
+        return models.load(
+            args.model,
+            dtype=dtype_of(args.dtype, "auto"),
+            device=device,
+            trust_remote_code=args.trust_remote_code,
+            quantization_config=getattr(args, "quantization", None),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"cannot load --model {args.model}: {_first_line(error)}") from error
+
+
+def load_reward(name: str, dtype: str, device: Any, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer) of a sequence classifier with one label.
+
+    Raises:
+        UsageError: missing files, a reward model that is none.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        with _without_warnings():
+            reward, report = AutoModelForSequenceClassification.from_pretrained(
+                name, dtype=dtype_of(dtype, "auto"), output_loading_info=True, **options
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"cannot load --reward {name}: {_first_line(error)}") from error
+    # transformers fills a missing head with noise and only warns: guidance would then follow that noise.
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UsageError(f"--reward {name} is no trained reward model: its files lack {missing}")
+    if reward.config.num_labels != 1:
+        raise UsageError(f"--reward {name} has {reward.config.num_labels} labels; a reward model has one")
+    return reward.eval().to(device), tokenizer
 
 
 def _first_line(error: BaseException) -> str:

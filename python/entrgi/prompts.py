@@ -119,7 +119,7 @@ def _from_json(line: str, where: str, field: str) -> Prompt:
         if name not in value:
             raise UsageError(f"{where}: no field {field!r}; the fields there are {sorted(value)}")
         value = value[name]
-    return _check(value, where)
+    return check_prompt(value, where)
 
 
 def _checked_text(text: str, where: str) -> str:
@@ -132,7 +132,8 @@ def _checked_text(text: str, where: str) -> str:
     return text
 
 
-def _check(value: Any, where: str) -> Prompt:
+def check_prompt(value: Any, where: str) -> Prompt:
+    """The value as a prompt; UsageError, naming the place, if it is none."""
     if isinstance(value, str):
         return _checked_text(value, where)
     if isinstance(value, list) and value:

@@ -61,3 +61,47 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Est
     if len(values) != len(baseline):
         raise ValueError(f"paired values must come from the same prompts, got {len(values)} and {len(baseline)}")
     return estimate([float(a) - float(b) for a, b in zip(values, baseline, strict=True)])
+
+
+def bootstrap_interval(
+    values: Sequence[float], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float] | None:
+    """Bias-corrected, accelerated bootstrap interval of the mean of one number per prompt (or paired difference).
+
+    The resampled prompts depend on the seed and the number of prompts alone: for every method they are the same ones.
+
+    Args:
+        values: one number per prompt.
+        level: coverage.
+        resamples: how often the prompts are drawn again.
+        seed: of those draws.
+
+    Returns:
+        (low, high); None for fewer than two prompts, or where a value is not finite.
+    """
+    import numpy
+    from scipy.stats import bootstrap
+
+    data = numpy.asarray(values, dtype=numpy.float64)
+    if data.size < 2 or not numpy.isfinite(data).all():
+        return None
+    if (data == data[0]).all():  # nothing to accelerate by
+        return float(data[0]), float(data[0])
+    rng = numpy.random.default_rng(seed)
+    options = {"confidence_level": level, "n_resamples": resamples, "method": "BCa"}
+    interval = bootstrap((data,), numpy.mean, vectorized=True, rng=rng, **options).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def best_of(rewards: Sequence[float], n: int) -> float:
+    """The expected highest of ``n`` of these rewards, drawn without replacement: unbiased for best-of-n.
+
+    Raises:
+        ValueError: unless 1 <= n <= len(rewards).
+    """
+    k = len(rewards)
+    if not 1 <= n <= k:
+        raise ValueError(f"best of n={n} needs 1 <= n <= {k}, the number of samples")
+    ordered = sorted(rewards)
+    whole = math.comb(k, n)
+    return math.fsum(ordered[i] * (math.comb(i, n - 1) / whole) for i in range(n - 1, k))

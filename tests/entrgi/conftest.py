@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from entrgi import loading
+from entrgi_kernels.guidance.canvas import Statistics
 from entrgi_kernels.guidance.config import GuidanceConfig
 from entrgi_kernels.guidance.results import GenerationResult, Sample, StepTrace
 
@@ -36,7 +37,12 @@ class FakeSampler:
         self.stop_after: int | None = None  # raise KeyboardInterrupt once so many prompts are done
         self.prompts_seen: list[Any] = []
 
-    def stream(self, prompts: Any, *, trace: bool = False, progress: bool | None = None) -> Iterator[tuple[int, Any]]:
+    def stream(
+        self, prompts: Any, *, trace: bool = False, progress: bool | None = None, **settings: Any
+    ) -> Iterator[tuple[int, Any]]:
+        if settings:
+            self.config = self.config.replace(**settings)
+        self.statistics = Statistics()
         seen: collections.Counter[str] = collections.Counter()
         for index, prompt in enumerate(prompts):
             if index == self.stop_after:
@@ -75,9 +81,11 @@ class FakeSampler:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     """Puts the stand-ins in place; ``.samplers`` lists those that were made, ``.lift`` what methods earn."""
-    state = types.SimpleNamespace(samplers=[], lift=dict(LIFT), prepare=lambda sampler: None, loads=0)
+    state = types.SimpleNamespace(
+        samplers=[], lift=dict(LIFT), prepare=lambda sampler: None, loads=0, tokenizer=FakeTokenizer()
+    )
 
-    def load(args: Any, *, judge: bool = False) -> loading.Loaded:
+    def load(args: Any, *, judge: bool = False, reuse: loading.Loaded | None = None) -> loading.Loaded:
         state.loads += 1
         # tiny=False: the built-in models' own measures need the models themselves.
         return loading.Loaded(None, FakeTokenizer(), None, None, model_name="fake", reward_name="fake", tiny=False)

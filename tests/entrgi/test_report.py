@@ -130,7 +130,7 @@ def test_the_installed_package_has_the_page() -> None:
     section = text.split("[tool.setuptools.package-data]")[1].split("\n[")[0]
     folder = Path(report.__file__).parent
     assets = [path for path in folder.iterdir() if path.suffix in (".html", ".css", ".js")]
-    assert len(assets) == 4
+    assert len(assets) == 5
     owners = dict(re.findall(r'^"?([\w.]+)"?\s*=\s*(\[.*?\])', section, re.MULTILINE | re.DOTALL))
     for path in assets:
         names = {"entrgi": f"report/{path.name}", "entrgi.report": path.name}

@@ -44,11 +44,20 @@ def write_report(path: Path, comparison: Comparison, tokenizer: Any) -> int:
     return len(page)
 
 
-def build_page(data: dict[str, Any]) -> str:
-    """The page around ``data``: template, style and script are files of this package."""
+def build_page(data: dict[str, Any], section: str = "") -> str:
+    """The page around ``data``: template, style and script are files of this package.
+
+    Args:
+        data: of :func:`payload`.
+        section: markup of an evaluation, which comes first and takes the place of the table of results.
+    """
     template = _asset("page.html")
     parts = {
         "title": html.escape(data["title"]),
+        "heading": html.escape(data["heading"]),
+        "evaluation": section,
+        "link": '<a href="#evaluation">Evaluation</a>' if section else '<a href="#results">Results</a>',
+        "results": " hidden" if section else "",
         "style": _asset("style.css"),
         "script": _asset("charts.js") + "\n" + _asset("app.js"),
         "data": embed(data),
@@ -78,9 +87,10 @@ def payload(comparison: Comparison, tokenizer: Any) -> dict[str, Any]:
     levels = [h for per_method in traces.values() for t in _flat(per_method) if t for step in t["h"] for h in step]
     return {
         "title": "EntRGi: a diffusion language model, steered",
+        "heading": "A diffusion language model, steered by a reward model",
         "lead": _lead(comparison),
         "note": TINY_NOTE if settings.get("tiny") else "",
-        "check": comparison.verdict()[1],
+        "footer": f"{comparison.verdict()[1]}. Written by entrgi compare",
         "samplesPerPrompt": settings["num_samples"],
         "top": max(0.5, math.ceil(max(levels, default=100) / 50) / 2),  # nats at the end of the colour scale
         "methods": [

@@ -266,7 +266,7 @@
       ...Array.from({ length: data.samplesPerPrompt }, (_, k) => el("option", { value: String(k), textContent: `sample ${k + 1}` })));
     $("metrics").append(...data.metrics.flatMap((m) => [el("dt", { textContent: m.label }), el("dd", { textContent: m.about })]));
     $("setting-list").append(...data.settings.map(([name, value]) => el("div", {}, el("dt", { textContent: name }), el("dd", { textContent: value }))));
-    $("footer").textContent = `${data.check}. Written by entrgi compare; this page loads nothing from the network.`;
+    $("footer").textContent = `${data.footer}; this page loads nothing from the network.`;
     tables();
     listing();
     const drawPlots = plots();

@@ -1,0 +1,344 @@
+"""From samples to the numbers of the tables: metrics per prompt, intervals, paired and compute-matched differences.
+
+A prompt that was run under several seeds counts once, with the mean over its seeds; seeds that saw other prompts add
+prompts. Intervals are over prompts.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..statistics import Estimate, best_of, bootstrap_interval, estimate
+from .config import EvaluationConfig, from_dict
+from .flops import Shape, sample_flops, total
+from .judges import check_judges
+from .judging import best_record
+from .store import Store
+
+METRICS = {"top1": "Top@1", "avg": "Avg@N"}
+Prompt = str  # the key of a prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A mean over prompts, its standard error, and its bootstrap interval at 95%."""
+
+    estimate: Estimate
+    interval: tuple[float, float] | None
+
+    @property
+    def mean(self) -> float:
+        return self.estimate.mean
+
+    def text(self, signed: bool = False) -> str:
+        """As in "1.23 [1.01, 1.48]"."""
+        form = "{:+.2f}" if signed else "{:.2f}"
+        if self.interval is None:
+            return form.format(self.mean)
+        return f"{form.format(self.mean)} [{form.format(self.interval[0])}, {form.format(self.interval[1])}]"
+
+
+def figure(values: Iterable[float]) -> Figure:
+    """The figure of one number per prompt."""
+    values = list(values)
+    return Figure(estimate(values), bootstrap_interval(values))
+
+
+@dataclasses.dataclass
+class Row:
+    """One method on one dataset, with one reward model, at one temperature; all seeds.
+
+    Attributes:
+        label: of the method.
+        compared: K: how many of each prompt's samples the metrics are of. Best-of-N may have drawn more.
+        rewards: by prompt, then by seed: the rewards of all samples in the order of the draw.
+        metrics: by name, then by prompt: the mean over seeds.
+        seconds: a sample, of generation on one process; None where nothing was timed.
+        flops: a sample; None where the models' dimensions are not known.
+        weight: mean share of the hard token; None without guidance.
+        records: sample lines by key.
+    """
+
+    source: str
+    label: str
+    dataset: str
+    reward: str
+    temperature: float
+    settings: dict[str, Any]
+    compared: int
+    rewards: dict[Prompt, dict[int, list[float]]]
+    metrics: dict[str, dict[Prompt, float]]
+    seconds: float | None = None
+    flops: float | None = None
+    weight: float | None = None
+    records: list[dict[str, Any]] = dataclasses.field(default_factory=list, repr=False)
+
+    @property
+    def method(self) -> str:
+        return self.settings["method"]
+
+    @property
+    def guided(self) -> bool:
+        return self.method != "none" and self.settings["guidance_steps"] > 0
+
+    @property
+    def samples(self) -> int:
+        """How many were drawn a prompt."""
+        return self.settings["num_samples"]
+
+    def figure(self, metric: str) -> Figure:
+        """Mean over prompts of a metric."""
+        return figure(self.metrics[metric].values())
+
+    def best_of(self, n: int) -> dict[Prompt, float]:
+        """By prompt: the expected highest reward of n of its samples."""
+        return {p: _mean(best_of(rewards, n) for rewards in seeds.values()) for p, seeds in self.rewards.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """A guided method against best-of-N with N raised until it costs the same.
+
+    Attributes:
+        unit: "flops" or "seconds".
+        ratio: how often an unguided sample could be drawn for the price of the guided method's K.
+        n: that, rounded up, at most as many as were drawn.
+        capped: whether fewer were drawn than it takes.
+        baseline: reward of best-of-n.
+        difference: Top@1 of the method minus that, paired over prompts.
+    """
+
+    row: Row
+    unit: str
+    ratio: float
+    n: int
+    capped: bool
+    baseline: Figure
+    difference: Figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """The rows that can be compared with each other: one dataset, reward model and temperature."""
+
+    dataset: str
+    reward: str
+    temperature: float
+    rows: list[Row]
+
+    @property
+    def title(self) -> str:
+        return f"{self.dataset}, reward model {self.reward}, τ = {self.temperature:g}"
+
+    @property
+    def baseline(self) -> Row | None:
+        """Best-of-N, where it was run."""
+        return next((row for row in self.rows if not row.guided), None)
+
+    def metrics(self) -> list[str]:
+        """Metrics that every row has."""
+        first = self.rows[0].metrics
+        return [name for name in first if all(name in row.metrics for row in self.rows)]
+
+    def differences(self, reference: str) -> list[tuple[Row, Row, dict[str, Figure]]]:
+        """(row, compared with, paired differences): guided rows against best-of-N, then others against the reference.
+
+        A difference needs the metric's value for the same prompts in both rows.
+        """
+        base = self.baseline
+        chosen = next((row for row in self.rows if row.label == reference and row is not base), None)
+        pairs = [(row, base) for row in self.rows if base is not None and row is not base]
+        pairs += [(row, chosen) for row in self.rows if chosen is not None and row is not chosen and row is not base]
+        return [(a, b, {name: paired(a.metrics[name], b.metrics[name]) for name in self.metrics()}) for a, b in pairs]
+
+    def matches(self) -> list[Match]:
+        """Compute-matched comparisons of every guided row, by FLOPs and by seconds as far as they are known."""
+        base = self.baseline
+        if base is None:
+            return []
+        found = []
+        for unit in ("flops", "seconds"):
+            price = getattr(base, unit)
+            for row in self.rows:
+                cost = getattr(row, unit)
+                if not row.guided or not price or not cost:
+                    continue
+                ratio = row.compared * cost / price
+                n = math.ceil(ratio)
+                chosen = min(n, base.samples)
+                values = base.best_of(chosen)
+                difference = paired(row.metrics["top1"], values)
+                found.append(Match(row, unit, ratio, chosen, n > base.samples, figure(values.values()), difference))
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Everything that reports show."""
+
+    configs: list[EvaluationConfig]
+    headers: list[dict[str, Any]]
+    slices: list[Slice]
+    missing: int
+    traces: dict[str, list[dict[str, Any]]]
+
+    @property
+    def title(self) -> str:
+        return " · ".join(dict.fromkeys(config.name for config in self.configs))
+
+    @property
+    def reference(self) -> str:
+        """Label of the method that others are compared with."""
+        return self.configs[0].reference
+
+    def with_reference(self, label: str) -> Results:
+        """The same, compared with another method."""
+        first = dataclasses.replace(self.configs[0], reference=label)
+        return dataclasses.replace(self, configs=[first, *self.configs[1:]])
+
+
+def paired(values: Mapping[Prompt, float], baseline: Mapping[Prompt, float]) -> Figure:
+    """Mean of the differences over the prompts that both have.
+
+    Raises:
+        UsageError: when they have none in common.
+    """
+    common = [prompt for prompt in values if prompt in baseline]
+    if not common:
+        raise UsageError("two methods have no finished prompt in common: nothing to compare yet")
+    return figure(values[prompt] - baseline[prompt] for prompt in common)
+
+
+def read_results(folders: Sequence[Path]) -> Results:
+    """The results of one or several evaluations, finished or not.
+
+    Raises:
+        UsageError: a folder that holds none.
+    """
+    configs, headers, rows = [], [], []
+    missing = 0
+    traces: dict[str, list[dict[str, Any]]] = {}
+    for folder in folders:
+        store = Store(folder)
+        header = store.read_header()
+        if header is None:
+            raise UsageError(f"{folder} holds no results: expected the folder that `entrgi evaluate --output` wrote")
+        headers.append(header)
+        configs.append(from_dict(header["config"], str(folder / "config.json")))
+        found = _rows(folder.resolve().name, configs[-1], header, store)
+        missing += header["samples"] - sum(len(row.records) for row in found)
+        rows += found
+        traces.update({record["key"]: record["steps"] for record in store.read("traces")})
+    if not rows:
+        raise UsageError(f"no finished sample in {', '.join(map(str, folders))}")
+    _tell_apart(rows)
+    slices: dict[tuple[str, str, float], list[Row]] = collections.defaultdict(list)
+    for row in rows:
+        slices[row.dataset, row.reward, row.temperature].append(row)
+    return Results(configs, headers, [Slice(*key, group) for key, group in slices.items()], missing, traces)
+
+
+def _rows(source: str, config: EvaluationConfig, header: Mapping[str, Any], store: Store) -> list[Row]:
+    cells = header["cells"]
+    groups: dict[tuple[Any, ...], Row] = {}
+    owner: dict[str, Row] = {}
+    for key, cell in cells.items():
+        settings = cell["settings"]
+        place = (cell["dataset"], cell["reward_model"], settings["temperature"], cell["label"])
+        if place not in groups:
+            groups[place] = Row(
+                source,
+                cell["label"],
+                cell["dataset"],
+                cell["reward_model"],
+                settings["temperature"],
+                settings,
+                cell["compared"],
+                {},
+                {},
+            )
+        owner[key] = groups[place]
+    samples: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = collections.defaultdict(dict)
+    for record in store.read("samples"):
+        cell_key, prompt, _ = record["key"].split("-")
+        if cell_key in owner:
+            owner[cell_key].records.append(record)
+            samples[cell_key, prompt, record["seed"]][record["sample"]] = record
+    judges = {spec.key: spec for spec in check_judges(config)}
+    judged: dict[str, dict[str, float | None]] = {spec.name: {} for spec in judges.values()}
+    for record in store.read("judgements"):
+        key = record["key"].rsplit("-", 1)[1]
+        if key in judges:  # else a judge that was changed since
+            judged[judges[key].name][record["sample"]] = record["score"]
+    values: dict[int, dict[str, dict[Prompt, list[float]]]] = collections.defaultdict(
+        lambda: collections.defaultdict(lambda: collections.defaultdict(list))
+    )
+    for (cell_key, prompt, seed), by_sample in samples.items():
+        row = owner[cell_key]
+        if len(by_sample) < row.samples:
+            continue  # killed in the midst of it
+        ordered = [by_sample[k] for k in sorted(by_sample)]
+        rewards = [_or_nan(record["reward"]) for record in ordered]
+        row.rewards.setdefault(prompt, {})[seed] = rewards
+        ordered, rewards = ordered[: row.compared], rewards[: row.compared]
+        mine = values[id(row)]
+        mine["top1"][prompt].append(max(rewards))
+        mine["avg"][prompt].append(_mean(rewards))
+        best = best_record(ordered)["key"]
+        for spec in judges.values():
+            if best in judged[spec.name]:
+                mine[spec.name][prompt].append(_or_nan(judged[spec.name][best]))
+            scores = [judged[spec.name][r["key"]] for r in ordered if r["key"] in judged[spec.name]]
+            if spec.samples == "all" and len(scores) == len(ordered):
+                mine[f"{spec.name}, all"][prompt].append(_mean(map(_or_nan, scores)))
+    batches = store.read("batches")
+    rows = [row for row in groups.values() if row.rewards]
+    for row in rows:
+        row.metrics = {
+            name: {prompt: _mean(v) for prompt, v in by_prompt.items()}
+            for name, by_prompt in values[id(row)].items()
+            # A judge that has not seen every prompt yet says nothing of the mean.
+            if len(by_prompt) == len(row.rewards)
+        }
+        _costs(row, header, [b for b in batches if owner.get(b["cell"]) is row])
+    return rows
+
+
+def _costs(row: Row, header: Mapping[str, Any], batches: list[dict[str, Any]]) -> None:
+    # Recording takes time of its own: recorded batches count only where there are no others.
+    timed = [b for b in batches if not b["traced"]] or batches
+    if timed:
+        row.seconds = sum(b["seconds"] for b in timed) / sum(b["prompts"] for b in timed) / row.samples
+    weights = [b["mean_weight"] for b in batches if b.get("mean_weight") is not None]
+    row.weight = _mean(weights) if weights else None
+    shapes = header["shapes"]
+    model, reward = shapes.get(f"model:{header['config']['model']}"), shapes.get(f"reward:{row.reward}")
+    if model and reward:
+        from entrgi_kernels.guidance.config import GuidanceConfig
+
+        settings = GuidanceConfig(**{**row.settings, "weight": None, "betas": tuple(row.settings["betas"])})
+        parts = sample_flops(Shape(**model), Shape(**reward), settings, header["prompt_tokens"])
+        row.flops = total(parts)
+
+
+def _tell_apart(rows: list[Row]) -> None:
+    """Rows of several evaluations may have one label: then the evaluation's folder is named."""
+    place: Callable[[Row], tuple[Any, ...]] = lambda row: (row.dataset, row.reward, row.temperature, row.label)  # noqa: E731
+    counts = collections.Counter(map(place, rows))
+    for row in [row for row in rows if counts[place(row)] > 1]:
+        row.label = f"{row.label} [{row.source}]"
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values)

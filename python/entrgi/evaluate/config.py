@@ -1,0 +1,351 @@
+"""What an evaluation is: a YAML file of models, datasets, methods, temperatures and seeds, checked when it is read.
+
+Every value that can change a text is part of the configuration's identity, which is stored with the results; what only
+says how to run or to look (device, judges, the report's reference) is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from ..tables import LABELS, SYMBOLS
+
+if TYPE_CHECKING:
+    from entrgi_kernels.guidance.config import GuidanceConfig
+
+TINY = "tiny"  # stands for the built-in models, their prompts and their judge
+# Settings that change speed, not texts (kernels agree on every backend but for ties within rounding).
+SPEED_ONLY = ("backend", "batch_size", "exact_savings")
+# Settings that are axes of the grid, or set elsewhere.
+_AXES = ("method", "weight", "temperature", "seed")
+# Without guidance these mean nothing: two configurations that differ in them alone are one.
+_GUIDANCE_ONLY = ("weight", "guidance_steps", "learning_rate", "betas", "eps", "state_dtype")
+_FREE = ("name", "device", "judges", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Where prompts come from.
+
+    Attributes:
+        name: as the tables show it.
+        path: "tiny" (prompts of the built-in models), a local .jsonl/.json/.csv/.tsv/.parquet/.txt file, or a dataset
+            of the Hugging Face hub.
+        split, subset: of a hub dataset.
+        field: column that holds the prompt: a string, or a list of {"role", "content"} turns.
+        num_prompts: how many; None takes all.
+        shuffle: None keeps the order; "seed" shuffles with each run's own seed, as the published code does, so that
+            every seed sees other prompts; a number shuffles with that.
+    """
+
+    name: str
+    path: str
+    split: str = "train"
+    subset: str | None = None
+    field: str = "prompt"
+    num_prompts: int | None = None
+    shuffle: str | int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """One evaluation; see docs/evaluation.md for the file's format.
+
+    Attributes:
+        name: of the evaluation.
+        model: diffusion language model: "tiny", a folder or a Hugging Face name.
+        rewards: reward models, likewise. Each is an axis of the grid.
+        datasets: where prompts come from.
+        methods: names, or mappings of a method and settings; a list as a setting's value is swept.
+        temperatures, seeds: axes of the grid.
+        settings: of :class:`entrgi_kernels.guidance.config.GuidanceConfig`, for all methods.
+        best_of: samples a prompt of unguided methods: a number, None for `num_samples`, or "auto", which raises it
+            until best-of-N costs as many FLOPs as the most expensive guided method.
+        judges: mappings, see :mod:`.judges`.
+        traces: prompts of the first seed of every dataset whose denoising is recorded for replays.
+        reference: label of the method that others are compared with in the tables (besides best-of-N).
+        dtype, trust_remote_code, device: for loading models.
+    """
+
+    name: str = "evaluation"
+    model: str = TINY
+    rewards: tuple[str, ...] = (TINY,)
+    datasets: tuple[Dataset, ...] = (Dataset(TINY, TINY, num_prompts=24),)
+    methods: tuple[Any, ...] = ("none", "expectation", "aps", "entrgi")
+    temperatures: tuple[float, ...] = (0.7,)
+    seeds: tuple[int, ...] = (0,)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    best_of: int | str | None = None
+    judges: tuple[Mapping[str, Any], ...] = ()
+    traces: int = 0
+    reference: str = LABELS["entrgi"]
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    device: str = "auto"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe values, from which :func:`from_dict` makes the same configuration."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def identity(self) -> dict[str, Any]:
+        """The part that results depend on."""
+        return {name: value for name, value in self.to_dict().items() if name not in _FREE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One method under one temperature and seed, on one dataset with one reward model.
+
+    Attributes:
+        key: identifies all that its samples depend on, but for the prompt.
+        label: of the method and what it was changed in, as the tables show it.
+        config: the sampler's settings, temperature and seed included.
+        compared: K of the comparison, the first so many of its samples; the rest, drawn where `best_of` says so, serve
+            the compute-matched comparison alone.
+    """
+
+    key: str
+    label: str
+    dataset: str
+    reward: str
+    config: GuidanceConfig
+    compared: int
+
+    def describe(self) -> dict[str, Any]:
+        """What the results say of the cell."""
+        return {
+            "label": self.label,
+            "dataset": self.dataset,
+            "reward_model": self.reward,
+            "compared": self.compared,
+            "settings": self.config.to_dict(),
+        }
+
+
+def presets() -> list[str]:
+    """Names of the configurations that come with the package."""
+    folder = resources.files(__package__).joinpath("configs")
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_config(name: str, overrides: Mapping[str, Any] | None = None) -> EvaluationConfig:
+    """A configuration from a YAML file, or one of :func:`presets` by its name.
+
+    Args:
+        name: path or preset.
+        overrides: values that replace the file's; a dotted name reaches into `settings`.
+
+    Raises:
+        UsageError: an unreadable file, an unknown key, a value that is not accepted.
+    """
+    try:
+        import yaml
+    except ImportError:
+        raise UsageError("reading a configuration needs PyYAML: pip install 'entrgi_kernels[evaluate]'") from None
+
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        if name not in presets():
+            raise UsageError(f"no configuration {name!r}: expected a .yaml file or one of {', '.join(presets())}")
+        text = resources.files(__package__).joinpath("configs", f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{name}: expected a mapping, got {type(content).__name__}")
+    content.setdefault("name", path.stem)
+    for key, value in (overrides or {}).items():
+        target, _, rest = key.partition(".")
+        if rest:
+            content.setdefault(target, {})
+            if not isinstance(content[target], dict):
+                raise UsageError(f"{key}: {target} is no mapping")
+            content[target][rest] = value
+        else:
+            content[key] = value
+    return from_dict(content, name)
+
+
+def from_dict(content: Mapping[str, Any], where: str = "configuration") -> EvaluationConfig:
+    """A checked configuration from plain values.
+
+    Raises:
+        UsageError: the message names the key and what is accepted.
+    """
+    names = [field.name for field in dataclasses.fields(EvaluationConfig)]
+    _known(content, names, where)
+    values = dict(content)
+    for name in ("rewards", "temperatures", "seeds", "methods", "datasets", "judges"):
+        if name in values:
+            given = values[name]
+            values[name] = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+            if name != "judges" and (not values[name] or given is None):
+                raise UsageError(f"{where}: {name} is empty: expected at least one")
+    values["judges"] = tuple(judge for judge in values.get("judges", ()) if judge is not None)
+    if "datasets" in values:
+        values["datasets"] = tuple(_dataset(entry, where) for entry in values["datasets"])
+        labels = [dataset.name for dataset in values["datasets"]]
+        if len(set(labels)) < len(labels):
+            raise UsageError(f"{where}: two datasets have one name: {', '.join(labels)}; give each its own `name`")
+    values["settings"] = dict(values.get("settings") or {})
+    for axis, home in zip(_AXES, ("methods", "methods", "temperatures", "seeds"), strict=True):
+        if axis in values["settings"]:
+            raise UsageError(f"{where}: settings.{axis} is an axis of the grid: use {home}")
+    if "temperatures" in values:
+        values["temperatures"] = tuple(_number(t, f"{where}: temperatures") for t in values["temperatures"])
+    if any(isinstance(seed, bool) or not isinstance(seed, int) for seed in values.get("seeds", ())):
+        raise UsageError(f"{where}: seeds={list(values['seeds'])!r}: expected integers")
+    if any(not isinstance(reward, str) for reward in values.get("rewards", ())):
+        raise UsageError(f"{where}: rewards={list(values['rewards'])!r}: expected names or folders of models")
+    best_of = values.get("best_of")
+    if not (best_of in (None, "auto") or (isinstance(best_of, int) and not isinstance(best_of, bool) and best_of > 0)):
+        raise UsageError(f"{where}: best_of={best_of!r}: expected a number of samples, auto, or null")
+    if not isinstance(values.get("traces", 0), int) or values.get("traces", 0) < 0:
+        raise UsageError(f"{where}: traces={values['traces']!r}: expected a number of prompts >= 0")
+    config = EvaluationConfig(**values)
+    uses_tiny = {config.model == TINY, *(reward == TINY for reward in config.rewards)}
+    if len(uses_tiny) == 2:
+        raise UsageError(
+            f"{where}: the tiny models speak a vocabulary of their own: model and rewards are all tiny or none"
+        )
+    from .judges import check_judges
+
+    check_judges(config)
+    list(methods_of(config))
+    return config
+
+
+def methods_of(config: EvaluationConfig, best_of: int | None = None) -> Iterator[tuple[str, GuidanceConfig, int]]:
+    """(label, settings, K of the comparison) of every method and temperature, repetitions left out; the seed is still
+    the default.
+
+    Args:
+        config: whose `methods`, `temperatures` and `settings` are combined.
+        best_of: samples of unguided methods, where "auto" has been worked out.
+
+    Raises:
+        UsageError: a setting that the sampler does not take.
+    """
+    from entrgi_kernels.guidance.config import GuidanceConfig
+
+    base = dict(config.settings)
+    if config.model == TINY:
+        base = {"max_new_tokens": 32, "steps": 16, "batch_size": 12, **base}
+    seen = set()
+    for entry in config.methods:
+        entry = {"method": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, Mapping) or "method" not in entry:
+            raise UsageError(f"methods: {entry!r}: expected a method's name, or a mapping with `method`")
+        swept = {name: _listed(value) for name, value in entry.items() if name != "label"}
+        swept.setdefault("temperature", list(config.temperatures))
+        combinations = list(itertools.product(*swept.values()))
+        if "label" in entry and len(combinations) > len(swept["temperature"]):
+            raise UsageError(f"methods: {entry!r}: one label for several combinations")
+        for values in combinations:
+            chosen = dict(zip(swept, values, strict=True))
+            changed = {name: value for name, value in chosen.items() if name not in ("method", "temperature")}
+            try:
+                settings = GuidanceConfig().replace(**{**base, **chosen})
+            except (ValueError, TypeError) as error:
+                raise UsageError(f"{error} (in methods: {entry!r})") from None
+            compared = settings.num_samples
+            if not settings.guided and "num_samples" not in changed:
+                wanted = best_of if config.best_of == "auto" else config.best_of
+                settings = settings.replace(num_samples=wanted or settings.num_samples)
+            identity = json.dumps(settings_identity(settings))
+            if identity not in seen:
+                seen.add(identity)
+                yield entry.get("label") or label_of(settings.method, changed), settings, compared
+
+
+def label_of(method: str, changed: Mapping[str, Any]) -> str:
+    """A method and what was changed in it, as in "EntRGi, M = 1"."""
+    parts = [LABELS.get(method, method)]
+    for name, value in changed.items():
+        if name == "weight":
+            parts += [str(value)] if value is not None else []
+        else:
+            parts.append(f"{SYMBOLS.get(name, name)} = {value}")
+    return ", ".join(parts)
+
+
+def settings_identity(config: GuidanceConfig) -> dict[str, Any]:
+    """The settings that texts depend on."""
+    dropped = SPEED_ONLY if config.guided else (*SPEED_ONLY, *_GUIDANCE_ONLY)
+    content = {name: value for name, value in config.to_dict().items() if name not in dropped}
+    return content if config.guided else {**content, "method": "none"}
+
+
+def cells_of(config: EvaluationConfig, best_of: int | None = None) -> list[Cell]:
+    """The grid in its order: reward model, dataset, seed, temperature and method."""
+    methods = list(methods_of(config, best_of))
+    cells = []
+    for reward, dataset, seed in itertools.product(config.rewards, config.datasets, config.seeds):
+        for label, settings, compared in methods:
+            settings = settings.replace(seed=seed)
+            identity = [config.model, reward, config.dtype, dataset.name, settings_identity(settings)]
+            cells.append(
+                Cell(digest(identity)[:12], label, dataset.name, reward, settings, min(compared, settings.num_samples))
+            )
+    return cells
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+
+def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Lines that say where two identities differ."""
+    lines = []
+    for name in sorted({*stored, *given}):
+        if stored.get(name) != given.get(name):
+            lines.append(f"  {name}: {json.dumps(stored.get(name))} there, {json.dumps(given.get(name))} now")
+    return lines
+
+
+def _dataset(entry: Any, where: str) -> Dataset:
+    if isinstance(entry, Dataset):
+        return entry
+    if isinstance(entry, str):
+        entry = {"path": entry}
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
+        raise UsageError(f"{where}: datasets: {entry!r}: expected a path or hub name, or a mapping with `path`")
+    _known(entry, [field.name for field in dataclasses.fields(Dataset)], f"{where}: datasets")
+    dataset = Dataset(**{"name": Path(entry["path"]).stem or entry["path"], **entry})
+    count, shuffle = dataset.num_prompts, dataset.shuffle
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise UsageError(f"{where}: {dataset.name}: num_prompts={count!r}: expected a number >= 1")
+    if not (shuffle in (None, "seed") or (isinstance(shuffle, int) and not isinstance(shuffle, bool))):
+        raise UsageError(f"{where}: {dataset.name}: shuffle={shuffle!r}: expected null, seed or a number")
+    return dataset
+
+
+def _known(content: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    unknown = sorted(str(name) for name in content if name not in names)
+    if unknown:
+        raise UsageError(f"{where}: no key {', '.join(map(repr, unknown))}; there are {', '.join(names)}")
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UsageError(f"{where}: {value!r} is no number")
+    return float(value)

@@ -1,0 +1,136 @@
+"""The tables of an evaluation, once for every form they are shown in."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..tables import latex_table, markdown_table, text_table
+from .analysis import METRICS, Match, Results, Row, Slice
+
+INTERVALS = "95% bootstrap intervals over prompts"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of strings.
+
+    Attributes:
+        title: one line.
+        head, rows: cells; the first column names the row.
+        bold: (row, column) of the best values.
+        notes: lines below it.
+    """
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    bold: frozenset[tuple[int, int]] = frozenset()
+    notes: tuple[str, ...] = ()
+
+
+def tables_of(results: Results) -> list[tuple[Slice, list[Table]]]:
+    """Main table, paired differences and compute-matched comparison of every slice; those that say nothing left out."""
+    return [
+        (part, [t for t in (_main(part), _differences(part, results.reference), _matched(part)) if t.rows])
+        for part in results.slices
+    ]
+
+
+def as_text(results: Results) -> str:
+    """All tables for a terminal."""
+    out: list[str] = []
+    for part, tables in tables_of(results):
+        out += ["", part.title, "=" * len(part.title)]
+        for table in tables:
+            out += ["", table.title, *text_table(table.head, table.rows), *table.notes]
+    return "\n".join(out)
+
+
+def as_markdown(results: Results) -> list[str]:
+    """Lines of all tables in Markdown."""
+    out: list[str] = []
+    for part, tables in tables_of(results):
+        out += ["", f"## {part.title}"]
+        for table in tables:
+            rows = [
+                [f"**{c}**" if (i, j) in table.bold else c for j, c in enumerate(r)] for i, r in enumerate(table.rows)
+            ]
+            out += ["", f"{table.title}:", "", *markdown_table(table.head, rows)]
+            out += ["", *table.notes] if table.notes else []
+    return out
+
+
+def as_latex(results: Results) -> list[str]:
+    """Lines of all tables in LaTeX (booktabs)."""
+    out: list[str] = []
+    for number, (part, tables) in enumerate(tables_of(results), start=1):
+        for table, kind in zip(tables, "abc", strict=False):
+            caption = ". ".join([f"{part.title}: {table.title}", *table.notes]) + "."
+            rows = latex_table(table.head, table.rows, caption=caption, label=f"tab:{number}{kind}", bold=table.bold)
+            out += ["", *rows]
+    return out
+
+
+def metric_label(name: str) -> str:
+    """A metric as a column's head."""
+    return METRICS.get(name, name)
+
+
+def quantity(value: float | None) -> str:
+    """A cost with three digits and an SI prefix, as in "12.3 G"."""
+    if value is None:
+        return "–"
+    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}"
+    return f"{value:.3g}"
+
+
+def _main(part: Slice) -> Table:
+    names = part.metrics()
+    weights = any(row.weight is not None for row in part.rows)
+    head = ["method", "K", *map(metric_label, names), *(["weight"] if weights else []), "s/prompt", "FLOP/prompt"]
+    rows, means = [], []
+    for row in part.rows:
+        figures = [row.figure(name) for name in names]
+        means.append([f.mean for f in figures])
+        weight = "–" if row.weight is None else f"{row.weight:.2f}"
+        seconds = "–" if row.seconds is None else f"{row.compared * row.seconds:.3g}"
+        cells = [f.text() for f in figures] + ([weight] if weights else [])
+        rows.append([row.label, str(row.compared), *cells, seconds, quantity(row.flops and row.compared * row.flops)])
+    better = {name: min if name.startswith("nats") else max for name in names}
+    bold = {
+        (max(range(len(rows)), key=lambda i: means[i][j] == better[name](m[j] for m in means)), 2 + j)
+        for j, name in enumerate(names)
+    }
+    count = len(part.rows[0].rewards)
+    return Table(
+        f"mean over {count} prompts, {INTERVALS}", head, rows, frozenset(bold) if len(rows) > 1 else frozenset()
+    )
+
+
+def _differences(part: Slice, reference: str) -> Table:
+    names = part.metrics()
+    rows = [
+        [f"{a.label} − {b.label}", *(values[name].text(signed=True) for name in names)]
+        for a, b, values in part.differences(reference)
+    ]
+    return Table(f"paired differences over the same prompts, {INTERVALS}", ["", *map(metric_label, names)], rows)
+
+
+def _matched(part: Slice) -> Table:
+    matches = part.matches()
+    rows = [[_against(m), *_cost(m.row, m), m.baseline.text(), m.difference.text(signed=True)] for m in matches]
+    notes = []
+    if any(m.capped for m in matches):
+        notes.append("≥: so many unguided samples were not drawn; the comparison is with all there are (raise best_of)")
+    head = ["Top@1 at equal cost", "costs N", "N used", "best-of-N", "method − best-of-N"]
+    return Table(f"compute-matched, {INTERVALS}", head, rows, notes=tuple(notes))
+
+
+def _against(match: Match) -> str:
+    return f"{match.row.label}, by {'FLOPs' if match.unit == 'flops' else 'seconds'}"
+
+
+def _cost(row: Row, match: Match) -> list[str]:
+    return [f"{match.ratio:.1f}", f"{'≥ ' if match.capped else ''}{match.n}"]
