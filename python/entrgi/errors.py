@@ -1,9 +1,11 @@
-"""The one exception that commands turn into a single line and exit code 2, and the check of files to be written."""
+"""The one exception that commands turn into a single line and exit code 2, and checks that are worth making early."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
+from typing import Any
 
 
 class UsageError(ValueError):
@@ -23,3 +25,21 @@ def check_writable(path: Path) -> None:
         raise UsageError(f"cannot write {path}: there is no folder {folder}")
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise UsageError(f"cannot write {path}: permission denied")
+
+
+def require(module: str, what: str, extra: str) -> Any:
+    """An optional dependency.
+
+    Args:
+        module: to import.
+        what: needs it, as the message says.
+        extra: of this package that brings it.
+
+    Raises:
+        UsageError: where it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        missing = error.name or module
+        raise UsageError(f"{what} needs {missing}: pip install 'entrgi_kernels[{extra}]'") from None

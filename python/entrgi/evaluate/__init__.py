@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, require
 from .config import EvaluationConfig, presets, read_config
 
 # Flag -> where its value goes in the configuration.
@@ -111,10 +111,10 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.output or f"results/{config.name}")
     from .plan import make_plan
 
-    if not args.no_report and not args.dry_run:
-        from ..report.figures import check_available
-
-        check_available()
+    if not args.dry_run:  # said now, not after hours of generation
+        require("scipy.stats", "an interval", "evaluate")
+        if not args.no_report:
+            require("matplotlib", "a report (--no-report does without)", "evaluate")
     plan = make_plan(config, dry=args.dry_run)
     if args.dry_run:
         from .estimate import describe
@@ -173,10 +173,7 @@ def _list(text: str) -> list[str]:
 
 
 def _value(text: str) -> Any:
-    try:
-        import yaml
-    except ImportError:
-        raise UsageError("reading a configuration needs PyYAML: pip install 'entrgi_kernels[evaluate]'") from None
+    yaml = require("yaml", "reading a configuration", "evaluate")
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

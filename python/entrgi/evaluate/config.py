@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import UsageError, require
 from ..tables import LABELS, SYMBOLS
 
 if TYPE_CHECKING:
@@ -146,11 +146,7 @@ def read_config(name: str, overrides: Mapping[str, Any] | None = None) -> Evalua
     Raises:
         UsageError: an unreadable file, an unknown key, a value that is not accepted.
     """
-    try:
-        import yaml
-    except ImportError:
-        raise UsageError("reading a configuration needs PyYAML: pip install 'entrgi_kernels[evaluate]'") from None
-
+    yaml = require("yaml", "reading a configuration", "evaluate")
     path = Path(name)
     if path.suffix not in (".yaml", ".yml", ".json"):
         if name not in presets():

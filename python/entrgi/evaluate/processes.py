@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import UsageError
+from ..errors import UsageError, require
+from .config import TINY, EvaluationConfig
 from .judging import order as judgement_order
 from .judging import pending, run_judges
 from .plan import Plan
@@ -32,6 +33,9 @@ class Alone:
     def wait(self) -> None:
         """Until every process is here."""
 
+    def leave(self) -> None:
+        """The group is no longer needed."""
+
 
 class Launched(Alone):
     """This process among those that torchrun or `accelerate launch` started.
@@ -43,12 +47,9 @@ class Launched(Alone):
     """
 
     def __init__(self, cpu: bool) -> None:
-        try:
-            from accelerate import PartialState
-        except ImportError:
-            raise UsageError("several processes need accelerate: pip install 'entrgi_kernels[evaluate]'") from None
+        accelerate = require("accelerate", "running several processes", "evaluate")
         # Whoever is done waits for the slowest: much longer than the half hour that a collective is given by default.
-        self._state = PartialState(cpu=cpu, timeout=datetime.timedelta(days=30))
+        self._state = accelerate.PartialState(cpu=cpu, timeout=datetime.timedelta(days=30))
         self.rank, self.size = self._state.process_index, self._state.num_processes
         self.device = str(self._state.device)
 
@@ -69,10 +70,14 @@ class Launched(Alone):
     def wait(self) -> None:
         self._state.wait_for_everyone()
 
+    def leave(self) -> None:
+        self._state.destroy_process_group()
 
-def group_of(device: str) -> Alone:
+
+def group_of(config: EvaluationConfig) -> Alone:
     """The processes that were launched together with this one."""
-    return Launched(device == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Alone()
+    cpu = config.device == "cpu" or (config.device == "auto" and config.model == TINY)
+    return Launched(cpu) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Alone()
 
 
 def evaluate(
@@ -94,10 +99,11 @@ def evaluate(
         UsageError: the folder holds something else, or cannot be written; models that cannot be loaded.
     """
     store = Store(folder)
-    group = group_of(plan.config.device)
+    group = group_of(plan.config)
     if ray_actors and group.size > 1:
         raise UsageError("--ray has processes of its own: start it without torchrun or accelerate launch")
     with contextlib.ExitStack() as stack:
+        stack.callback(group.leave)
 
         def start() -> tuple[list[int], set[str]]:
             stack.enter_context(store.lock())

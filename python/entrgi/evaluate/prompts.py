@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, require
 from ..prompts import Prompt, check_prompt, read_prompts
 from .config import TINY, Dataset, EvaluationConfig, digest
 
@@ -115,10 +115,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _load_dataset(dataset: Dataset, builder: str | None) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError(f"reading {dataset.path} needs datasets: pip install 'entrgi_kernels[evaluate]'") from None
+    datasets = require("datasets", f"reading {dataset.path}", "evaluate")
     if builder and not Path(dataset.path).is_file():
         raise UsageError(f"cannot read {dataset.path}: no such file")
     datasets.disable_progress_bars()

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import pickle
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import require
 from .plan import Plan
 from .runner import Worker, save
 from .store import Store
@@ -53,15 +51,13 @@ def run_on_ray(
     Raises:
         UsageError: without Ray.
     """
-    try:
-        import ray
-    except ImportError:
-        raise UsageError("--ray needs Ray: pip install 'entrgi_kernels[ray]'") from None
+    require("ray.data", "--ray", "ray")
+    import ray
     from tqdm import tqdm
 
     started = not ray.is_initialized()
     if started:
-        ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False, runtime_env=_environment())
+        ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -83,13 +79,3 @@ def run_on_ray(
     finally:
         if started:
             ray.shutdown()
-
-
-def _environment() -> dict[str, Any]:
-    """Actors import this very package, also where it runs from a source tree."""
-    import os
-
-    root = str(Path(__file__).resolve().parents[2])
-    known = [path for path in sys.path if path and Path(path).is_dir()]
-    paths = dict.fromkeys([root, *known])
-    return {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import UsageError, require
 
 if TYPE_CHECKING:
     from ..evaluate.analysis import Results, Row, Slice
@@ -44,22 +44,9 @@ _STYLE = {
 }
 
 
-def check_available() -> None:
-    """Refuse at once, not after hours of generation.
-
-    Raises:
-        UsageError: without matplotlib.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError("reports need matplotlib: pip install 'entrgi_kernels[evaluate]' (or --no-report)") from None
-
-
 def figures_of(results: Results) -> Iterator[tuple[Slice, str, str, Any]]:
     """(slice, name, what it shows, matplotlib figure), the pictures of every slice in order."""
-    check_available()
-    import matplotlib
+    matplotlib = require("matplotlib", "a report's pictures", "evaluate")
     from matplotlib.figure import Figure
 
     for part in results.slices:
