@@ -85,8 +85,8 @@ def bootstrap_interval(
     data = numpy.asarray(values, dtype=numpy.float64)
     if data.size < 2 or not numpy.isfinite(data).all():
         return None
-    if (data == data[0]).all():  # nothing to accelerate by
-        return float(data[0]), float(data[0])
+    if numpy.ptp(data) <= 1e-9 * numpy.abs(data).max():  # equal but for rounding: nothing to accelerate by
+        return float(data.min()), float(data.max())
     rng = numpy.random.default_rng(seed)
     options = {"confidence_level": level, "n_resamples": resamples, "method": "BCa"}
     interval = bootstrap((data,), numpy.mean, vectorized=True, rng=rng, **options).confidence_interval

@@ -16,6 +16,8 @@ from .plan import Plan
 from .runner import Worker, save
 from .store import Store
 
+_MOST_BLOCKS = 20_000  # beyond that Ray's own bookkeeping is felt
+
 
 class Actor:
     """What Ray Data makes one of for every actor: a worker and the plan.
@@ -61,8 +63,9 @@ def run_on_ray(
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        # One batch a task and a block: what a dead actor takes with it is the batch it was at.
-        dataset = ray.data.from_items([{"place": place} for place in places], override_num_blocks=len(places))
+        # One batch a block, and so a task: what a dead actor takes with it is the batch it was at.
+        blocks = min(len(places), _MOST_BLOCKS)
+        dataset = ray.data.from_items([{"place": place} for place in places], override_num_blocks=blocks)
         on_gpu = plan.config.device != "cpu" and plan.config.model != "tiny" and ray.cluster_resources().get("GPU", 0)
         results = dataset.map(
             Actor,

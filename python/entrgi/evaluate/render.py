@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..tables import latex_table, markdown_table, text_table
-from .analysis import METRICS, Match, Results, Row, Slice
+from .analysis import METRICS, Match, Results, Slice
 
 INTERVALS = "95% bootstrap intervals over prompts"
 
@@ -119,18 +119,29 @@ def _differences(part: Slice, reference: str) -> Table:
 
 
 def _matched(part: Slice) -> Table:
-    matches = part.matches()
-    rows = [[_against(m), *_cost(m.row, m), m.baseline.text(), m.difference.text(signed=True)] for m in matches]
-    notes = []
-    if any(m.capped for m in matches):
-        notes.append("≥: so many unguided samples were not drawn; the comparison is with all there are (raise best_of)")
-    head = ["Top@1 at equal cost", "costs N", "N used", "best-of-N", "method − best-of-N"]
-    return Table(f"compute-matched, {INTERVALS}", head, rows, notes=tuple(notes))
+    by_row: dict[int, dict[str, Match]] = {}
+    for match in part.matches():
+        by_row.setdefault(id(match.row), {})[match.unit] = match
+    units = [unit for unit in ("flops", "seconds") if any(unit in found for found in by_row.values())]
+    head = ["method"]
+    for unit in units:
+        head += [f"N, {'FLOPs' if unit == 'flops' else unit}", "best-of-N", "difference"]
+    rows, capped = [], False
+    for row in part.rows:
+        found = by_row.get(id(row))
+        if found:
+            rows.append([row.label])
+            for unit in units:
+                rows[-1] += _match(found.get(unit))
+            capped |= any(match.capped for match in found.values())
+    notes = ["N: what the method's K samples cost, in unguided samples, and the N compared with."]
+    if capped:
+        notes.append("≥: fewer unguided samples than that were drawn; the comparison is with all of them.")
+    return Table(f"Top@1 at equal cost, {INTERVALS}", head, rows, notes=tuple(notes))
 
 
-def _against(match: Match) -> str:
-    return f"{match.row.label}, by {'FLOPs' if match.unit == 'flops' else 'seconds'}"
-
-
-def _cost(row: Row, match: Match) -> list[str]:
-    return [f"{match.ratio:.1f}", f"{'≥ ' if match.capped else ''}{match.n}"]
+def _match(match: Match | None) -> list[str]:
+    if match is None:
+        return ["–", "–", "–"]
+    count = f"{match.ratio:.1f}: {'≥ ' if match.capped else ''}{match.n}"
+    return [count, match.baseline.text(), match.difference.text(signed=True)]

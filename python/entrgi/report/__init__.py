@@ -56,7 +56,7 @@ def build_page(data: dict[str, Any], section: str = "") -> str:
         "title": html.escape(data["title"]),
         "heading": html.escape(data["heading"]),
         "evaluation": section,
-        "link": '<a href="#evaluation">Evaluation</a>' if section else '<a href="#results">Results</a>',
+        "first": "evaluation" if section else "results",
         "results": " hidden" if section else "",
         "style": _asset("style.css"),
         "script": _asset("charts.js") + "\n" + _asset("app.js"),

@@ -105,8 +105,8 @@ def _page(results: Results, path: Path) -> str:
     comparison = _replay(results)
     data = payload(comparison, _tokenizer(results))
     data |= {
-        "title": f"EntRGi evaluation: {results.title}",
-        "heading": results.title,
+        "title": f"Evaluation: {results.title}",
+        "heading": f"Evaluation: {results.title}",
         "lead": _about(results),
         "footer": "Written by entrgi report",
     }
@@ -168,9 +168,17 @@ def _place(record: dict[str, Any]) -> str:
     return record["key"].rsplit("-", 1)[0]
 
 
+class _NoTokenizer:
+    """Stands in where nothing was recorded, so that no tokenizer has to be fetched."""
+
+    eos_token_id = None
+
+
 def _tokenizer(results: Results) -> Any:
     """The diffusion model's tokenizer; only recorded denoising needs it."""
     config = results.configs[0]
+    if not results.traces:
+        return _NoTokenizer()
     if config.model == "tiny":
         from entrgi import tiny
 

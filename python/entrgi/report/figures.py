@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _INK, _LINE = "#1c1b22", "#e2ded6"
 _METHODS = {"none": "#6a6873", "expectation": "#0064a5", "aps": "#b34a00", "entrgi": "#00785a"}
 _MORE = ("#8f3f97", "#a58200", "#c0392b", "#3d6b9e", "#5d8a1f", "#7a5230", "#b0457b", "#2a8c8c", "#666f00", "#44506b")
+_MOST_BANDS = 6  # rows; beyond that bands hide each other
 _VARIABLES = {_INK: "--ink", _LINE: "--line", **{color: f"--{name}" for name, color in _METHODS.items()}}
 _STYLE = {
     "font.size": 10,
@@ -114,6 +115,8 @@ def _colors(rows: list[Row]) -> dict[str, str]:
 
 
 def _curves(axes: Any, part: Slice, unit: str, colors: dict[str, str]) -> None:
+    from matplotlib import ticker
+
     from ..statistics import bootstrap_interval
 
     for row in part.rows:
@@ -124,12 +127,15 @@ def _curves(axes: Any, part: Slice, unit: str, colors: dict[str, str]) -> None:
         values = [list(row.best_of(n).values()) for n in counts]
         means = [sum(v) / len(v) for v in values]
         x = [cost * n for n in counts]
-        bounds = [bootstrap_interval(v, resamples=2000) for v in values]
         color = colors[row.label]
         axes.plot(x, means, color=color, marker="o", markersize=3.5, linewidth=1.8, label=row.label)
+        bounds = [bootstrap_interval(v, resamples=2000) for v in values] if len(part.rows) <= _MOST_BANDS else [None]
         if all(bounds):
             axes.fill_between(x, *zip(*bounds, strict=True), color=color, alpha=0.13, linewidth=0)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel("seconds per prompt" if unit == "seconds" else "FLOPs per prompt")
     axes.set_ylabel("reward of the best sample")
 

@@ -29,7 +29,7 @@ def test_the_published_batch_costs_what_the_design_says() -> None:
     model, reward = (Shape.from_config(_KNOWN[name]) for name in (DREAM, SKYWORK))
     parts = sample_flops(model, reward, GuidanceConfig(), prompt_tokens=128)
     assert 11e15 < 16 * total(parts) < 14e15
-    assert 0.6 < parts["model"] / total(parts) < 0.8 and 0.2 < parts["reward"] / total(parts) < 0.4
+    assert 0.5 < parts["model"] / total(parts) < 0.8 and 0.2 < parts["reward"] / total(parts) < 0.4
 
 
 def test_what_makes_a_sample_dearer() -> None:
@@ -59,7 +59,7 @@ def test_best_of_n_is_raised_to_the_dearest_method() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"method": "none"}, {"guidance_steps": 1}, {"guidance_steps": 3, "steps": 8}])
+@pytest.mark.parametrize("settings", [{"method": "none"}, {"guidance_steps": 2, "steps": 8}])
 def test_the_formula_against_torch(tiny_weights, settings) -> None:
     """torch.utils.flop_counter sees the models' products (not those inside the project's own operators)."""
     from torch.utils.flop_counter import FlopCounterMode

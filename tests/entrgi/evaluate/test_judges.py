@@ -158,7 +158,7 @@ def test_an_endpoint_within_an_evaluation(fake, entrgi, server, tmp_path, capsys
     assert "what was judged is kept" in capsys.readouterr().err and len(server.requests) == 6
     assert entrgi(*arguments, f"judges=[{judge}]") == 0
     assert len(server.requests) == 6 + 4, "two finished batches of two are not asked for again"
-    assert "unit" in capsys.readouterr().out.splitlines()[4]
+    assert " unit " in capsys.readouterr().out
     assert entrgi(*arguments, f"judges=[{judge.replace('[a]', '[b]')}]") == 0
     assert len(server.requests) == 10 + 8
     lines = [json.loads(line) for line in (tmp_path / "judgements.jsonl").read_text().splitlines()]
@@ -170,7 +170,9 @@ def test_judges_of_the_tiny_models(tiny_weights) -> None:
     from entrgi import tiny
 
     model = str(tiny.weights_path("diffusion"))
-    config = from_dict({"judges": [{"kind": "reward"}, {"kind": "lm", "model": model, "batch_size": 3}]})
+    config = from_dict(
+        {"judges": [{"kind": "reward"}, {"kind": "lm", "model": model, "dtype": "float32", "batch_size": 3}]}
+    )
     reward, unit = (make_judge(spec, "cpu", None) for spec in check_judges(config))
     good, bad = (
         Candidate("k", "What did you think of the soup?", f"The soup was {w}.", []) for w in ("superb", "awful")
