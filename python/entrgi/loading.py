@@ -248,6 +248,13 @@ def stream(sampler: GuidedSampler, prompts: Sequence[Prompt], **options: Any) ->
         raise UsageError(str(error)) from error
 
 
+def prompt_tokens(sampler: GuidedSampler, prompt: Prompt) -> int:
+    """How many tokens the diffusion model sees of a prompt, its chat template included."""
+    from entrgi_kernels.rewards.template import conversation_from, encode_prompt
+
+    return len(encode_prompt(sampler.tokenizer, conversation_from(prompt)))
+
+
 def _quiet() -> None:
     """No progress bars of transformers between our own lines; its warnings stay."""
     from transformers.utils import logging

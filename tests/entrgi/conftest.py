@@ -98,6 +98,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
     monkeypatch.setattr(loading, "load", load)
     monkeypatch.setattr(loading, "make_sampler", make_sampler)
+    monkeypatch.setattr(loading, "prompt_tokens", lambda sampler, prompt: 10)
     return state
 
 

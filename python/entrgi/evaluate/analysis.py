@@ -319,11 +319,12 @@ def _costs(row: Row, header: Mapping[str, Any], batches: list[dict[str, Any]]) -
     row.weight = _mean(weights) if weights else None
     shapes = header["shapes"]
     model, reward = shapes.get(f"model:{header['config']['model']}"), shapes.get(f"reward:{row.reward}")
-    if model and reward:
+    if model and reward and batches:
         from entrgi_kernels.guidance.config import GuidanceConfig
 
         settings = GuidanceConfig(**{**row.settings, "weight": None, "betas": tuple(row.settings["betas"])})
-        parts = sample_flops(Shape(**model), Shape(**reward), settings, header["prompt_tokens"])
+        tokens = sum(b["prompt_tokens"] for b in batches) / sum(b["prompts"] for b in batches)
+        parts = sample_flops(Shape(**model), Shape(**reward), settings, tokens)
         row.flops = total(parts)
 
 

@@ -81,7 +81,6 @@ class Plan:
             "identity": {**self.config.identity(), "prompts": fingerprints(self.prompts)},
             "cells": {cell.key: cell.describe() for cell in self.cells},
             "samples": sum(len(batch.items) * batch.cell.config.num_samples for batch in self.batches),
-            "prompt_tokens": prompt_length(self.prompts),
             "shapes": self.shapes,
             "versions": versions(),
         }

@@ -62,7 +62,7 @@ def unbroken(processes, tmp_path_factory) -> tuple[Path, float]:
 def test_killed_ten_times(processes, unbroken, tmp_path) -> None:
     expected, seconds = unbroken
     rng = random.Random(time.time_ns())
-    grown = []
+    grown, ends = [], []
     for _ in range(KILLS):
         process = processes.Process(target=main, args=([*GRID, "-o", str(tmp_path)],))
         process.start()
@@ -70,9 +70,10 @@ def test_killed_ten_times(processes, unbroken, tmp_path) -> None:
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
         process.join(60)
-        assert process.exitcode in (0, -signal.SIGKILL)
+        ends.append(process.exitcode)
         found = [*(tmp_path / "parts").glob("samples-*"), *tmp_path.glob("samples.jsonl")]
         grown.append(sum(path.read_bytes().count(b"\n") for path in found))
+    assert set(ends) <= {0, -signal.SIGKILL} and ends[0] != 0
     assert grown == sorted(grown), "nothing that was written is lost"
     process = processes.Process(target=main, args=([*GRID, "-o", str(tmp_path)],))
     process.start()

@@ -40,6 +40,7 @@ class Reader(html.parser.HTMLParser):
         self.links: list[str] = []
         self.data = ""
         self.inside = ""
+        self.in_cell = False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs) -> None:
@@ -48,12 +49,14 @@ class Reader(html.parser.HTMLParser):
         self.links += [value or "" for name, value in attrs if name in ("src", "href", "action", "data", "poster")]
         if tag in ("td", "th"):
             self.cells.append("")
+            self.in_cell = True
 
     def handle_endtag(self, tag) -> None:
         self.inside = ""
+        self.in_cell &= tag not in ("td", "th")
 
     def handle_data(self, data) -> None:
-        if self.inside in ("td", "th"):
+        if self.in_cell:
             self.cells[-1] += data
         if self.inside == "data":
             self.data += data
