@@ -214,7 +214,7 @@ def load(args: argparse.Namespace, *, judge: bool = False, reuse: Loaded | None 
     """
     tiny = uses_tiny(args)
     device = device_of(args.device, tiny)
-    _quiet()
+    quiet()
     return _load_tiny(args.dtype, device, judge) if tiny else _load_paths(args, device, reuse)
 
 
@@ -255,7 +255,7 @@ def prompt_tokens(sampler: GuidedSampler, prompt: Prompt) -> int:
     return len(encode_prompt(sampler.tokenizer, conversation_from(prompt)))
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """No progress bars of transformers between our own lines; its warnings stay."""
     from transformers.utils import logging
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,10 @@ class Figure:
     def text(self, signed: bool = False) -> str:
         """As in "1.23 [1.01, 1.48]"."""
         form = "{:+.2f}" if signed else "{:.2f}"
-        if self.interval is None:
-            return form.format(self.mean)
-        return f"{form.format(self.mean)} [{form.format(self.interval[0])}, {form.format(self.interval[1])}]"
+        text = form.format(self.mean)
+        if self.interval is not None:
+            text += f" [{form.format(self.interval[0])}, {form.format(self.interval[1])}]"
+        return text.replace("-", "−")
 
 
 def figure(values: Iterable[float]) -> Figure:
@@ -330,7 +331,10 @@ def _costs(row: Row, header: Mapping[str, Any], batches: list[dict[str, Any]]) -
 
 def _tell_apart(rows: list[Row]) -> None:
     """Rows of several evaluations may have one label: then the evaluation's folder is named."""
-    place: Callable[[Row], tuple[Any, ...]] = lambda row: (row.dataset, row.reward, row.temperature, row.label)  # noqa: E731
+
+    def place(row: Row) -> tuple[Any, ...]:
+        return row.dataset, row.reward, row.temperature, row.label
+
     counts = collections.Counter(map(place, rows))
     for row in [row for row in rows if counts[place(row)] > 1]:
         row.label = f"{row.label} [{row.source}]"

@@ -31,7 +31,7 @@ _SUSTAINED = 0.4  # share of the peak that forwards of some thousand tokens reac
 _UNKNOWN_GPU = 300.0
 _ASSUMED = "an 80 GB H100"
 # The tiny models are all overhead: measured with `entrgi evaluate tiny` on two AVX-512 cores.
-_TINY_TFLOPS = 0.035
+_TINY_TFLOPS = 0.05
 
 
 def describe(plan: Plan, folder: Path, *, tflops: float | None = None) -> str:

@@ -125,6 +125,8 @@ def check_judges(config: EvaluationConfig) -> list[JudgeSpec]:
     names = [spec.name for spec in specs]
     if len(set(names)) < len(names) or {"top1", "avg"} & set(names):
         raise UsageError(f"judges: names must be distinct and not top1 or avg, got {', '.join(names)}")
+    if len({spec.key for spec in specs}) < len(specs):
+        raise UsageError(f"judges: two of {', '.join(names)} are one under two names")
     return specs
 
 
@@ -157,6 +159,9 @@ def make_judge(spec: JudgeSpec, device: str, diffusion: Callable[[], tuple[Any, 
     Raises:
         UsageError: a model that cannot be loaded.
     """
+    from entrgi import loading
+
+    loading.quiet()
     if spec.kind == "reward":
         return RewardJudge(spec, device)
     if spec.kind == "lm":

@@ -40,7 +40,7 @@ class Alone:
 class Launched(Alone):
     """This process among those that torchrun or `accelerate launch` started.
 
-    Only plans and small facts go between them, so the group is a CPU one (gloo) whatever the models run on.
+    Only plans and small facts go between them; samples go to files.
 
     Args:
         cpu: leave accelerators alone.

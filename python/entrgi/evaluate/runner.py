@@ -86,6 +86,8 @@ class Worker:
                 device=self.device,
                 trust_remote_code=config.trust_remote_code,
             )
+            if self._loaded is not None:  # two reward models need not fit at once
+                self._sampler, self._loaded = None, dataclasses.replace(self._loaded, reward=None)
             self._loaded = loading.load(wanted, reuse=self._loaded)
             from entrgi_kernels.guidance.config import GuidanceConfig
 

@@ -60,9 +60,10 @@ def figures_of(results: Results) -> Iterator[tuple[Slice, str, str, Any]]:
                     _curves(axes, part, unit, colors)
                 _legend(figure, axes)
                 caption = (
-                    "Expected highest reward of n samples against what n samples of a prompt cost, n from 1 to all "
-                    "that were drawn; bands: 95% bootstrap intervals over prompts."
+                    "Expected highest reward of n samples against what n samples of a prompt cost, n from 1 to all"
                 )
+                caption += " that were drawn"
+                caption += "; bands: 95% bootstrap intervals over prompts." if len(part.rows) <= _MOST_BANDS else "."
                 yield part, "reward-compute", caption, figure
             figure = Figure(figsize=(9.8, 3.6), layout="constrained")
             left, right = figure.subplots(1, 2)
@@ -134,9 +135,9 @@ def _curves(axes: Any, part: Slice, unit: str, colors: dict[str, str]) -> None:
             axes.fill_between(x, *zip(*bounds, strict=True), color=color, alpha=0.13, linewidth=0)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(ticker.EngFormatter(unit="s" if unit == "seconds" else ""))
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.set_xlabel("seconds per prompt" if unit == "seconds" else "FLOPs per prompt")
+    axes.set_xlabel("time per prompt" if unit == "seconds" else "FLOPs per prompt")
     axes.set_ylabel("reward of the best sample")
 
 

@@ -107,6 +107,7 @@ def test_overrides_reach_into_settings(tmp_path) -> None:
         ({"judges": [{"kind": "lm"}]}, "give the `model`"),
         ({"judges": [{"kind": "openai", "model": "m"}]}, "endpoint's `url`"),
         ({"judges": [{"kind": "rule"}, {"kind": "rule"}]}, "must be distinct"),
+        ({"judges": [{"kind": "rule"}, {"kind": "rule", "name": "r"}]}, "one under two names"),
         ({"judges": ["rule"]}, "a mapping with `kind`"),
         ({"judges": [{"kind": "rule", "key": 1}]}, "no key 'key'"),
     ],
