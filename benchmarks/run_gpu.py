@@ -5,7 +5,8 @@ In this order, each part only while time is left, every finished part written ou
 1. what the machine has; 2. numerics (`pytest -m gpu`, kernels against float64); 3. the machine's ceilings: a device
 copy and a large matrix product; 4. kernels alone, by device events, against those ceilings; 5. the guidance step at
 all canonical shapes against the published loop, its batched form, that compiled, and the two products' floor;
-6. operators against plain torch; 7. the draw against flashinfer's where that is installed; 8. a roofline picture.
+6. operators against plain torch; 7. the compiled CUDA kernels against Triton's; 8. the draw against flashinfer's where
+that is installed; 9. compute-sanitizer and ncu on the CUDA kernels; 10. a roofline picture.
 
 Rows go to benchmarks/results/<device>.json and, when OUT is set, there too. The table at the end holds every figure
 against what it must reach. Exit status: 0; 1 when numerics or a gate was red; 2 without a CUDA GPU.
@@ -26,14 +27,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure
+from benchmarks import cuda_engine, measure
 from benchmarks.inputs import CANONICAL, Shape
 from benchmarks.measure import Candidate, Group
 
 DEVICE = "cuda"
 COPY_BYTES, PRODUCT = 4 << 30, 8192  # of the ceilings: far beyond any cache, and a size that fills the chip
 ROOT = Path(__file__).parent.parent
-PARTS = ("numerics", "ceilings", "kernels", "step", "ops", "others", "picture")
+PARTS = ("numerics", "ceilings", "kernels", "step", "ops", "cuda", "others", "nsight", "picture")
 LIBRARIES = ("flashinfer", "quack", "liger_kernel", "matplotlib", "transformers")
 # (figure, what it is a share of, least, aim): DESIGN's GPU rows.
 MUST = {
@@ -70,7 +71,7 @@ class Report:
             self.red += [
                 f"{group.op} {group.dtype} {group.shape.label} {name}: {why}"
                 for name, why in group.refused.items()
-                if name in ("triton", "auto")
+                if name in ("triton", "cuda", "auto")
             ]
         print(measure.table(groups, baselines), end="\n\n", flush=True)
         self.flush()
@@ -102,6 +103,7 @@ def environment() -> str:
 def numerics(clock: Clock, seconds: float) -> bool:
     """The GPU tests in a process of their own; True when they passed."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    command.append(f"--ignore={cuda_engine.TESTS}")
     search = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH")]))
     try:
         done = subprocess.run(
@@ -364,12 +366,24 @@ def run(chosen: argparse.Namespace) -> int:
             torch.cuda.empty_cache()
     if "step" in parts and clock.left() > 40:
         report.add([measure_step(chosen.shapes[0], torch.float32, names, device=DEVICE, budget=2.0)], names[:-1])
+    if "cuda" in parts:
+        if wrong := cuda_engine.numerics(min(100.0, clock.left())):
+            report.red.append(wrong)
+        else:
+            cuda_engine.compare(chosen.shapes, clock.left, lambda groups: report.add(groups, ["triton"]))
     if "others" in parts and clock.left() > 30:
         group = others(Shape(512, 64))
         if group is None:
             print("flashinfer is not installed: no comparison with it")
         else:
             report.add([group], ["vectorized", "flashinfer"])
+    if "nsight" in parts:
+        counts = report.path.with_name(f"{report.path.stem}-ncu.txt")
+        device, revision = measure.device_name(DEVICE), measure.revision()
+        found, written = cuda_engine.nsight(counts, device, revision, chosen.shapes[2:3], clock.left)
+        report.red += found
+        if written and (out := os.environ.get("OUT")):
+            shutil.copy(written, out)
     if "picture" in parts and clock.left() > 10:
         try:
             picture = report.path.with_suffix(".png")
