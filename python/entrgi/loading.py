@@ -43,6 +43,13 @@ _OPTIONS = (
     "backend",
 )
 TINY = "built-in tiny models"
+# What --reward-kind loads, and the flag that it needs.
+_REWARD_KINDS = {
+    "classifier": ("AutoModelForSequenceClassification", None),
+    "likelihood": ("AutoModelForCausalLM", None),
+    "judge": ("AutoModelForCausalLM", "question"),
+    "similarity": ("AutoModel", "target"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +72,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that choose the models."""
     group = parser.add_argument_group("models (the built-in tiny ones unless given)")
     group.add_argument("--model", metavar="PATH", help="diffusion language model: a folder or a Hugging Face name")
-    group.add_argument("--reward", metavar="PATH", help="reward model: a sequence classifier with one label")
+    group.add_argument("--reward", metavar="PATH", help="reward model: a folder or a Hugging Face name")
+    group.add_argument(
+        "--reward-kind",
+        default="classifier",
+        choices=tuple(_REWARD_KINDS),
+        help="what it is: a sequence classifier with one label, a causal LM taken for its likelihood or asked as a "
+        "judge, or a sentence-embedding model (default: classifier)",
+    )
+    group.add_argument("--question", help="for a judge: what it answers by yes or no, as in 'Is the response polite?'")
+    group.add_argument("--target", metavar="TEXT", help="for similarity: the text to come close to")
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the models")
     group.add_argument(
         "--dtype",
@@ -198,6 +214,12 @@ def uses_tiny(args: argparse.Namespace) -> bool:
     if (args.model is None) != (args.reward is None):
         missing = "--reward" if args.reward is None else "--model"
         raise UsageError(f"--model and --reward go together: {missing} is missing (give neither for the tiny models)")
+    kind = getattr(args, "reward_kind", "classifier")
+    for owner, (_, flag) in _REWARD_KINDS.items():
+        if flag is not None and (getattr(args, flag, None) is not None) != (owner == kind):
+            raise UsageError(f"--{flag} and --reward-kind {owner} go together")
+    if args.model is None and kind != "classifier":
+        raise UsageError(f"--reward-kind {kind} needs --model and --reward: the tiny reward model is a classifier")
     return args.model is None
 
 
@@ -335,14 +357,24 @@ def _load_paths(args: argparse.Namespace, device: Any, reuse: Loaded | None) -> 
         model, tokenizer = reuse.model, reuse.tokenizer
     else:
         model, tokenizer = _load_diffusion(args, device)
-    reward, reward_tokenizer = load_reward(args.reward, args.dtype, device, args.trust_remote_code)
+    kind = getattr(args, "reward_kind", "classifier")
+    reward, reward_tokenizer = load_reward(args.reward, args.dtype, device, args.trust_remote_code, kind)
+    name, said = args.reward, {key: getattr(args, key, None) for key in ("question", "target")}
+    if kind != "classifier":
+        from entrgi_kernels import rewards
+
+        name = f"{name} ({': '.join([kind, *filter(None, said.values())])})"
+        try:
+            reward = rewards.wrap(reward, reward_tokenizer, unmatched="pieces", **said)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"--reward {args.reward}: {error}") from error
     return Loaded(
         model,
         tokenizer,
         reward,
         reward_tokenizer,
         model_name=args.model,
-        reward_name=args.reward,
+        reward_name=name,
         dtype=str(reward.dtype).removeprefix("torch.") if args.dtype == "auto" else args.dtype,
         tiny=False,
     )
@@ -363,28 +395,30 @@ def _load_diffusion(args: argparse.Namespace, device: Any) -> tuple[Any, Any]:
         raise UsageError(f"cannot load --model {args.model}: {_first_line(error)}") from error
 
 
-def load_reward(name: str, dtype: str, device: Any, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """(model, tokenizer) of a sequence classifier with one label.
+def load_reward(
+    name: str, dtype: str, device: Any, trust_remote_code: bool = False, kind: str = "classifier"
+) -> tuple[Any, Any]:
+    """(model, tokenizer) of a reward model: a sequence classifier with one label, or what another kind takes.
 
     Raises:
         UsageError: missing files, a reward model that is none.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    import transformers
 
     options = {"trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
         with _without_warnings():
-            reward, report = AutoModelForSequenceClassification.from_pretrained(
+            reward, report = getattr(transformers, _REWARD_KINDS[kind][0]).from_pretrained(
                 name, dtype=dtype_of(dtype, "auto"), output_loading_info=True, **options
             )
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"cannot load --reward {name}: {_first_line(error)}") from error
     # transformers fills a missing head with noise and only warns: guidance would then follow that noise.
-    if report["missing_keys"]:
+    if report["missing_keys"] and kind != "similarity":  # files often lack the pooler, which is not read
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise UsageError(f"--reward {name} is no trained reward model: its files lack {missing}")
-    if reward.config.num_labels != 1:
+    if kind == "classifier" and reward.config.num_labels != 1:
         raise UsageError(f"--reward {name} has {reward.config.num_labels} labels; a reward model has one")
     return reward.eval().to(device), tokenizer
 
