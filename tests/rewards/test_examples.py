@@ -77,7 +77,7 @@ def test_for_real(example, real_networks, name):
 
 @pytest.mark.real
 def test_real_models_say_what_they_should(real_networks):
-    """What a person would say of texts; a judge of this size follows the wording more, so it is held to its own odds."""
+    """What a person would say; a judge of this size follows the wording more, so it is held to its own odds."""
     from entrgi_kernels.rewards import JudgeReward, LikelihoodReward, SimilarityReward
 
     question = [[{"role": "user", "content": "What is the capital of France?"}]] * 2
