@@ -38,11 +38,13 @@ class Figure:
 
     def text(self, signed: bool = False) -> str:
         """As in "1.23 [1.01, 1.48]"."""
-        form = "{:+.2f}" if signed else "{:.2f}"
-        text = form.format(self.mean)
-        if self.interval is not None:
-            text += f" [{form.format(self.interval[0])}, {form.format(self.interval[1])}]"
-        return text.replace("-", "−")
+
+        def form(value: float) -> str:
+            value = round(value, 2) + 0.0  # no minus before a zero
+            return f"{value:+.2f}" if signed else f"{value:.2f}"
+
+        interval = "" if self.interval is None else f" [{form(self.interval[0])}, {form(self.interval[1])}]"
+        return f"{form(self.mean)}{interval}".replace("-", "−")
 
 
 def figure(values: Iterable[float]) -> Figure:

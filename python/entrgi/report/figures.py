@@ -20,7 +20,22 @@ if TYPE_CHECKING:
 # Colours that a page replaces by its variables; in files they are what is seen.
 _INK, _LINE = "#1c1b22", "#e2ded6"
 _METHODS = {"none": "#6a6873", "expectation": "#0064a5", "aps": "#b34a00", "entrgi": "#00785a"}
-_MORE = ("#8f3f97", "#a58200", "#c0392b", "#3d6b9e", "#5d8a1f", "#7a5230", "#b0457b", "#2a8c8c", "#666f00", "#44506b")
+_MORE = (
+    "#8f3f97",
+    "#a58200",
+    "#c0392b",
+    "#3d6b9e",
+    "#5d8a1f",
+    "#7a5230",
+    "#b0457b",
+    "#2a8c8c",
+    "#666f00",
+    "#44506b",
+    "#d07a9a",
+    "#4f7f5f",
+    "#9c5d2e",
+    "#7c6fd0",
+)
 _MOST_BANDS = 6  # rows; beyond that bands hide each other
 _VARIABLES = {_INK: "--ink", _LINE: "--line", **{color: f"--{name}" for name, color in _METHODS.items()}}
 _STYLE = {

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from entrgi.errors import UsageError
-from entrgi.evaluate.analysis import paired, read_results
+from entrgi.evaluate.analysis import Figure, paired, read_results
 from entrgi.evaluate.flops import Shape, sample_flops, total
 from entrgi.evaluate.render import as_latex, as_markdown, as_text, quantity
-from entrgi.statistics import best_of, bootstrap_interval
+from entrgi.statistics import Estimate, best_of, bootstrap_interval
 from entrgi.tables import latex
 from entrgi_kernels.guidance.config import GuidanceConfig
 
@@ -153,6 +153,12 @@ def test_best_of_n_is_unbiased() -> None:
     assert math.isfinite(best_of([float(i) for i in range(1024)], 512))
     with pytest.raises(ValueError, match="1 <= n <= 5"):
         best_of(rewards, 6)
+
+
+def test_figures_as_text() -> None:
+    assert Figure(Estimate(-1.004, 0.1, 3), (-1.5, 0.5)).text() == "−1.00 [−1.50, 0.50]"
+    assert Figure(Estimate(-0.004, 0.1, 3), (-0.001, 0.5)).text(signed=True) == "+0.00 [+0.00, +0.50]"
+    assert Figure(Estimate(2.0, None, 1), None).text() == "2.00"
 
 
 def test_quantities() -> None:
