@@ -12,6 +12,7 @@
 #include <string>
 #include <tuple>
 
+#include "cpu/denormals.h"
 #include "cpu/dispatch.h"
 
 namespace {
@@ -59,6 +60,7 @@ void run_units(int64_t count, int64_t bytes, const F& unit) {
   char* base = reinterpret_cast<char*>(entrgi::round_up(reinterpret_cast<int64_t>(scratch.data_ptr()), 64));
   std::atomic<int64_t> next{0};
   auto work = [&](int64_t slot) {
+    const entrgi::FlushDenormals flush;
     for (int64_t i; (i = next.fetch_add(1)) < count;) unit(i, static_cast<void*>(base + slot * each));
   };
   if (threads == 1) return work(0);

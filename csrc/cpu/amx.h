@@ -5,7 +5,8 @@
 //           three under float logits, which hold all its 24 bits. E is interleaved in pairs of rows (what a B operand
 //           wants) into an L2-sized block. The interleaving works within 128-bit lanes, so the accumulator's columns are permuted;
 //           LaneOrder undoes that when the splits are added.
-// backward  G^T = E grad^T: rows of E are A operands exactly as they lie in memory; grad is packed once.
+// backward  G^T = E grad^T: rows of E are A operands as they lie in memory, or copied into whole tiles where several tiles of
+//           the gradient meet them; grad is packed once.
 // Both prefetch what the next step reads while the tiles work: at few rows the table's bytes are what takes the time.
 
 struct alignas(64) TileConfig {
@@ -21,19 +22,22 @@ INLINE void tiles_end() { asm volatile("tilerelease" ::: "memory"); }
 // GCC's tile loads do not tell the compiler that they read memory.
 #define ENTRGI_FENCE asm volatile("" ::: "memory")
 
+// What the accumulators are before the first product.
+enum class Start { keep, clear, load };
+
 // C[16 R, 16 S] (+)= A B over `depth` steps of 32; tiles of A at a + i * a_tile + k * a_step (rows a_row bytes apart),
 // tiles of B (64-byte rows) at b + j * b_tile + k * b_step. C: rows ldc floats apart.
-template <int R, int S, bool LOAD>
+template <int R, int S>
 static void tiles(const char* a, int64_t a_tile, int64_t a_step, int64_t a_row, const char* b, int64_t b_tile,
-                  int64_t b_step, int64_t depth, float* c, int64_t ldc, bool clear, bool write, Prefetcher* prefetch) {
+                  int64_t b_step, int64_t depth, float* c, int64_t ldc, Start start, bool write, Prefetcher* prefetch) {
   const int64_t row = ldc * 4;
   ENTRGI_FENCE;
-  if (LOAD) {
+  if (start == Start::load) {
     _tile_loadd(0, c, row);
     if (S > 1) _tile_loadd(1, c + 16, row);
     if (R > 1) _tile_loadd(2, c + 16 * ldc, row);
     if (R > 1 && S > 1) _tile_loadd(3, c + 16 * ldc + 16, row);
-  } else if (clear) {
+  } else if (start == Start::clear) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -163,17 +167,14 @@ static void amx_forward(const ForwardJob& job, int64_t unit, void* scratch) {
         for (int64_t i = 0; i < row_tiles; i += 2) {
           float* to = c + (n0 + 16 * i) * columns + 32 * j;
           const char *a = p + i * tile_row, *b = packed + j * panel;
-          if (i + 1 < row_tiles)
-            tiles<2, 2, true>(a, tile_row, 1024, 64, b, 1024, 2048, steps, to, columns, false, TERMS == 1, &ahead);
-          else
-            tiles<1, 2, true>(a, tile_row, 1024, 64, b, 1024, 2048, steps, to, columns, false, TERMS == 1, &ahead);
-          for (int t = 1; t < TERMS; t++)  // the sum stays in the tile registers
+          for (int t = 0; t < TERMS; t++) {  // the sum of the terms stays in the tile registers
+            const Start start = t == 0 ? Start::load : Start::keep;
+            const bool write = t + 1 == TERMS;
             if (i + 1 < row_tiles)
-              tiles<2, 2, false>(a + t * term, tile_row, 1024, 64, b, 1024, 2048, steps, to, columns, false,
-                                 t + 1 == TERMS, &ahead);
+              tiles<2, 2>(a + t * term, tile_row, 1024, 64, b, 1024, 2048, steps, to, columns, start, write, &ahead);
             else
-              tiles<1, 2, false>(a + t * term, tile_row, 1024, 64, b, 1024, 2048, steps, to, columns, false,
-                                 t + 1 == TERMS, &ahead);
+              tiles<1, 2>(a + t * term, tile_row, 1024, 64, b, 1024, 2048, steps, to, columns, start, write, &ahead);
+          }
         }
     }
   }
@@ -199,8 +200,10 @@ static void amx_forward_combine(const ForwardJob& job, int64_t begin, int64_t en
 INLINE bool amx_serves(const BackwardJob& job) {
   return job.embedding.dtype == Dtype::bf16 && job.logits.dtype != Dtype::f64;
 }
-// A gradient that is not bf16 goes in as the sum of two bf16 terms: 16 bits of it are kept.
-INLINE int64_t amx_terms(const BackwardJob& job) { return job.grad.dtype == Dtype::bf16 ? 1 : 2; }
+// A gradient that is not bf16 goes in as the sum of bf16 terms: two hold the 11 bits of float16, three the 24 of float.
+INLINE int64_t amx_terms(const BackwardJob& job) {
+  return job.grad.dtype == Dtype::bf16 ? 1 : job.grad.dtype == Dtype::f16 ? 2 : 3;
+}
 static int64_t amx_gradient_pack_size(const BackwardJob& job) {
   return amx_terms(job) * round_up(job.n, 16) * round_up(job.d, 32) * 2;
 }
@@ -212,14 +215,14 @@ static void amx_pack_rows(const T* x, int64_t stride, int64_t n, int64_t d, int6
   __builtin_memset(out, 0, (size_t)(terms * round_up(n, 16) * columns * 2));
   for (int64_t r = 0; r < n; r++)
     for (int64_t k = 0; k < d; k++) {
-      const float value = (float)to_acc(x[r * stride + k]);
+      float rest = (float)to_acc(x[r * stride + k]);
       uint16_t* to = out + r / 16 * terms * tile + k / 2 * 32 + r % 16 * 2 + k % 2;
-      bf16 high, low;
-      from_acc(value, &high);
-      to[0] = high.bits;
-      if (terms == 1) continue;
-      from_acc(value - to_acc(high), &low);
-      to[tile] = low.bits;
+      for (int64_t t = 0; t < terms; t++, to += tile) {
+        bf16 term;
+        from_acc(rest, &term);
+        *to = term.bits;
+        rest -= to_acc(term);
+      }
     }
 }
 static void amx_pack_gradient(const BackwardJob& job) {
@@ -233,10 +236,25 @@ static void amx_pack_gradient(const BackwardJob& job) {
     case Dtype::f16: return amx_pack_rows((const f16*)x, s, job.n, job.d, terms, out);
   }
 }
+// Steps of 32 columns that are taken at a time where rows of E meet several tiles of the gradient: both then stay in L1.
+constexpr int64_t AMX_DEPTH = 11;
 static int64_t amx_backward_units(const BackwardJob& job) { return backward_units_any(job); }
 static int64_t amx_backward_scratch(const BackwardJob& job) {
   const int64_t block = backward_block(job), rows = round_up(job.n < BACKWARD_ROWS ? job.n : BACKWARD_ROWS, 16);
-  return (2 * block * rows + 64) * 4 + 32 * round_up(job.d, 32) * 2 + 128;
+  return (2 * block * rows + 64) * 4 + block * round_up(job.d, 32) * 2 + 128;
+}
+
+// 32 rows of E, `columns` of each, as tiles [2][columns / 32][16 rows][64 bytes], zero beyond the last.
+static void amx_tile_rows(const bf16* x, int64_t stride, int64_t rows, int64_t columns, char* out) {
+  const int64_t steps = ceil_div(columns, 32);
+  for (int64_t r = 0; r < 32; r++) {
+    char* to = out + r / 16 * steps * 1024 + r % 16 * 64;
+    for (int64_t k = 0; k < columns; k += 32, to += 1024) {
+      const __mmask32 mask = columns - k >= 32 ? 0xffffffffu : (1u << (columns - k)) - 1;
+      const __m512i line = _mm512_maskz_loadu_epi16(r < rows ? mask : 0, x + r * stride + k);
+      _mm512_store_si512((__m512i*)to, line);
+    }
+  }
 }
 
 template <typename T>
@@ -246,41 +264,44 @@ static void amx_backward(const BackwardJob& job, int64_t unit, void* scratch) {
   const int64_t columns = round_up(job.d, 32), steps = columns / 32, terms = amx_terms(job), tile = columns * 32;
   float* gt = (float*)scratch;   // [block][ldg]
   float* g = gt + block * ldg;   // [ldg][block]
-  bf16* edge = (bf16*)(g + ldg * block + 64);
+  char* packed = (char*)(g + ldg * block + 64);  // amx_tile_rows
   const bf16* table = (const bf16*)job.embedding.data + v0 * job.embedding.stride;
   tiles_begin();
   for (int64_t n0 = 0; n0 < job.n; n0 += BACKWARD_ROWS) {
     const int64_t rows = job.n - n0 < BACKWARD_ROWS ? job.n - n0 : BACKWARD_ROWS, row_tiles = ceil_div(rows, 16);
     const char* b = (const char*)job.packed + n0 / 16 * terms * tile;
+    // What the tile's own rows of E and its epilogue will read, spread over all of its products.
     Prefetcher ahead;
+    if (n0 == 0 && count > 32)
+      ahead.list[0].set(table + 32 * job.embedding.stride, job.embedding.stride * 2, job.d * 2, count - 32);
+    ahead_of_epilogue<T>(job, n0, rows, v0, count, &ahead);
+    ahead.start(ceil_div(count, 32) * ceil_div(row_tiles, 2) * terms * steps);
     for (int64_t r = 0; r < count; r += 32) {
-      const int64_t height = count - r < 32 ? count - r : 32, left = count - r - height;
-      for (int i = 0; i < AHEADS; i++) ahead.list[i].set(nullptr, 0, 0, 0);
-      if (n0 == 0)
-        ahead.list[0].set(table + (r + 32) * job.embedding.stride, job.embedding.stride * 2, job.d * 2,
-                          left < 32 ? left : 32);
-      if (r == 0) ahead_of_tile<T>(job, n0, rows, v0, count, 0, job.d, &ahead);
-      ahead.start(ceil_div(row_tiles, 2) * terms * steps);
-      const char* a = (const char*)(table + r * job.embedding.stride);
-      int64_t a_row = job.embedding.stride * 2;
-      if (height < 32 || columns != job.d) {
-        __builtin_memset(edge, 0, (size_t)(32 * columns * 2));
-        for (int64_t i = 0; i < height; i++)
-          __builtin_memcpy(edge + i * columns, table + (r + i) * job.embedding.stride, (size_t)(job.d * 2));
-        a = (const char*)edge;
-        a_row = columns * 2;
+      const int64_t height = count - r < 32 ? count - r : 32;
+      // Few tiles of the gradient read E where it lies, unless it lacks a part of a tile.
+      const bool packs = ldg > 64 || height < 32 || columns != job.d;
+      const int64_t chunk = ldg > 64 ? AMX_DEPTH : steps;
+      for (int64_t k = 0; k < steps; k += chunk) {
+        const int64_t depth = steps - k < chunk ? steps - k : chunk, left = job.d - 32 * k;
+        const bf16* rows_of_e = table + r * job.embedding.stride + 32 * k;
+        char* whole = packed + (r / 32 * steps + k) * 2048;
+        if (packs && n0 == 0)
+          amx_tile_rows(rows_of_e, job.embedding.stride, height, left < 32 * depth ? left : 32 * depth, whole);
+        const char* a = packs ? whole : (const char*)rows_of_e;
+        const int64_t a_row = packs ? 64 : job.embedding.stride * 2, a_step = packs ? 1024 : 64;
+        const int64_t a_tile = packs ? depth * 1024 : 16 * a_row;
+        for (int64_t i = 0; i < row_tiles; i += 2)
+          for (int64_t t = 0; t < terms; t++) {
+            const char* right = b + (i * terms + t) * tile + k * 1024;
+            float* c = gt + r * ldg + 16 * i;
+            const Start start = t > 0 ? Start::keep : k > 0 ? Start::load : Start::clear;
+            const bool write = t + 1 == terms;
+            if (i + 1 < row_tiles)
+              tiles<2, 2>(a, a_tile, a_step, a_row, right, terms * tile, 1024, depth, c, ldg, start, write, &ahead);
+            else
+              tiles<2, 1>(a, a_tile, a_step, a_row, right, terms * tile, 1024, depth, c, ldg, start, write, &ahead);
+          }
       }
-      for (int64_t i = 0; i < row_tiles; i += 2)
-        for (int64_t t = 0; t < terms; t++) {
-          const char* right = b + (i * terms + t) * tile;
-          float* c = gt + r * ldg + 16 * i;
-          if (i + 1 < row_tiles)
-            tiles<2, 2, false>(a, 16 * a_row, 64, a_row, right, terms * tile, 1024, steps, c, ldg, t == 0,
-                               t + 1 == terms, &ahead);
-          else
-            tiles<2, 1, false>(a, 16 * a_row, 64, a_row, right, terms * tile, 1024, steps, c, ldg, t == 0,
-                               t + 1 == terms, &ahead);
-        }
     }
     transpose(gt, ldg, round_up(count, 16), round_up(rows, 16), g, block);
     epilogue<T>(job, n0, rows, v0, count, g, block);

@@ -102,21 +102,28 @@ struct RowEpilogue {
   A lse, baseline, factor;  // factor: 1 / temperature, NaN for a bad row
 };
 
-template <typename T, typename M>
-INLINE typename Lane<typename Store<T>::A>::V adam_vector(
-    typename Lane<typename Store<T>::A>::V x, typename Lane<typename Store<T>::A>::V g,
-    typename Lane<typename Store<T>::A>::V* m, typename Lane<typename Store<T>::A>::V* v, const Adam& c, bool state) {
-  typedef typename Store<T>::A A;
-  const A b1 = (A)c.beta1, b2 = (A)c.beta2, r1 = (A)(1 - c.beta1), r2 = (A)(1 - c.beta2);
-  auto first = g * r1, second = g * g * r2;
-  if (state) {
-    first += *m * b1;
-    second += *v * b2;
-    *m = first;
-    *v = second;
+// first / (sqrt(second) * scale + eps). In float with AVX-512 by the processor's estimates and a Newton step each, right to
+// two units in the last place: its square root and division would take a third of the epilogue's time.
+template <typename V, typename A>
+INLINE V adam_quotient(V first, V second, A scale, A eps) {
+#if ENTRGI_LEVEL >= 3
+  if constexpr (__is_same(A, float)) {
+    const V estimate = (V)_mm512_rsqrt14_ps((__m512)vmax(second, set1(1.17549435e-38f)));  // 0 has a root, too
+    const V root = second * estimate * (1.5f - 0.5f * second * estimate * estimate);
+    const V divisor = root * scale + eps, inverse = (V)_mm512_rcp14_ps((__m512)divisor);
+    return first * (inverse * (2.0f - divisor * inverse));
   }
-  return x - first * (A)c.step_size / (vsqrt(second) * (A)(1.0 / c.sqrt_correction2) + (A)c.eps);
+#endif
+  return first / (vsqrt(second) * scale + eps);
 }
+
+template <typename A>
+struct AdamConstants {
+  A beta1, beta2, rest1, rest2, step_size, scale, eps;
+  explicit AdamConstants(const Adam& c)
+      : beta1((A)c.beta1), beta2((A)c.beta2), rest1((A)(1 - c.beta1)), rest2((A)(1 - c.beta2)),
+        step_size((A)c.step_size), scale((A)(1.0 / c.sqrt_correction2)), eps((A)c.eps) {}
+};
 
 // One row of a tile: `g` holds grad . E_v for `count` columns from column v0 of row n.
 template <typename T, typename M>
@@ -141,6 +148,7 @@ static void epilogue_row(
     }
     return;
   }
+  const AdamConstants<A> c(job.adam);
   const bool state = job.exp_avg.data != nullptr;
   M* m = state ? (M*)job.exp_avg.data + n * job.exp_avg.stride + v0 : nullptr;
   M* s = state ? (M*)job.exp_avg_sq.data + n * job.exp_avg_sq.stride + v0 : nullptr;
@@ -149,12 +157,12 @@ static void epilogue_row(
     const bool full = rest == W;
     V value = full ? load(x + i) : load_part(x + i, rest, (A)-INFINITY);
     V gradient = vexp(log_probability(value, lse, e.scale)) * (load(g + i) - baseline) * factor;
-    V first = zero<A>(), second = zero<A>();
+    V first = gradient * c.rest1, second = gradient * gradient * c.rest2;
     if (state) {
-      first = full ? load_as<A>(m + i) : load_part_as<A>(m + i, rest);
-      second = full ? load_as<A>(s + i) : load_part_as<A>(s + i, rest);
+      first += (full ? load_as<A>(m + i) : load_part_as<A>(m + i, rest)) * c.beta1;
+      second += (full ? load_as<A>(s + i) : load_part_as<A>(s + i, rest)) * c.beta2;
     }
-    value = adam_vector<T, M>(value, gradient, &first, &second, job.adam, state);
+    value -= c.step_size * adam_quotient(first, second, c.scale, c.eps);
     if (full) {
       store(value, x + i);
       if (state) {
@@ -191,16 +199,11 @@ static void epilogue(const BackwardJob& job, int64_t n0, int64_t rows, int64_t v
   }
 }
 
-// What to fetch while columns [d, d + depth) of a tile are multiplied: the next columns of E, and with the first ones what
-// the tile's epilogue reads.
+// Fetch what the epilogue of a tile reads.
 template <typename T>
-static void ahead_of_tile(const BackwardJob& job, int64_t n0, int64_t rows, int64_t v0, int64_t count, int64_t d,
-                          int64_t depth, Prefetcher* ahead) {
-  const int64_t width = size_of(job.embedding.dtype), size = (int64_t)sizeof(T), next = d + depth;
-  if (next < job.d)
-    ahead->list[0].set((const char*)job.embedding.data + (v0 * job.embedding.stride + next) * width,
-                       job.embedding.stride * width, (job.d - next < depth ? job.d - next : depth) * width, count);
-  if (d > 0) return;
+static void ahead_of_epilogue(const BackwardJob& job, int64_t n0, int64_t rows, int64_t v0, int64_t count,
+                              Prefetcher* ahead) {
+  const int64_t size = (int64_t)sizeof(T);
   ahead->list[1].set((const T*)job.logits.data + n0 * job.logits.stride + v0, job.logits.stride * size, count * size,
                      rows);
   if (!job.exp_avg.data) return;
@@ -250,7 +253,11 @@ static void backward_unit_plain(const BackwardJob& job, int64_t unit, void* scra
       }
       const A* b = (const A*)job.packed + n0 / NR * NR * job.d + d * NR;
       Prefetcher ahead;
-      if (n0 == 0) ahead_of_tile<T>(job, n0, rows, v0, count, d, BACKWARD_DEPTH, &ahead);
+      const int64_t next = d + depth, left = job.d - next, width = size_of(job.embedding.dtype);
+      if (n0 == 0 && left > 0)
+        ahead.list[0].set((const char*)job.embedding.data + (v0 * job.embedding.stride + next) * width,
+                          job.embedding.stride * width, (left < depth ? left : depth) * width, count);
+      if (left <= 0) ahead_of_epilogue<T>(job, n0, rows, v0, count, &ahead);
       product<A>(count, a, lda, 1, b, job.d * NR, panels, depth, gt, ldg, &ahead);
     }
     transpose(gt, ldg, count, rows, g, ldt);

@@ -109,10 +109,13 @@ INLINE double to_acc(double x) { return x; }
 INLINE float to_acc(float x) { return x; }
 INLINE float to_acc(bf16 x) { return bits_float((uint32_t)x.bits << 16); }
 INLINE float to_acc(f16 x) {
-  uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, rest = (uint32_t)(x.bits & 0x7fff) << 13;
-  float f = bits_float(rest) * 0x1p112f;  // re-biases the exponent, and denormals come out right
-  uint32_t u = rest >= (0x7c00u << 13) ? (rest | 0x7f800000u) : float_bits(f);
-  return bits_float(u | sign);
+  const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+  float f;  // no step of it may be a denormal float: the drivers flush these
+  if (rest < 0x400)
+    f = (float)rest * 0x1p-24f;
+  else
+    f = bits_float((rest << 13) + (rest < 0x7c00 ? 0x38000000u : 0x70000000u));
+  return bits_float(float_bits(f) | sign);
 }
 INLINE void from_acc(double x, double* p) { *p = x; }
 INLINE void from_acc(double x, float* p) { *p = (float)x; }
