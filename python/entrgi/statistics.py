@@ -7,6 +7,7 @@ their mean) before anything here is called. A standard error is the sample devia
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -79,10 +80,15 @@ def bootstrap_interval(
     Returns:
         (low, high); None for fewer than two prompts, or where a value is not finite.
     """
+    return _interval(tuple(map(float, values)), level, resamples, seed)
+
+
+@functools.lru_cache(maxsize=4096)  # reports show one figure in several places and forms
+def _interval(values: tuple[float, ...], level: float, resamples: int, seed: int) -> tuple[float, float] | None:
     import numpy
     from scipy.stats import bootstrap
 
-    data = numpy.asarray(values, dtype=numpy.float64)
+    data = numpy.asarray(values)
     if data.size < 2 or not numpy.isfinite(data).all():
         return None
     if numpy.ptp(data) <= 1e-9 * numpy.abs(data).max():  # equal but for rounding: nothing to accelerate by
