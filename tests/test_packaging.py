@@ -210,6 +210,42 @@ def test_obstacles_are_named_with_a_remedy(
         assert "no Python.h" in obstacle()
 
 
+def test_cuda_architectures_are_the_given_ones_or_those_that_nvcc_knows(
+    build_script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    architectures, nvcc = build_script["cuda_architectures"], tmp_path / "nvcc"
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    for known, expected in (("sm_75 sm_80 sm_90 sm_100", "8.0+PTX;9.0a;10.0a"), ("sm_80 sm_90", "8.0+PTX;9.0a")):
+        nvcc.write_text(f"#!/bin/sh\necho {known}\n")
+        nvcc.chmod(0o755)
+        assert architectures(str(nvcc)) == expected
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    assert architectures(str(nvcc)) == "9.0a"
+
+
+def test_the_cuda_module_is_tried_where_torch_has_cuda_and_nvcc_is_there(
+    build_script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch = pytest.importorskip("torch")
+    cpp_extension = pytest.importorskip("torch.utils.cpp_extension")
+    names = build_script["extensions"].__globals__
+    monkeypatch.setitem(names, "sources", lambda *patterns: [p.replace("*", "a") for p in patterns])
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+
+    def modules() -> list[str]:
+        return [module.name for module in build_script["extensions"]()]
+
+    cpu, both = ["entrgi_kernels._C"], ["entrgi_kernels._C", "entrgi_kernels._C_cuda"]
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert modules() == cpu
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    assert modules() == both
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert modules() == cpu
+
+
 def build_in_place(tree: Path, **variables: str) -> tuple[str, dict[str, Any]]:
     environment = {**os.environ, "ENTRGI_DISABLE_EXTENSION": "0", **variables}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
