@@ -4,7 +4,7 @@ from .canvas import Canvas, NonFiniteLogitsError, Statistics
 from .config import GuidanceConfig
 from .denoising import Denoiser
 from .guide import guide
-from .hosts import Guidance
+from .hosts import DreamHooks, Guidance
 from .optimizer import LogitOptimizer
 from .results import GenerationResult, Sample, StepTrace
 from .sampler import GuidedSampler
@@ -13,6 +13,7 @@ from .weights import Step, Threshold
 __all__ = [
     "Canvas",
     "Denoiser",
+    "DreamHooks",
     "GenerationResult",
     "Guidance",
     "GuidanceConfig",

@@ -71,6 +71,34 @@ def repair_rotary(module: nn.Module) -> None:
         )
 
 
+def mend_generation_config(module: nn.Module) -> None:
+    """Let Dream's own ``diffusion_generate`` be called without a generation config again.
+
+    It then makes one of the model's config, through a method that transformers 5 wrote for its own settings alone and
+    that fails on Dream's. The class of those settings, part of the remote code, is given a method that takes the
+    special tokens from the config, which is all that is in there for it.
+    """
+    method = getattr(type(module), "diffusion_generate", None)
+    settings = getattr(sys.modules.get(getattr(method, "__module__", "")), "DreamGenerationConfig", None)
+    if settings is None or "from_model_config" in vars(settings):
+        return
+    try:
+        settings.from_model_config(module.config)
+    except AttributeError:
+        tokens = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
+
+        def from_model_config(cls: Any, model_config: Any) -> Any:
+            given = {name: getattr(model_config, name, None) for name in tokens}
+            return cls(**{name: value for name, value in given.items() if value is not None}, _from_model_config=True)
+
+        settings.from_model_config = classmethod(from_model_config)
+        warnings.warn(
+            f"{settings.__name__}.from_model_config fails under this version of transformers, and diffusion_generate "
+            "with it; entrgi_kernels gave the class a method that takes the special tokens from the model's config",
+            stacklevel=3,
+        )
+
+
 def loadable_llada(cls: type) -> type:
     """A subclass of LLaDA's remote ``LLaDAModelLM`` that transformers 5 can load.
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from entrgi_kernels.models.base import BackboneModel
-from entrgi_kernels.models.compat import repair_rotary
+from entrgi_kernels.models.compat import mend_generation_config, repair_rotary
 from entrgi_kernels.models.masked_diffusion import position_ids
 
 
@@ -17,7 +17,8 @@ class Dream(BackboneModel):
     Dream has no causal mask to overcome. Without padding it wants the string ``"full"`` (the fast attention path);
     with padding a bool mask, since its attention takes floats to be additive in one release and converts them to
     bool in another, which turns an additive mask inside out. Some forks call the positions ``tok_idx``.
-    Under transformers 5 Dream loads with uninitialised rotary frequencies: they are recomputed, with a warning.
+    Under transformers 5 Dream loads with uninitialised rotary frequencies and cannot make its generation config: both
+    are mended, with a warning (:mod:`.compat`).
 
     Args:
         module: Dream's model object.
@@ -31,6 +32,7 @@ class Dream(BackboneModel):
     def __init__(self, module: nn.Module, mask_token_id: int, shift: bool = True) -> None:
         if isinstance(module, nn.Module):
             repair_rotary(module)
+            mend_generation_config(module)
         super().__init__(module, mask_token_id, shift)
 
     def inputs(self, attention_mask: Tensor, padded: bool) -> dict[str, Any]:

@@ -156,7 +156,7 @@ class EmbeddingReward(Combinable):
 
     Args:
         module: the network; its input embedding gives the table.
-        tokenizer: its tokenizer, with a chat template.
+        tokenizer: its tokenizer, with a chat template; None for a reward that is handed embeddings alone, prompts too.
         unmatched: see :class:`VocabularyMap`.
         chat_template: a template to use instead of the tokenizer's own.
 
@@ -169,7 +169,8 @@ class EmbeddingReward(Combinable):
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"a reward model must be a torch.nn.Module, got {type(module).__name__}")
-        check_tokenizer(tokenizer, "the reward model's tokenizer")
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, "the reward model's tokenizer")
         check_unmatched(unmatched)
         embedding = input_embedding(module)
         if embedding is None or not isinstance(getattr(embedding, "weight", None), Tensor):
@@ -181,7 +182,8 @@ class EmbeddingReward(Combinable):
         self._maps: dict[tuple[int, int, int], tuple[Any, VocabularyMap]] = {}
         self._tables: dict[tuple[Any, ...], tuple[tuple[Any, ...], Tensor]] = {}
         # Now rather than in the middle of a run: says what to pass when the tokenizer has no usable chat template.
-        self.split([{"role": "user", "content": "a"}])
+        if tokenizer is not None:
+            self.split([{"role": "user", "content": "a"}])
 
     @property
     def device(self) -> torch.device:

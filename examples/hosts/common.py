@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from entrgi.tiny import load_reward, prompts
 
-PROMPTS = prompts(2)
+PROMPTS = prompts(4)
 
 
 def arguments(description: str | None, **flags: str) -> argparse.Namespace:
@@ -59,28 +59,46 @@ def load_code(path: str | Path, name: str) -> Any:
 
 
 def compare(
-    target: Any, call: Callable[[], torch.Tensor], tokenizer: Any, start: int, seed: int
+    target: Any,
+    call: Callable[[], torch.Tensor],
+    start: int,
+    args: argparse.Namespace,
+    texts: list[str] = PROMPTS,
 ) -> tuple[float, float]:
-    """Run the host's call as it is and guided, with the same random numbers; print both and return their mean rewards.
+    """Run the host's call as it is and guided, and report.
 
     Args:
         target: what guide() was given.
         call: the host's own call; returns sequences [B, S].
-        tokenizer: of the diffusion model.
         start: first response column of the sequences.
-        seed: of torch's generator.
+        args: of :func:`arguments`.
+        texts: the prompt of each sequence.
     """
-    torch.manual_seed(seed)
-    guided = call()
-    torch.manual_seed(seed)
-    with target.entrgi.paused():
-        plain = call()
+
+    def plain() -> torch.Tensor:
+        with target.entrgi.paused():
+            return call()
+
+    return report(plain, call, target.entrgi.sampler, start, args, texts)
+
+
+def report(
+    plain: Callable[[], torch.Tensor],
+    guided: Callable[[], torch.Tensor],
+    sampler: Any,
+    start: int,
+    args: argparse.Namespace,
+    texts: list[str] = PROMPTS,
+) -> tuple[float, float]:
+    """Run two calls with the same random numbers, print what they return and its rewards; the mean rewards of both."""
     means = []
-    for name, sequences in (("as it was", plain), ("guided", guided)):
-        rewards = target.entrgi.score(sequences)
+    for name, call in (("as it was", plain), ("guided", guided)):
+        torch.manual_seed(args.seed)
+        responses = [row[start:] for row in call().tolist()]
+        prompts = [[{"role": "user", "content": text}] for text in texts]
+        rewards = sampler.score(prompts, responses)
         means.append(sum(rewards) / len(rewards))
         print(f"{name}: mean reward {means[-1]:+.3f}")
-        for row, value in zip(sequences, rewards, strict=True):
-            text = tokenizer.decode(row[start:], skip_special_tokens=True)
-            print(f"  {value:+.3f}  {' '.join(text.split())[:100]}")
+        for row, value in zip(responses, rewards, strict=True):
+            print(f"  {value:+.3f}  {' '.join(sampler.decode(row).split())[:100]}")
     return means[0], means[1]

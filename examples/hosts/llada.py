@@ -34,9 +34,8 @@ def main() -> tuple[float, float]:
     return common.compare(
         model,
         lambda: generate(model, inputs.input_ids, inputs.attention_mask, mask_id=model.config.mask_token_id, **call),
-        tokenizer,
-        start=inputs.input_ids.shape[1],
-        seed=args.seed,
+        inputs.input_ids.shape[1],
+        args,
     )
 
 

@@ -5,6 +5,7 @@ The examples run on them unless they are given the real thing; so do the tests w
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,3 +95,117 @@ def llada_generate(
                 best = sure[row].topk(count).indices
                 x[row, best] = drawn[row, best]
     return x
+
+
+@dataclass
+class Sampler:
+    """dllm's kind of sampler in small: prompts of any length as lists of ids, settings by name."""
+
+    model: Any
+    tokenizer: Any
+
+    def sample(self, inputs, config=None, **kwargs):
+        """[B, S] tokens; prompts on the right, padded with end-of-sequence tokens."""
+        mask, eos = self.tokenizer.mask_token_id, self.tokenizer.eos_token_id
+        width = max(map(len, inputs))
+        prompts = torch.tensor([[eos] * (width - len(ids)) + list(ids) for ids in inputs])
+        real = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in inputs])
+        slots = kwargs.get("max_new_tokens", 16)
+        settings = dict(temperature=kwargs.get("temperature", 0.0), steps=kwargs.get("steps", slots))
+        return llada_generate(self.model, prompts, real, gen_length=slots, block_length=slots, mask_id=mask, **settings)
+
+    def infill(self, inputs, config=None, **kwargs):
+        """Not in this stand-in."""
+        raise NotImplementedError
+
+
+def diffusion_gemma(tokenizer: Any, seed: int = 0, canvas_length: int = 8):
+    """A random DiffusionGemma of the real architecture, small: transformers' own class."""
+    from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        global_head_dim=16,
+        num_experts=2,
+        top_k_experts=1,
+        moe_intermediate_size=16,
+        layer_types=["sliding_attention", "full_attention"],
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.2,
+    )
+    vision = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+        head_dim=16, global_head_dim=16,
+    )  # fmt: skip
+    config = DiffusionGemmaConfig(
+        text_config=text, vision_config=vision, canvas_length=canvas_length, image_token_id=len(tokenizer) + 9
+    )
+    torch.manual_seed(seed)
+    model = DiffusionGemmaForBlockDiffusion(config).eval()
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+@dataclass
+class DreamModelOutput:
+    """What `diffusion_generate(return_dict=True)` returns."""
+
+    sequences: torch.Tensor
+    history: list[torch.Tensor] | None = None
+
+
+class Dream(Network):
+    """The built-in diffusion LM with Dream's `diffusion_generate` in small, hooks and histories included."""
+
+    @torch.no_grad()
+    def diffusion_generate(
+        self, inputs, generation_config=None, *, attention_mask=None, max_new_tokens=16, steps=16, temperature=0.0,
+        top_k=None, top_p=None, alg="entropy", eps=1e-3, return_dict=False, output_history=False,
+        generation_tokens_hook_func=lambda step, x, logits: x,
+        generation_logits_hook_func=lambda step, x, logits: logits,
+    ):  # fmt: skip
+        """[B, P + max_new_tokens] tokens, or the output object."""
+        mask, history = self.config.mask_token_id, []
+        x = torch.nn.functional.pad(inputs, (0, max_new_tokens), value=mask)
+        real = torch.ones_like(inputs) if attention_mask is None else attention_mask
+        real = torch.nn.functional.pad(real, (0, max_new_tokens), value=1)
+        places = (real.cumsum(-1) - 1).masked_fill(real == 0, 1)
+        times = torch.linspace(1, eps, steps + 1)
+        x = generation_tokens_hook_func(None, x, None)
+        for step in range(steps):
+            logits = self(x, real, places).logits
+            logits = generation_logits_hook_func(step, x, torch.cat([logits[:, :1], logits[:, :-1]], dim=1))
+            open_slots = x == mask
+            scores = logits / (temperature or 1)
+            if top_k is not None:
+                scores = scores.masked_fill(scores < scores.topk(top_k).values[..., -1:], -torch.inf)
+            p = scores.softmax(-1)
+            drawn = p.argmax(-1) if not temperature else torch.distributions.Categorical(p).sample()
+            sure = (p * (p + 1e-10).log()).sum(-1)
+            if alg == "maskgit_plus":
+                sure = p.gather(-1, drawn[..., None])[..., 0]
+            share = 1 - times[step + 1] / times[step] if step < steps - 1 else 1
+            count = int(open_slots.sum() / len(x) * share)
+            if count:
+                best = torch.topk(sure.masked_fill(~open_slots, -torch.inf), count).indices
+                x = x.scatter(1, best, drawn.gather(1, best))
+            x = generation_tokens_hook_func(step, x, logits)
+            history.append(x.clone())
+        if not return_dict:
+            return x
+        return DreamModelOutput(sequences=x, history=history if output_history else None)
+
+
+def dream() -> tuple[Dream, Any]:
+    """(the network, its tokenizer)."""
+    model, tokenizer = network()
+    model.__class__ = Dream
+    return model, tokenizer

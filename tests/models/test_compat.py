@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -71,3 +72,76 @@ def test_default_initialiser_is_added_once(monkeypatch):
         warnings.simplefilter("error")
         compat.provide_default_rope()
     assert modeling_rope_utils.ROPE_INIT_FUNCTIONS == {"default": compat.default_rope}
+
+
+@pytest.fixture
+def remote(monkeypatch):
+    """A module as remote code is one: where classes look up their neighbours."""
+    module = ModuleType("remote_code")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def llada_code(module):
+    class LLaDAModelLM(nn.Module):
+        def __init__(self, config, model=None, init_params=False):
+            super().__init__()
+            if model is None:
+                raise AssertionError("Torch not compiled with CUDA enabled")
+            self.config, self.model = config, model
+
+        def tie_weights(self):
+            self.tied = True
+
+    LLaDAModelLM.__module__ = module.__name__
+    module.create_model_config_from_pretrained_config = lambda config: SimpleNamespace(init_device="cuda")
+    module.LLaDAModel = lambda config, init_params: nn.Linear(2, 2, device=config.init_device)
+    return LLaDAModelLM
+
+
+def test_llada_is_built_where_the_loader_says(remote):
+    cls = llada_code(remote)
+    with pytest.warns(UserWarning, match="LLaDA's modelling code"):
+        fixed = compat.loadable_llada(cls)
+    assert issubclass(fixed, cls) and fixed.__name__ == "LLaDAModelLM" and fixed.all_tied_weights_keys == {}
+    config = SimpleNamespace()
+    with torch.device("meta"):
+        model = fixed(config)
+    assert model.model.weight.is_meta and config.use_cache is False
+    model.tie_weights(missing_keys=set(), recompute_mapping=False)
+    assert model.tied and "tie_weights" in vars(cls) and not hasattr(cls, "all_tied_weights_keys")
+
+
+def test_llada_that_needs_nothing_is_left_alone(remote):
+    cls = llada_code(remote)
+    cls.tie_weights = lambda self, **kwargs: None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compat.loadable_llada(cls) is cls
+
+
+def test_dreams_settings_are_made_of_the_models_config_again(remote):
+    class DreamGenerationConfig(SimpleNamespace):
+        @staticmethod
+        def broken(config):
+            raise AttributeError("'GenerationConfig' object has no attribute 'eps'")
+
+    base = type("Base", (DreamGenerationConfig,), {"from_model_config": DreamGenerationConfig.broken})
+    remote.DreamGenerationConfig = type("DreamGenerationConfig", (base,), {})
+
+    class Dream(nn.Module):
+        config = SimpleNamespace(mask_token_id=7, pad_token_id=None, eos_token_id=3)
+
+        def diffusion_generate(self):
+            return remote.DreamGenerationConfig.from_model_config(self.config)
+
+    Dream.diffusion_generate.__module__ = remote.__name__
+    with pytest.warns(UserWarning, match="from_model_config"):
+        compat.mend_generation_config(Dream())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compat.mend_generation_config(Dream())
+        compat.mend_generation_config(nn.Linear(1, 1))
+    made = Dream().diffusion_generate()
+    assert (made.mask_token_id, made.eos_token_id) == (7, 3) and not hasattr(made, "pad_token_id")
+    assert "from_model_config" not in vars(DreamGenerationConfig)

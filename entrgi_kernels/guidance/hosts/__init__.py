@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from .authors import ScriptHost, TrainingSamplerHost
 from .base import ATTRIBUTE, Guidance, Host, Parts
-from .dream import DreamHost
+from .diffusers_pipelines import DiffusionGemmaPipelineHost, LLaDA2PipelineHost
+from .diffusion_gemma import DiffusionGemmaHost
+from .dllm import DllmHost
+from .dream import DreamHooks, DreamHost
 from .forward import ForwardHost
 
 # In the order in which they are asked whether a target is theirs: the particular before the general.
-HOSTS: dict[str, type[Host]] = {host.name: host for host in (DreamHost, ForwardHost)}
+HOSTS: dict[str, type[Host]] = {
+    host.name: host
+    for host in (
+        ScriptHost,
+        TrainingSamplerHost,
+        DllmHost,
+        LLaDA2PipelineHost,
+        DiffusionGemmaPipelineHost,
+        DreamHost,
+        DiffusionGemmaHost,
+        ForwardHost,
+    )
+}
 
 
 def find(target: Any, name: str | None = None) -> type[Host]:
@@ -36,4 +52,4 @@ def find(target: Any, name: str | None = None) -> type[Host]:
     )
 
 
-__all__ = ["ATTRIBUTE", "HOSTS", "Guidance", "Host", "Parts", "find"]
+__all__ = ["ATTRIBUTE", "HOSTS", "DreamHooks", "Guidance", "Host", "Parts", "find"]

@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import nn
@@ -101,7 +101,11 @@ class HostedModel:
         return module_dtype(self.module)
 
     def masked_logits(self, canvas: torch.Tensor, attention: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """Not to be had.
+        """Not to be had: see :meth:`refuse`."""
+        self.refuse()
+
+    def refuse(self) -> NoReturn:
+        """Say that nobody but the host runs this network.
 
         Raises:
             TypeError: always, with the way out.
@@ -158,6 +162,8 @@ class Guidance:
         """
         if self.sampler is None:
             raise TypeError(f"a target of kind {self.host!r} brings its own models: use GuidedSampler for text")
+        if isinstance(self.sampler.model, HostedModel):
+            self.sampler.model.refuse()
         settings.setdefault("seed", self.seed())
         with self.paused():
             self.results = self.sampler.generate(prompts, **settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,9 @@ from ...models import DiffusionModel
 from ...rewards.template import conversation_from_ids
 from ..canvas import Canvas, Statistics
 from ..keys import prompt_keys, row_keys
+from ..sampler import GuidedSampler
 from .base import Guidance, Host, Parts
+from .steering import Steering
 
 logger = logging.getLogger("entrgi_kernels")
 
@@ -206,3 +209,78 @@ class _Hooked:
         logits = self._model.masked_logits(canvas, attention, everywhere).view(*canvas.shape, -1)
         self.logits = logits if self._hook is None else self._hook(self.step, canvas, logits)
         return self.logits[masked]
+
+
+class DreamHooks(Mapping[str, Any]):
+    """The pair of hooks that guides an unpatched ``diffusion_generate``; unpacked, its two arguments::
+
+        hooks = DreamHooks(model, reward_model, tokenizer, reward_tokenizer, learning_rate=0.5)
+        model.diffusion_generate(input_ids, attention_mask=mask, **hooks)
+        hooks.rewards
+
+    The loop stays Dream's: it draws and ranks from the guided logits (confidence "guided", no postponed EOS) and takes
+    every step. dllm's ``DreamSampler.sample`` takes the same pair. One call at a time.
+
+    Args:
+        model, reward_model, tokenizer, reward_tokenizer, settings: as for :class:`GuidedSampler`. Set `temperature`
+            (and top_p, top_k) to those of the call: a hook cannot see them.
+        seed: of the draws; None takes one from torch's own generator for each call.
+
+    Attributes:
+        sampler: holds models and settings.
+        rewards: final rewards of the last finished call, one a row.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_model: Any,
+        tokenizer: Any,
+        reward_tokenizer: Any = None,
+        *,
+        seed: int | None = None,
+        **settings: Any,
+    ) -> None:
+        self.sampler = GuidedSampler(model, reward_model, tokenizer, reward_tokenizer, **settings)
+        self.rewards: list[float] = []
+        self._steering = Steering(self.sampler)
+        self._seed = seed
+        self._hooks = {"generation_tokens_hook_func": self.on_tokens, "generation_logits_hook_func": self.on_logits}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._hooks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._hooks)
+
+    def __len__(self) -> int:
+        return len(self._hooks)
+
+    def on_logits(self, step: int, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Move the logits [B, S, V], shifted already, of the masked positions of x [B, S]; in place."""
+        masked = x == self.sampler.model.mask_token_id
+        if step == 0:
+            self._begin(x, masked)
+        response, opened = x[:, self._start :], masked[:, self._start :]
+        if opened.any():
+            rows, slots = opened.nonzero(as_tuple=True)
+            logits[rows, slots + self._start] = self._steering(logits[rows, slots + self._start], response, opened)
+        return logits
+
+    def on_tokens(self, step: int | None, x: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
+        """Leave the tokens alone; score them once none is masked."""
+        if step is not None and not (x == self.sampler.model.mask_token_id).any():
+            if not self._scored:
+                self.rewards = self._steering.score(x)
+            self._scored = True
+        return x
+
+    def _begin(self, x: torch.Tensor, masked: torch.Tensor) -> None:
+        self._start, self._scored = int(masked.any(dim=0).long().argmax()), False
+        pad, prompts = self.sampler.pad_token_id, []
+        for ids in x[:, : self._start].tolist():
+            # The attention mask is not shown; a template's own end-of-turn token never stands at the very left.
+            first = next((place for place, token in enumerate(ids) if token != pad), 0)
+            prompts.append(ids[first:])
+        seed = int(torch.randint(1 << 62, ()).item()) if self._seed is None else self._seed
+        self._steering.begin(prompts, [self._start] * len(x), seed=seed)

@@ -86,6 +86,8 @@ class LogitsHook:
         canvas: for hosts that pass the model a part of the canvas only: a callable of (input ids, keyword arguments)
             that returns (the whole canvas [B, S], the column at which the part begins).
         prompts: token ids of each row's prompt, for hosts that tell; None takes what stands before the first mask.
+        edited: how many of the last columns hold response slots that the host may change although they are committed;
+            they are guided like masked ones, lest the model's own predictions edit guidance away.
         settings: of :class:`GuidanceConfig`, the host's own.
     """
 
@@ -97,6 +99,7 @@ class LogitsHook:
         cfg_scale: float | None = None,
         canvas: Any = None,
         prompts: Sequence[list[int]] | None = None,
+        edited: int | None = None,
         **settings: Any,
     ) -> None:
         assert guidance.sampler is not None and guidance.steering is not None
@@ -108,10 +111,16 @@ class LogitsHook:
         self._cfg_scale = cfg_scale
         self._canvas = canvas
         self._prompts = prompts
+        self._edited = edited or 0
         self._settings = settings
         self._signature: inspect.Signature | None = None
         self._run: _Run | None = None
         self._said: set[str] = set()
+
+    @property
+    def used(self) -> bool:
+        """Whether anything was guided yet."""
+        return self._run is not None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Guide one forward's output, in place."""
@@ -119,7 +128,9 @@ class LogitsHook:
             return
         given = self._arguments(module, args, kwargs)
         ids = given.get("input_ids")
-        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or not bool((ids == self._mask).any()):
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+            return
+        if not (self._edited and self._run is not None) and not bool((ids == self._mask).any()):
             return
         logits = logits_of(output)
         if logits.shape[:2] != ids.shape:
@@ -176,12 +187,14 @@ class LogitsHook:
         masked = (tokens == self._mask) & visible
         run = self._follow(tokens, visible, masked)
         slots = int((run.end - run.start).max())
+        place = torch.arange(tokens.shape[1], device=tokens.device)
         column = run.start[:, None] + torch.arange(slots, device=tokens.device)
         exists = column < run.end[:, None]
         column = column.clamp(max=tokens.shape[1] - 1)
         # A shifting host reads slot i at i - 1; slot 0 has no position of its own and stays the host's.
         source = column - int(self._shift) - offset
-        opened = masked.gather(1, column) & exists & (source >= 0) & (source < width)
+        changeable = masked | (visible & (place >= tokens.shape[1] - self._edited)) if self._edited else masked
+        opened = changeable.gather(1, column) & exists & (source >= 0) & (source < width)
         response = tokens.gather(1, column).masked_fill(~exists, self._pad)
         rows, places = opened.nonzero(as_tuple=True)
         return rows, source[rows, places], lambda phi: self._steering(phi, response, opened)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,12 +41,21 @@ class Steering:
         self._buffers = Buffers()
         self._starts: list[int] = []
 
-    def begin(self, prompts: Sequence[list[int]], starts: Sequence[int], *, seed: int, **settings: Any) -> None:
+    def begin(
+        self,
+        prompts: Sequence[list[int]],
+        starts: Sequence[int],
+        *,
+        seed: int,
+        ends: Sequence[int] = (),
+        **settings: Any,
+    ) -> None:
         """A host's call starts.
 
         Args:
             prompts: token ids of each row's prompt, without padding.
-            starts: the column of each row's first response slot.
+            starts: the column of each row's first response slot, in the sequences that the host returns.
+            ends: ids that end a response beside the tokenizer's end-of-sequence token.
             seed, settings: of :class:`GuidanceConfig`, for this call.
 
         Raises:
@@ -58,6 +68,7 @@ class Steering:
         self._rows = [place[tuple(ids)] for ids in prompts]
         self._keys = prompt_keys(prompts)
         self._starts = list(starts)
+        self._ends = tuple(set(ends) - {self.sampler.eos_token_id})
         self._prepared, self._step, self.started = None, 0, True
         self._kept = 0, torch.empty(0)
         self.sampler.statistics = Statistics()
@@ -101,7 +112,17 @@ class Steering:
             if self._prepared is None:
                 self._prepared = sampler.reward.prepare(self._conversations)
                 self._index = torch.tensor(self._rows, device=phi.device)
-            score = Scorer(sampler.reward, self._prepared, self._index, sampler.eos_token_id, sampler.pad_token_id)
+            score = _Scorer(
+                sampler.reward,
+                self._prepared,
+                self._index,
+                sampler.eos_token_id,
+                sampler.pad_token_id,
+                config,
+                sampler.tokenizer,
+                sampler.model.vocab_size,
+            )
+            score.ends = self._ends
             canvas = Canvas(
                 tokens=response,
                 attention=torch.ones_like(opened),
@@ -138,4 +159,23 @@ class Steering:
 
     def score_responses(self, responses: list[list[int]]) -> list[float]:
         """Final rewards of finished responses, token ids without the prompts."""
-        return self.sampler.score(self.conversations, responses)
+        ends = set(self._ends)
+        cut = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in responses]
+        return self.sampler.score(self.conversations, cut)
+
+
+class _Scorer(Scorer):
+    """Of responses that several tokens may end."""
+
+    ends: tuple[int, ...] = ()
+
+    def alive(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().alive(self._ended(tokens))
+
+    def settled(self, tokens: torch.Tensor, open_slots: torch.Tensor) -> torch.Tensor:
+        return super().settled(self._ended(tokens), open_slots)
+
+    def _ended(self, tokens: torch.Tensor) -> torch.Tensor:
+        if not self.ends:
+            return tokens
+        return torch.where(torch.isin(tokens, torch.tensor(self.ends, device=tokens.device)), self.eos_token_id, tokens)

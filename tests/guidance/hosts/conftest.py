@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import shutil
@@ -45,7 +46,7 @@ LLADA = dict(
 )
 
 
-def load_code(path: Path, name: str) -> ModuleType:
+def _load(path: Path, name: str) -> ModuleType:
     """A Python file as a module."""
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -55,9 +56,15 @@ def load_code(path: Path, name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def load_code():
+    """Loads a Python file as a module."""
+    return _load
+
+
+@pytest.fixture(scope="session")
 def standins() -> ModuleType:
     """examples/hosts/standins.py."""
-    return load_code(EXAMPLES / "standins.py", "standins")
+    return _load(EXAMPLES / "standins.py", "standins")
 
 
 @pytest.fixture(scope="session")
@@ -121,6 +128,31 @@ def llada_checkpoint(host_code, tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def dllm_code(host_code, monkeypatch):
+    """Imports modules of dllm, without what its packages import beside them; given back afterwards."""
+
+    def load(repository: str, *names: str) -> list[ModuleType]:
+        root = host_code(repository, "dllm") / "dllm"
+        root = root if (root / "core").exists() else root.parent
+        held = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "dllm"}
+        packages = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 1)}
+        packages |= {"dllm", "dllm.core", "dllm.core.samplers", "dllm.pipelines", "dllm.pipelines.dream"}
+        packages |= {"dllm.pipelines.dream.models"}
+        for package in packages:
+            stub = ModuleType(package)
+            stub.__path__ = [str(root.joinpath(*package.split(".")[1:]))]
+            monkeypatch.setitem(sys.modules, package, stub)
+        loaded = [importlib.import_module(name) for name in names]
+        for name in [name for name in sys.modules if name.partition(".")[0] == "dllm" and name not in packages]:
+            # Out of the way of the next repository of that name, yet there while this test runs.
+            monkeypatch.setitem(sys.modules, name, sys.modules.pop(name))
+        assert not held, "another copy of dllm is loaded"
+        return loaded
+
+    return load
+
+
+@pytest.fixture
 def make_network(standins, make_diffusion, tokenizer):
     """Random networks behind the hosts' way of calling, logits in place (LLaDA) or at i - 1 (Dream)."""
 
@@ -141,7 +173,7 @@ def llada(request, standins, make_network):
     if request.param == "stand-in":
         return make_network, standins.llada_generate
     checkpoint = request.getfixturevalue("llada_checkpoint")
-    code = load_code(request.getfixturevalue("host_code")("llada", "generate.py"), "llada_generate")
+    code = _load(request.getfixturevalue("host_code")("llada", "generate.py"), "llada_generate")
 
     def make():
         from entrgi_kernels import models
