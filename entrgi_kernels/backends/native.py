@@ -7,12 +7,12 @@ describes the algorithms, the instruction sets and how to run the sanitisers.
 
 from __future__ import annotations
 
+import sys
 from types import ModuleType
 
 import torch
 
-from . import extension
-from .eager import token_log_prob, token_log_prob_backward  # noqa: F401
+from . import extension, vocabulary_head
 
 _MODULE = "entrgi_kernels._C"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -150,3 +150,22 @@ def unmask_confidence(
 ) -> torch.Tensor:
     """Confidence [N] in acc of each row's token; NaN for a bad row; see the eager twin for `alg`."""
     return torch.ops.entrgi_native.unmask_confidence(logits, tokens, alg, temperature, top_k, top_p)
+
+
+def token_log_prob(
+    hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, slope: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log-probability of the targets [N], log-sum-exp [N], slope [N, D] or [0, D]), all acc; see the eager twin."""
+    return vocabulary_head.token_log_prob(sys.modules[__name__], hidden, head, bias, targets, slope)
+
+
+def token_log_prob_backward(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    grad: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of hidden [N, D], head [V, D] and bias [V] ([0] without one); see the eager twin."""
+    return vocabulary_head.token_log_prob_backward(sys.modules[__name__], hidden, head, bias, targets, lse, grad)

@@ -15,13 +15,13 @@ import os
 import torch
 import triton  # noqa: F401  a missing triton has to show here, as the registry expects, not at the first call
 
-from ..eager import token_log_prob, token_log_prob_backward
 from .confidence import unmask_confidence
 from .guidance_update import guidance_update_, soft_embedding_backward
 from .sampling import sample_tokens
 from .soft_embedding import entrgi_embedding, soft_embedding
 from .statistics import softmax_entropy, softmax_entropy_backward
 from .table_gradient import soft_embedding_grad_table
+from .token_log_prob import token_log_prob, token_log_prob_backward
 
 __all__ = [
     "entrgi_embedding",

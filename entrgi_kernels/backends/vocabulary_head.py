@@ -1,0 +1,120 @@
+"""Token log-probabilities under a vocabulary head, from kernels that a fast backend has anyway.
+
+The vocabulary is walked in chunks that fit a byte budget: the logits of a chunk by torch's own product (oneDNN,
+cuBLAS), then one of the backend's fused passes over them: row statistics where only values are wanted, the soft
+embedding (which is softmax @ head) where the gradient of hidden is, the table's gradient where the head learns. Chunks
+are put together by their log-sum-exps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+
+import torch
+
+from .eager import accumulation_dtype
+
+# Bytes of a chunk's logits. Large enough that merging chunks ([N, D] each) costs little beside their products.
+_CHUNK_BYTES = 32 << 20
+
+
+def _chunks(
+    hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """(slice of the vocabulary, head's rows, logits [N, v]) in the wider of the two dtypes."""
+    dtype = torch.promote_types(hidden.dtype, head.dtype)
+    x, v = hidden.to(dtype), head.shape[0]
+    parts = max(1, math.ceil(hidden.shape[0] * v * dtype.itemsize / _CHUNK_BYTES))
+    length = max(256, math.ceil(v / parts / 256) * 256)
+    wide = x.device.type == "cuda" and dtype.itemsize == 2
+    with torch.autocast(x.device.type, enabled=False):
+        for first in range(0, v, length):
+            part = slice(first, min(first + length, v))
+            rows = head[part].to(dtype)
+            # 16-bit operands: float32 logits where the library can give them, else rounded, as a model's own are.
+            logits = torch.mm(x, rows.T, out_dtype=torch.float32) if wide else torch.mm(x, rows.T)
+            yield part, rows, logits if bias is None else logits.add_(bias[part].to(logits.dtype))
+
+
+def _without_mass(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """bool [N], rows with nothing but -inf in this chunk; None where only a bias could bring -inf and there is none."""
+    return None if bias is None else (logits == -math.inf).all(dim=-1)
+
+
+def token_log_prob(
+    kernels: ModuleType | SimpleNamespace,
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    slope: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As :func:`.eager.token_log_prob`, on the passes of `kernels`."""
+    acc = accumulation_dtype(hidden, head)
+    n, d = hidden.shape
+    lse = torch.full((n,), -math.inf, dtype=acc, device=hidden.device)
+    picked = torch.full_like(lse, math.nan)
+    mean = lse.new_zeros(n if slope else 0, d)
+    for part, rows, logits in _chunks(hidden, head, bias):
+        if slope:
+            soft, found = kernels.soft_embedding(logits, rows, 1.0)
+        else:
+            soft, found = None, kernels.softmax_entropy(logits, 1.0)[0]
+        empty = _without_mass(logits, bias)
+        if empty is not None:
+            found = found.masked_fill(empty, -math.inf)
+        total = torch.logaddexp(lse, found)
+        if soft is not None:
+            shares = [(old - total).exp().masked_fill(old == -math.inf, 0)[:, None] for old in (lse, found)]
+            if empty is not None:
+                soft = soft.masked_fill(empty[:, None], 0)
+            mean = mean.mul_(shares[0]).add_(soft * shares[1])
+        inside = (targets >= part.start) & (targets < part.stop)
+        column = (targets - part.start).clamp(0, part.stop - part.start - 1)
+        picked = torch.where(inside, logits.gather(-1, column[:, None])[:, 0].to(acc), picked)
+        lse = total
+    if slope:
+        mean = head[targets.clamp(0, head.shape[0] - 1)].to(acc) - mean
+        mean = torch.where(lse.isfinite()[:, None], mean, math.nan)
+    return picked - lse, lse, mean
+
+
+def token_log_prob_backward(
+    kernels: ModuleType | SimpleNamespace,
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    grad: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As :func:`.eager.token_log_prob_backward`, on the passes of `kernels`."""
+    acc, v = lse.dtype, head.shape[0]
+    g = grad.to(acc)[:, None]
+    dtype = torch.promote_types(hidden.dtype, head.dtype)
+    # What the table's gradient is contracted with: a column of ones beside hidden makes the bias's gradient with it.
+    weighted = g * hidden.to(acc)
+    if bias is not None:
+        weighted = torch.cat([weighted, g], dim=1)
+    mean = torch.zeros(hidden.shape, dtype=acc, device=hidden.device)
+    pulled = torch.empty(v, weighted.shape[1], dtype=dtype, device=head.device)
+    for part, rows, logits in _chunks(hidden, head, bias):
+        soft, found = kernels.soft_embedding(logits, rows, 1.0)
+        empty = _without_mass(logits, bias)
+        share = (found - lse).exp()
+        if empty is not None:
+            share, soft = share.masked_fill(empty, 0), soft.masked_fill(empty[:, None], 0)
+        mean.add_(soft * share[:, None])
+        pulled[part] = kernels.soft_embedding_grad_table(logits, weighted.to(dtype), lse, 1.0, dtype)
+    legal = targets.clamp(0, v - 1)
+    grad_hidden = g * (head[legal].to(acc) - mean)
+    pushed = torch.zeros(v, weighted.shape[1], dtype=acc, device=head.device).index_add_(0, legal, weighted)
+    change = pushed.sub_(pulled)
+    # Memory of their own: outputs of an operator may not be views of one tensor.
+    grad_head = torch.empty(head.shape, dtype=head.dtype, device=head.device).copy_(change[:, : head.shape[1]])
+    grad_bias = grad_head.new_empty(0)
+    if bias is not None:
+        grad_bias = torch.empty(v, dtype=bias.dtype, device=head.device).copy_(change[:, -1])
+    return grad_hidden.to(hidden.dtype), grad_head, grad_bias
