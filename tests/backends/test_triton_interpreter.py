@@ -67,7 +67,7 @@ if INTERPRETED:
     import triton.language as tl
 
     from entrgi_kernels import backends, ops
-    from entrgi_kernels.backends import eager
+    from entrgi_kernels.backends import eager, vocabulary_head
     from entrgi_kernels.backends import philox as reference
     from entrgi_kernels.backends import triton as kernels
     from entrgi_kernels.backends.triton import config, philox, sampling, statistics
@@ -361,3 +361,28 @@ def test_same_bits_twice():
         kernels.entrgi_embedding(logits, table, rng, rows, None, None, "entropy", 0.7, 0, 0.9) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@inner
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_token_log_prob(dtype, bias, monkeypatch):
+    """Chunks of 256 entries, so that their log-sum-exps have to be put together; one chunk has no mass at all."""
+    monkeypatch.setattr(vocabulary_head, "_CHUNK_BYTES", 1)
+    g = torch.Generator().manual_seed(3)
+    hidden, head = torch.randn(5, 20, generator=g).to(dtype), torch.randn(600, 20, generator=g).to(dtype) / 4
+    b = torch.randn(600, generator=g).to(dtype) if bias else None
+    if b is not None:
+        b[256:512] = -math.inf
+    targets, grad = torch.tensor([0, 599, 255, 512, 7]), torch.randn(5, generator=g)
+    for slope in (True, False):
+        ours = kernels.token_log_prob(hidden, head, b, targets, slope)
+        for name, x, y in zip(
+            ("log p", "lse", "slope"), ours, eager.token_log_prob(hidden, head, b, targets, slope), strict=True
+        ):
+            assert x.shape == y.shape and x.dtype == torch.float32
+            torch.testing.assert_close(x, y, rtol=TOLERANCE[dtype] * 4, atol=TOLERANCE[dtype] * 16, msg=name)
+    both = (module.token_log_prob_backward(hidden, head, b, targets, ours[1], grad) for module in (kernels, eager))
+    for x, y in zip(*both, strict=True):
+        assert x.shape == y.shape and x.dtype == dtype
+        torch.testing.assert_close(x, y, rtol=TOLERANCE[dtype] * 4, atol=TOLERANCE[dtype] * 16)
