@@ -400,7 +400,8 @@ class _Course(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         if state.is_world_process_zero:
-            records.rewind(args.output_dir, state.global_step)
+            # A run that starts anew forgets one that was killed before its first checkpoint.
+            records.rewind(args.output_dir, state.global_step or -1)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         reference, every = self.trainer.reference, args.ref_model_sync_steps

@@ -207,6 +207,14 @@ def test_a_resumed_run_takes_the_same_steps(trainer_of, method, at):
     same(parameters(whole), parameters(again), 0.0)
 
 
+def test_a_run_without_a_checkpoint_starts_anew(trainer_of):
+    for _ in range(2):
+        trainer = trainer_of(max_steps=1, eval_strategy="steps", eval_on_start=True)
+        trainer.train(resume_from_checkpoint=True)
+    assert losses(trainer.args.output_dir) == [(1, pytest.approx(losses(trainer.args.output_dir)[0][1]))]
+    assert [r["step"] for r in records.read(trainer.args.output_dir, records.EVALUATIONS)] == [0]
+
+
 def test_a_torn_checkpoint_is_passed_over(tmp_path):
     for step, whole in ((5, True), (10, True), (15, False)):
         folder = tmp_path / f"checkpoint-{step}"
