@@ -85,6 +85,14 @@ def test_extreme_logits(isa: str) -> None:
         assert torch.equal(got, eager.sample_tokens(x, RNG, rows, 0.7, 0, 0.9))
 
 
+def test_denormals(isa: str) -> None:
+    """The caller's arithmetic keeps them after a call; float16's are normal float32 and count inside one, too."""
+    table = torch.full((7, 5), 3e-6, dtype=torch.float16)  # five columns: less than a vector
+    soft, _ = native.soft_embedding(torch.zeros(2, 7), table, 0.7)
+    torch.testing.assert_close(soft, table[:2].float(), rtol=1e-5, atol=0.0)
+    assert (torch.full((64,), 1e-40) * 1.0 > 0).all()
+
+
 def test_strides(isa: str) -> None:
     n, v, d = 6, 333, 40
     base, table, grad = torch.randn(n, v), torch.randn(v, d), torch.randn(n, d)
