@@ -69,11 +69,11 @@ class Size:
 PRESETS = {
     # Nearly free models: what is left is the guidance itself.
     "guidance": Size(),
-    # A sixteenth of the published setting: of its reward's width, and of both models' parameters behind the embeddings
-    # (408 and 88 million), so that models and vocabulary cost what they cost there in proportion.
+    # A sixteenth of the published reward's width, and small models of about the proportion to it that the published
+    # ones have, so that models and vocabulary cost about what they cost there in proportion.
     "small": Size(
-        diffusion=Network(1024, 24, 4096, 16, 16, 64),
-        reward=Network(128, 24, 9216, 2, 1, 64),
+        diffusion=Network(1024, 16, 4096, 16, 16, 64),
+        reward=Network(128, 16, 9216, 2, 1, 64),
     ),
     "quick": Size(d=256, max_new_tokens=8, steps=4),
     # The published models' shapes and batch; 8 denoising steps stand for 128: a step costs the same on average.

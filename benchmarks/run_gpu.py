@@ -1,26 +1,35 @@
 """GPU figures: `python -m benchmarks.run_gpu`, what `make gpu` runs. Offline, in place, with the interpreter at hand.
 
-In this order, each part only while time is left, every finished part written out at once:
+In this order, each part only while time is left, every finished group written out at once; a part that fails is
+reported and costs no other:
 
 1. what the machine has; 2. numerics (`pytest -m gpu`, kernels against float64); 3. the machine's ceilings: a device
 copy and a large matrix product; 4. kernels alone, by device events, against those ceilings; 5. the guidance step at
-all canonical shapes against the published loop, its batched form, that compiled, and the two products' floor;
-6. operators against plain torch; 7. the compiled CUDA kernels against Triton's; 8. the draw against flashinfer's where
-that is installed; 9. compute-sanitizer and ncu on the CUDA kernels; 10. a roofline picture.
+all canonical shapes against the published loop, its batched form and the two products' floor; 6. a whole guided
+generation with models of Dream-7B's and Qwen3-1.7B's shapes; 7. the step against the batched form compiled;
+8. operators against plain torch; 9. the compiled CUDA kernels against Triton's; 10. the draw against flashinfer's, row
+statistics against quack's and Liger's, where those are installed; 11. compute-sanitizer and ncu on the CUDA kernels;
+12. a roofline picture.
 
 Rows go to benchmarks/results/<device>.json and, when OUT is set, there too. The table at the end holds every figure
-against what it must reach. Exit status: 0; 1 when numerics or a gate was red; 2 without a CUDA GPU.
+against what it must reach. Exit status: 0; 1 when numerics, a gate or a part was red; 2 without a CUDA GPU.
+
+`--dry` runs the same script on a CPU in a minute, with the eager backend, tiny shapes and results that go nowhere, so
+that nothing in it is run for the first time where a GPU's minutes count.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,19 +37,34 @@ from typing import Any
 import torch
 
 from benchmarks import cuda_engine, measure
-from benchmarks.inputs import CANONICAL, Shape
-from benchmarks.measure import Candidate, Group
+from benchmarks.end_to_end import EndToEnd, measure_end_to_end
+from benchmarks.gpu import REHEARSAL, Machine, ceilings, kernel_group, kernels_are_right, other_draws, other_statistics
+from benchmarks.inputs import Shape
+from benchmarks.measure import Group
+from benchmarks.suite_ops import measure_ops
+from benchmarks.suite_step import measure_step
 
-DEVICE = "cuda"
-COPY_BYTES, PRODUCT = 4 << 30, 8192  # of the ceilings: far beyond any cache, and a size that fills the chip
 ROOT = Path(__file__).parent.parent
-PARTS = ("numerics", "ceilings", "kernels", "step", "ops", "cuda", "others", "nsight", "picture")
+PARTS = (
+    "numerics",
+    "ceilings",
+    "kernels",
+    "step",
+    "generation",
+    "compiled",
+    "ops",
+    "cuda",
+    "others",
+    "nsight",
+    "picture",
+)
 LIBRARIES = ("flashinfer", "quack", "liger_kernel", "matplotlib", "transformers")
 # (figure, what it is a share of, least, aim): DESIGN's GPU rows.
 MUST = {
     "guidance_step": ("two GEMMs", 0.75, 0.90),
     "row statistics": ("copy", 0.85, 0.95),
     "filtered sampling": ("3 reads", 1.0, 1.5),
+    "generation": ("models", 0.87, 0.91),
 }
 
 
@@ -57,41 +81,58 @@ class Clock:
 class Report:
     """Everything measured so far; written out after every group, so that a run cut short leaves what it has."""
 
-    def __init__(self) -> None:
+    def __init__(self, machine: Machine, path: Path | None = None) -> None:
+        self.machine = machine
         self.rows: list[dict[str, Any]] = []
         self.groups: list[Group] = []
         self.lines: list[str] = []
         self.red: list[str] = []
-        self.path = measure.result_path(DEVICE)
+        self.path = path or measure.result_path(machine.device)
 
     def add(self, groups: Sequence[Group], baselines: Sequence[str] = ()) -> None:
         self.groups += groups
         for group in groups:
-            self.rows += measure.rows(group, DEVICE)
-            self.red += [
-                f"{group.op} {group.dtype} {group.shape.label} {name}: {why}"
-                for name, why in group.refused.items()
-                if name in ("triton", "cuda", "auto")
-            ]
+            self.rows += measure.rows(group, self.machine.device)
+            self._refusals(group)
         print(measure.table(groups, baselines), end="\n\n", flush=True)
         self.flush()
 
+    def add_generation(self, found: EndToEnd) -> None:
+        """A whole generation, which brings its own table."""
+        self.groups.append(found.group)
+        self.rows += found.rows(self.machine.device)
+        self._refusals(found.group)
+        print(found.table(), end="\n\n", flush=True)
+        self.flush()
+
+    def _refusals(self, group: Group) -> None:
+        own = ("triton", "cuda", "auto", "no savings", self.machine.backend)
+        self.red += [
+            f"{group.op} {group.dtype} {group.shape.label} {name}: {why}"
+            for name, why in group.refused.items()
+            if name in own
+        ]
+
     def flush(self) -> None:
         measure.save(self.rows, self.path)
-        if out := os.environ.get("OUT"):
+        if (out := os.environ.get("OUT")) and self.machine.device == "cuda":
             shutil.copy(self.path, Path(out) / self.path.name)
 
 
 def environment() -> str:
     """One line a fact about the machine; never raises."""
     versions = measure.versions()
-    properties = torch.cuda.get_device_properties(0)
-    lines = [
-        f"{properties.name}: compute capability {properties.major}.{properties.minor}, "
-        f"{properties.multi_processor_count} multiprocessors, {properties.total_memory / 2**30:.0f} GiB",
+    lines = []
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        lines.append(
+            f"{properties.name}: compute capability {properties.major}.{properties.minor}, "
+            f"{properties.multi_processor_count} multiprocessors, {properties.total_memory / 2**30:.0f} GiB"
+        )
+    lines.append(
         f"torch {versions['torch']}, triton {versions['triton']}, CUDA {torch.version.cuda}, "
-        f"Python {sys.version.split()[0]}, revision {measure.revision()}",
-    ]
+        f"Python {sys.version.split()[0]}, revision {measure.revision()}"
+    )
     found = [name for name in LIBRARIES if importlib.util.find_spec(name) is not None]
     lines.append(
         f"installed: {', '.join(found) or 'none'}; not installed: "
@@ -100,11 +141,15 @@ def environment() -> str:
     return "\n".join(lines)
 
 
-def numerics(clock: Clock, seconds: float) -> bool:
-    """The GPU tests in a process of their own; True when they passed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
-    command.append(f"--ignore={cuda_engine.TESTS}")
-    search = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH")]))
+def numerics(clock: Clock, seconds: float, dry: bool = False, triton: str | None = None) -> bool:
+    """The GPU tests in a process of their own (dry: collected only); True when they passed.
+
+    Args:
+        triton: a folder with another release of Triton, which is then the one that is imported.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    command += ["tests", f"--ignore={cuda_engine.TESTS}", *(["--collect-only"] if dry else [])]
+    search = os.pathsep.join(filter(None, [triton, str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH")]))
     try:
         done = subprocess.run(
             command, cwd=ROOT, timeout=min(seconds, clock.left()), env=os.environ | {"PYTHONPATH": search}
@@ -112,158 +157,7 @@ def numerics(clock: Clock, seconds: float) -> bool:
     except subprocess.TimeoutExpired:
         print(f"numerics: not finished within {seconds:.0f} s")
         return False
-    return done.returncode == 0
-
-
-def timed(run: Callable[[], Any], scratch: torch.Tensor, runs: int = 15) -> list[float]:
-    """Seconds of each run by device events, the L2 cache swept before it."""
-    run()
-    seconds = []
-    for _ in range(runs):
-        scratch.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
-    return sorted(seconds)
-
-
-def ceilings(report: Report, scratch: torch.Tensor) -> tuple[float, float]:
-    """(bytes/s of a device copy, reads and writes counted; FLOP/s of an 8192^3 bf16 product on random data)."""
-    source = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    copy = timed(lambda: target.copy_(source), scratch)[7]
-    a, b = (torch.randn(PRODUCT, PRODUCT, device=DEVICE).bfloat16() for _ in range(2))
-    product = timed(lambda: a @ b, scratch)[7]
-    bandwidth, rate = 2 * COPY_BYTES / copy, 2 * PRODUCT**3 / product
-    common = {"device": measure.device_name(DEVICE), **measure.versions(), "revision": measure.revision()}
-    empty = {"p20": None, "p80": None, "share of floor": None, "peak MB": None, "runs": 15}
-    report.rows.append(
-        {
-            "op": "ceiling",
-            "backend": "device copy",
-            "dtype": "uint8",
-            "shape": {},
-            "p50": copy * 1e3,
-            "GB/s": bandwidth / 1e9,
-            "TFLOP/s": None,
-            **empty,
-            **common,
-        }
-    )
-    report.rows.append(
-        {
-            "op": "ceiling",
-            "backend": f"torch.mm {PRODUCT}",
-            "dtype": "bfloat16",
-            "shape": {},
-            "p50": product * 1e3,
-            "GB/s": None,
-            "TFLOP/s": rate / 1e12,
-            **empty,
-            **common,
-        }
-    )
-    print(f"ceilings: copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s\n", flush=True)
-    return bandwidth, rate
-
-
-def kernel_group(shape: Shape, scratch: torch.Tensor, bandwidth: float) -> list[Group]:
-    """Kernels alone at a shape in bf16, by device events: no Python or launch gaps between them are left out."""
-    from benchmarks.suite_step import Problem
-    from entrgi_kernels.backends import triton as kernels
-    from entrgi_kernels.backends.triton.statistics import row_statistics
-
-    p = Problem.make(shape, torch.bfloat16, device=DEVICE)
-    s, n, v, d = p.settings, shape.n, shape.v, shape.d
-    size = float(n * v * 2)
-    rng, rows = torch.zeros(2, dtype=torch.int64, device=DEVICE), torch.arange(n, device=DEVICE)
-    soft, lse = kernels.soft_embedding(p.phi, p.table, s.temperature)
-    moments = torch.zeros_like(p.phi), torch.zeros_like(p.phi)
-    scalars = (s.temperature, s.lr, *s.betas, s.eps)
-    left, out, back = torch.rand_like(p.phi), torch.empty_like(p.grad), torch.empty_like(p.phi)
-    n_v_d, read, thrice = 2.0 * n * v * d, size / bandwidth, 3 * size / bandwidth
-
-    def sample(top_p: float) -> torch.Tensor:
-        return kernels.sample_tokens(p.phi, rng, rows, s.temperature, 0, top_p)
-
-    def embed() -> Any:
-        return kernels.entrgi_embedding(p.phi, p.table, rng, rows, None, None, "entropy", s.temperature, 0, s.top_p)
-
-    def update(state: tuple[Any, Any], step: int) -> None:
-        kernels.guidance_update_(p.phi, p.grad, p.table, soft, lse, *state, step, *scalars)
-
-    def forward_product() -> None:
-        torch.mm(left, p.table, out=out)
-
-    def backward_product() -> None:
-        torch.mm(p.grad, p.table.t(), out=back)
-
-    # name: (call, bytes, FLOP, floor as a call or in seconds)
-    work: dict[str, tuple[Callable[[], Any], float, float, Callable[[], Any] | float]] = {
-        "row statistics": (lambda: row_statistics(p.phi, 1.0, s.temperature, True), size, 0.0, read),
-        "filtered sampling": (lambda: sample(s.top_p), size, 0.0, thrice),
-        "unfiltered sampling": (lambda: sample(1.0), size, 0.0, read),
-        "torch.sort": (lambda: p.phi.sort(dim=-1, descending=True), size, 0.0, read),
-        "soft embedding": (lambda: kernels.soft_embedding(p.phi, p.table, s.temperature), size, n_v_d, forward_product),
-        "whole forward": (embed, size, n_v_d, forward_product),
-        "guidance update": (lambda: update(moments, 2), 6 * size, n_v_d, backward_product),
-        "guidance update, M = 1": (lambda: update((None, None), 1), 2 * size, n_v_d, backward_product),
-    }
-    groups = []
-    start = p.phi.clone()
-    for name, (run, moved, flop, floor) in work.items():
-        p.phi.copy_(start)
-        group = Group(name, "bfloat16", shape, {}, {}, flop, moved)
-        who = "torch" if name.startswith("torch") else "triton"
-        group.timings[who] = measure.Timing(who, timed(run, scratch))
-        seconds = timed(floor, scratch) if callable(floor) else [floor]
-        label = "one GEMM" if callable(floor) else "3 reads" if name == "filtered sampling" else "copy"
-        group.timings[label] = measure.Timing(label, seconds, floor=True)
-        groups.append(group)
-    return groups
-
-
-def kernels_are_right(shape: Shape) -> list[str]:
-    """What is wrong with the kernels at a shape; their times are reported only when nothing is."""
-    from benchmarks.suite_ops import OPS, OpSuite
-    from benchmarks.suite_step import Problem
-
-    suite = OpSuite(Problem.make(shape, torch.bfloat16, device=DEVICE))
-    wrong = []
-    for op in OPS:
-        candidate = getattr(suite, f"_{op.rstrip('_')}")("triton")
-        if reason := measure.gate(candidate):
-            wrong.append(f"{op} {shape.label}: {reason}")
-    return wrong
-
-
-def others(shape: Shape) -> Group | None:
-    """The filtered draw against flashinfer's, where it is installed."""
-    if importlib.util.find_spec("flashinfer") is None:
-        return None
-    import flashinfer
-
-    from benchmarks import oracle
-    from benchmarks.suite_ops import OpSuite
-    from benchmarks.suite_step import Problem
-
-    problem = Problem.make(shape, torch.bfloat16, device=DEVICE)
-    s = problem.settings
-
-    def draw() -> torch.Tensor:
-        probability = torch.softmax(problem.phi.float() / s.temperature, dim=-1)
-        return flashinfer.sampling.top_p_sampling_from_probs(probability, s.top_p)
-
-    def check() -> oracle.Check:
-        tokens = draw().long()[problem.rows]
-        return oracle.in_nucleus(problem.phi[problem.rows], tokens, s.temperature, s.top_p, None)
-
-    suite = OpSuite(problem)
-    candidates = [*suite.candidates("sample_tokens", ["triton"]), Candidate("flashinfer", draw, check)]
-    return measure.measure("sample_tokens", torch.bfloat16, shape, candidates, device=DEVICE, budget=3.0)
+    return done.returncode in (0, 5) if dry else done.returncode == 0  # 5: nothing to collect without a GPU
 
 
 def roofline(report: Report, bandwidth: float, rate: float, path: Path) -> None:
@@ -277,12 +171,14 @@ def roofline(report: Report, bandwidth: float, rate: float, path: Path) -> None:
     span = [2.0**i for i in range(-2, 13)]
     axes.loglog(span, [min(rate, bandwidth * x) / 1e12 for x in span], color="black", label="measured roof")
     for group in report.groups:
-        timing = group.timings.get("triton")
+        timing = group.timings.get(report.machine.backend)
         if timing is not None and group.flop and group.bytes_moved:
             achieved = group.flop / timing.median / 1e12
             axes.plot(group.flop / group.bytes_moved, achieved, "o")
             axes.annotate(f"{group.op} {group.shape.label}", (group.flop / group.bytes_moved, achieved), fontsize=5)
-    axes.set(xlabel="FLOP per byte of least traffic", ylabel="TFLOP/s", title=measure.device_name(DEVICE))
+    axes.set(
+        xlabel="FLOP per byte of least traffic", ylabel="TFLOP/s", title=measure.device_name(report.machine.device)
+    )
     axes.legend()
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
@@ -290,25 +186,26 @@ def roofline(report: Report, bandwidth: float, rate: float, path: Path) -> None:
 def summary(report: Report) -> str:
     """The short table: each figure that DESIGN asks for, its share of the floor, what it must and aims to reach."""
     lines = [f"{'figure':<44}{'floor':<12}{'share':>7}{'must':>7}{'aim':>7}"]
+    own = report.machine.backend
     for group in report.groups:
-        if group.op not in MUST or group.dtype != "bfloat16" or "triton" not in group.timings or group.floor is None:
+        if group.op not in MUST or group.dtype != "bfloat16" or own not in group.timings or group.floor is None:
             continue
         floor, must, aim = MUST[group.op]
-        share = group.floor.median / group.timings["triton"].median
+        share = group.floor.median / group.timings[own].median
         judged = group.op != "guidance_step" or group.shape.n >= 1024
         verdict = "" if not judged else "ok" if share >= must else "MISSED"
         lines.append(
             f"{group.op + ' ' + group.shape.label:<44}{floor:<12}{share:>7.0%}{must:>7.0%}{aim:>7.0%}  {verdict}"
         )
         if group.op == "guidance_step":
-            extra = group.timings["triton"].peak_bytes or 0
+            extra = group.timings[own].peak_bytes or 0
             allowed = 0.1 * group.shape.n * group.shape.v * 2
             lines.append(
                 f"{'  extra memory beyond phi and moments':<44}{'10% of N V':<12}{extra / 1e6:>6.0f}M"
                 f"{allowed / 1e6:>6.0f}M       {'ok' if extra <= allowed else 'MISSED'}"
             )
             for name in ("published", "vectorized", "compiled"):
-                if ratio := group.ratio("triton", name):
+                if ratio := group.ratio(own, name):
                     lines.append(f"{'  times faster than ' + name:<56}{ratio:>7.1f}")
     return "\n".join(lines)
 
@@ -317,98 +214,167 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run_gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything (default: 9)")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated (default: all)")
+    parser.add_argument(
+        "--triton", nargs="*", default=[], help="folders of further Triton releases: numerics runs with each of them"
+    )
+    parser.add_argument("--dry", action="store_true", help="rehearse on a CPU; writes nowhere")
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, help="N,D or N,D,V (default: the canonical ones)")
     chosen = parser.parse_args(argv)
     chosen.parts = chosen.parts.split(",")
     if unknown := [part for part in chosen.parts if part not in PARTS]:
         parser.error(f"--parts: {unknown[0]!r} is not one of {', '.join(PARTS)}")
-    chosen.shapes = chosen.shapes or [Shape(n, d) for n, d in CANONICAL]
+    chosen.machine = REHEARSAL if chosen.dry else Machine()
+    chosen.shapes = chosen.shapes or list(chosen.machine.shapes)
     return chosen
 
 
-def run(chosen: argparse.Namespace) -> int:
-    """All parts; see the module's text."""
-    clock, report, parts = Clock(60 * chosen.minutes), Report(), chosen.parts
-    print(environment(), end="\n\n", flush=True)
-    if "numerics" in parts and not numerics(clock, 0.35 * 60 * chosen.minutes):
-        report.red.append("numerics: pytest -m gpu")
-    scratch = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
-    bandwidth, rate = ceilings(report, scratch)
-    for shape in chosen.shapes if "kernels" in parts else ():
-        if clock.left() < 60:
-            break
-        if wrong := kernels_are_right(shape):
-            report.red += wrong
-            print("no times for kernels that are wrong:", *wrong, sep="\n  ", flush=True)
-            continue
-        report.add(kernel_group(shape, scratch, bandwidth))
-        torch.cuda.empty_cache()
-    from benchmarks.suite_ops import measure_ops
-    from benchmarks.suite_step import measure_step
+class Run:
+    """The parts, in order; see the module's text.
 
-    # First without torch.compile at every shape, then with it, largest gain in knowledge first, while time is left.
-    names = ["published", "vectorized", "triton"]
-    for shape in chosen.shapes if "step" in parts else ():
-        if clock.left() > 45:
-            report.add([measure_step(shape, torch.bfloat16, names, device=DEVICE, budget=4.0)], names[:-1])
-            torch.cuda.empty_cache()
-    for shape in (chosen.shapes[2:3] + chosen.shapes[:1] + chosen.shapes[3:]) if "step" in parts else ():
-        if clock.left() > 110:
-            report.add(
-                [measure_step(shape, torch.bfloat16, ["compiled", "triton"], device=DEVICE, budget=2.0)], ["compiled"]
-            )
-            torch.cuda.empty_cache()
-    for shape in chosen.shapes[1:3] if "ops" in parts else ():
-        if clock.left() > 100:
-            report.add(
-                measure_ops(shape, torch.bfloat16, ["triton"], device=DEVICE, budget=1.0), ["vectorized", "compiled"]
-            )
-            torch.cuda.empty_cache()
-    if "step" in parts and clock.left() > 40:
-        report.add([measure_step(chosen.shapes[0], torch.float32, names, device=DEVICE, budget=2.0)], names[:-1])
-    if "cuda" in parts:
-        if wrong := cuda_engine.numerics(min(100.0, clock.left())):
-            report.red.append(wrong)
+    Args:
+        chosen: the command line.
+        report: filled as parts are finished.
+    """
+
+    def __init__(self, chosen: argparse.Namespace, report: Report) -> None:
+        self.chosen, self.report, self.machine = chosen, report, report.machine
+        self.clock = Clock(60 * chosen.minutes)
+        self.scratch = torch.empty(self.machine.scratch_bytes, dtype=torch.uint8, device=self.machine.device)
+        self.bandwidth, self.rate = 1.0, 1.0
+
+    def part(self, name: str, work: Callable[[], None], least: float) -> None:
+        """Run a part if it was asked for and so many seconds are left; what it raises is reported, and no more."""
+        needed = name.partition(" ")[0]
+        if needed not in self.chosen.parts:
+            return
+        if self.clock.left() < least:
+            print(f"left out for want of time: {name}", flush=True)
+            return
+        try:
+            work()
+        except Exception as error:
+            self.report.red.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
+            traceback.print_exc()
+        self.machine.free()
+
+    def all(self) -> None:
+        """Everything, by what is learned from it first."""
+        shapes = self.chosen.shapes
+        self.part("numerics", self.numerics, 30)
+        self.part("ceilings", self.ceilings, 20)
+        for shape in shapes:
+            self.part(f"kernels {shape.label}", lambda shape=shape: self.kernels(shape), 60)
+        # First without torch.compile at every shape, then with it, largest gain in knowledge first, while time is left.
+        own = self.machine.backend
+        for shape in shapes:
+            self.part(f"step {shape.label}", lambda s=shape: self.step(s, ["published", "vectorized", own], 4.0), 45)
+        self.part("generation", self.generation, 150)
+        for shape in shapes[2:3] + shapes[:1] + shapes[3:]:
+            self.part(f"compiled {shape.label}", lambda s=shape: self.step(s, ["compiled", own], 2.0), 110)
+        for shape in shapes[1:3]:
+            self.part(f"ops {shape.label}", lambda shape=shape: self.operators(shape), 100)
+        names = ["published", "vectorized", own]
+        self.part("step in float32", lambda: self.step(shapes[0], names, 2.0, torch.float32), 40)
+        if self.machine.device == "cuda":
+            self.part("cuda", self.cuda, 30)
+        self.part("others (draws)", self.draws, 30)
+        self.part("others (statistics)", lambda: self.report.add([other_statistics(self.machine)], ["torch"]), 20)
+        if self.machine.device == "cuda":
+            self.part("nsight", self.nsight, 20)
+        self.part("picture", self.picture, 10)
+
+    def numerics(self) -> None:
+        seconds = 0.35 * 60 * self.chosen.minutes / (1 + len(self.chosen.triton))
+        for folder in (None, *self.chosen.triton):
+            if not numerics(self.clock, seconds, self.chosen.dry, folder):
+                self.report.red.append("numerics: pytest -m gpu" + (f" with the Triton in {folder}" if folder else ""))
+
+    def ceilings(self) -> None:
+        self.bandwidth, self.rate, rows = ceilings(self.machine, self.scratch)
+        self.report.rows += rows
+
+    def kernels(self, shape: Shape) -> None:
+        if wrong := kernels_are_right(self.machine, shape):
+            self.report.red += wrong
+            print("no times for kernels that are wrong:", *wrong, sep="\n  ", flush=True)
+            return
+        self.report.add(kernel_group(self.machine, shape, self.scratch, self.bandwidth))
+
+    def step(self, shape: Shape, names: list[str], budget: float, dtype: torch.dtype = torch.bfloat16) -> None:
+        group = measure_step(shape, dtype, names, device=self.machine.device, budget=budget)
+        self.report.add([group], names[:-1])
+
+    def generation(self) -> None:
+        left, machine = self.clock.left(), self.machine
+        found = measure_end_to_end(
+            machine.preset,
+            torch.bfloat16,
+            device=machine.device,
+            backend=machine.backend,
+            budget=0.1 * left,
+            rounds=(1, 3),
+            size=machine.size,
+            seconds=0.4 * left,
+        )
+        self.report.add_generation(found)
+
+    def operators(self, shape: Shape) -> None:
+        groups = measure_ops(shape, torch.bfloat16, [self.machine.backend], device=self.machine.device, budget=1.0)
+        self.report.add(groups, ["vectorized", "compiled"])
+
+    def cuda(self) -> None:
+        if wrong := cuda_engine.numerics(min(100.0, self.clock.left())):
+            self.report.red.append(wrong)
         else:
-            cuda_engine.compare(chosen.shapes, clock.left, lambda groups: report.add(groups, ["triton"]))
-    if "others" in parts and clock.left() > 30:
-        group = others(Shape(512, 64))
+            cuda_engine.compare(self.chosen.shapes, self.clock.left, lambda groups: self.report.add(groups, ["triton"]))
+
+    def nsight(self) -> None:
+        counts = self.report.path.with_name(f"{self.report.path.stem}-ncu.txt")
+        device, revision = measure.device_name(self.machine.device), measure.revision()
+        found, written = cuda_engine.nsight(counts, device, revision, self.chosen.shapes[2:3], self.clock.left)
+        self.report.red += found
+        if written and (out := os.environ.get("OUT")):
+            shutil.copy(written, out)
+
+    def draws(self) -> None:
+        group = other_draws(self.machine)
         if group is None:
             print("flashinfer is not installed: no comparison with it")
         else:
-            report.add([group], ["vectorized", "flashinfer"])
-    if "nsight" in parts:
-        counts = report.path.with_name(f"{report.path.stem}-ncu.txt")
-        device, revision = measure.device_name(DEVICE), measure.revision()
-        found, written = cuda_engine.nsight(counts, device, revision, chosen.shapes[2:3], clock.left)
-        report.red += found
-        if written and (out := os.environ.get("OUT")):
-            shutil.copy(written, out)
-    if "picture" in parts and clock.left() > 10:
-        try:
-            picture = report.path.with_suffix(".png")
-            roofline(report, bandwidth, rate, picture)
-            if out := os.environ.get("OUT"):
-                shutil.copy(picture, out)
-        except Exception as error:  # a picture is no figure: its failure must not cost the run
-            print(f"no roofline picture: {type(error).__name__}: {error}")
+            self.report.add([group], ["vectorized", "flashinfer"])
+
+    def picture(self) -> None:
+        picture = self.report.path.with_suffix(".png")
+        roofline(self.report, self.bandwidth, self.rate, picture)
+        if (out := os.environ.get("OUT")) and self.machine.device == "cuda":
+            shutil.copy(picture, out)
+
+
+def run(chosen: argparse.Namespace, report: Report) -> int:
+    """All parts and the table; 0, or 1 when something was red."""
+    print(environment(), end="\n\n", flush=True)
+    everything = Run(chosen, report)
+    everything.all()
     report.flush()
     print(summary(report))
     for line in report.red:
         print(f"RED  {line}")
-    print(f"{len(report.rows)} rows in {report.path.name}; {clock.left():.0f} s left")
+    print(f"{len(report.rows)} rows in {report.path.name}; {everything.clock.left():.0f} s left")
     return 1 if report.red else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; see the module's text for the exit status."""
     chosen = arguments(argv)
+    if chosen.dry:
+        with tempfile.TemporaryDirectory() as folder:
+            return run(chosen, Report(chosen.machine, Path(folder) / "rows.json"))
     if not torch.cuda.is_available():
         print(
             "make gpu needs a CUDA GPU that torch can see; there is none here. Nothing was measured.", file=sys.stderr
         )
         return 2
-    return run(chosen)
+    return run(chosen, Report(chosen.machine))
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def _same(family: str, result: tuple[torch.Tensor, ...], expected: tuple[torch.T
 
 def tune(family: str, shape: Shape, deadline: float) -> list[dict[str, Any]]:
     """Every candidate of a family at a shape: milliseconds, or the reason why it has none; fastest first."""
-    from benchmarks.run_gpu import timed
+    from benchmarks.gpu import timed
     from entrgi_kernels.backends.triton import config
 
     target = config.target(torch.device("cuda"))

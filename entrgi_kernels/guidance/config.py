@@ -48,7 +48,13 @@ class GuidanceConfig:
         deprioritize_eos: a drawn end-of-sequence token is committed last.
         suppress_undrawable: give ids that stand for no token, and the mask token, probability 0 from the start; False
             leaves their logits alone, as the published code does.
-        batch_size: prompts denoised together (times K trajectories). Does not change any draw.
+        batch_size: prompts denoised together (times K trajectories), of similar length; "auto" takes as many as the
+            memory is estimated to hold (:mod:`.batching`). Does not change any draw. A batch that runs out of memory is
+            halved, and the run goes on.
+        memory_budget: with batch_size="auto", what a batch may take beyond the weights: bytes, as an int, or a share
+            of what is free, as a float up to 1; None is 0.9 of it.
+        torch_compile: True, or the name of a torch.compile backend, compiles the norms and MLPs of the reward's layers.
+        cuda_graphs: replay the inner loop from CUDA graphs; CUDA devices only.
         exact_savings: work left out without changing a token: "all", "none", or names (:mod:`.savings`).
         seed: a prompt's result depends on it, the prompt and the settings, not on the batch.
         backend: "auto" or the name of a backend.
@@ -77,7 +83,10 @@ class GuidanceConfig:
     schedule_eps: float = 1e-3
     deprioritize_eos: bool = True
     suppress_undrawable: bool = True
-    batch_size: int = 4
+    batch_size: int | str = 4
+    memory_budget: int | float | None = None
+    torch_compile: bool | str = False
+    cuda_graphs: bool = False
     exact_savings: str | tuple[str, ...] = "all"
     seed: int = 0
     backend: str = "auto"
@@ -105,10 +114,22 @@ class GuidanceConfig:
         _one_of("confidence", self.confidence, CONFIDENCES)
         _one_of("schedule", self.schedule, schedules.SCHEDULES)
         _number("schedule_eps", self.schedule_eps, low=0, high=1, open_low=True)
-        for name in ("deprioritize_eos", "suppress_undrawable"):
+        if isinstance(self.torch_compile, str):
+            _one_of("torch_compile", self.torch_compile, (False, True, *torch.compiler.list_backends(exclude_tags=())))
+        elif not isinstance(self.torch_compile, bool):
+            raise TypeError(f"torch_compile={self.torch_compile!r}: expected True, False or a backend's name")
+        for name in ("deprioritize_eos", "suppress_undrawable", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected True or False")
-        _integer("batch_size", self.batch_size, 1, None)
+        if isinstance(self.batch_size, str):
+            if self.batch_size != "auto":
+                raise ValueError(f"batch_size={self.batch_size!r}: expected 'auto' or an integer >= 1")
+        else:
+            _integer("batch_size", self.batch_size, 1, None)
+        if isinstance(self.memory_budget, numbers.Integral):
+            _integer("memory_budget", self.memory_budget, 1, None)
+        elif self.memory_budget is not None:
+            _number("memory_budget", self.memory_budget, low=0, high=1, open_low=True)
         _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
         check_name(self.backend)
         check_savings(self.exact_savings)

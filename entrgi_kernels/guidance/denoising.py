@@ -20,6 +20,7 @@ from ..rewards import PreparedPrompts, Reward
 from . import selection
 from .buffers import Buffers
 from .canvas import Canvas, NonFiniteLogitsError, OpenSlots, Statistics
+from .capture import CapturedLoop
 from .config import GuidanceConfig
 from .inner import Guided, InnerLoop, Scorer
 from .keys import FINAL_DRAW, POSITIONS, step_key
@@ -81,7 +82,11 @@ class Denoiser:
             self.tokenizer,
             self.table.shape[0],
         )
-        self._guide = InnerLoop(self._score, self.table, self.config, self.buffers) if self.config.guided else None
+        self._guide: InnerLoop | CapturedLoop | None = None
+        if self.config.guided:
+            self._guide = InnerLoop(self._score, self.table, self.config, self.buffers)
+            if self.config.cuda_graphs:
+                self._guide = self.captured(self._guide)
         # Where looking costs nothing the loop looks more often and draws less.
         self._reads_are_free = self.canvas.tokens.device.type == "cpu"
         self._settled = 0
@@ -168,6 +173,19 @@ class Denoiser:
             tensor = tensor.pin_memory()
         return tensor.to(self.index.device, non_blocking=True)
 
+    def captured(self, loop: InnerLoop) -> CapturedLoop:
+        """The inner loop replayed from CUDA graphs.
+
+        Raises:
+            ValueError: not on a CUDA device, or a reward that looks at tokens, which padded rows have no place among.
+        """
+        device = self.canvas.tokens.device
+        if getattr(self.reward, "takes_targets", False):
+            raise ValueError(f"cuda_graphs=True: not for {type(self.reward).__name__}, which looks at tokens")
+        if device.type != "cuda":
+            raise ValueError(f"cuda_graphs=True: expected models on a CUDA device, they are on {device}")
+        return CapturedLoop(loop, self.config, self.buffers, len(self.canvas.tokens))
+
     def _step(self, step: int, opened: OpenSlots, counts: tuple[int, ...], wanted: torch.Tensor, share: float) -> None:
         """One denoising step: logits, guidance, draws, commits. `counts` and `wanted` [R] say the same."""
         self.statistics.steps += 1
@@ -213,7 +231,8 @@ class Denoiser:
         """phi [N, V]: the model's logits at the open slots, in memory of the loop's own."""
         canvas, every, count = self.canvas, slice(None), len(self.canvas.tokens)
         device, size = canvas.tokens.device, (len(opened), self.model.vocab_size)
-        phi = self.buffers.take("phi", size, self.model.dtype, device)
+        kept = self._guide.padded(size[0]) if isinstance(self._guide, CapturedLoop) else size[0]
+        phi = self.buffers.take("phi", (kept, size[1]), self.model.dtype, device)[: size[0]]
         flat = opened.rows * canvas.tokens.shape[1] + canvas.start + opened.slots
         if self._identical:
             # Before the first commit a prompt's K trajectories are one and the same.

@@ -28,10 +28,12 @@ def prompt_keys(prompts: Iterable[list[int]]) -> list[int]:
     return keys
 
 
-def row_keys(prompts: list[int], num_samples: int, slots: int, device: torch.device) -> torch.Tensor:
+def row_keys(
+    prompts: list[int], num_samples: int, slots: int, device: torch.device, first_sample: int = 0
+) -> torch.Tensor:
     """int64 [len(prompts) * num_samples, slots]: the keys of every response slot, samples of a prompt contiguous."""
     prompt = torch.tensor(prompts, dtype=torch.int64, device=device).view(-1, 1, 1) << (_SAMPLE_BITS + _SLOT_BITS)
-    sample = torch.arange(num_samples, dtype=torch.int64, device=device).view(1, -1, 1) << _SLOT_BITS
+    sample = torch.arange(num_samples, dtype=torch.int64, device=device).view(1, -1, 1) + first_sample << _SLOT_BITS
     slot = torch.arange(slots, dtype=torch.int64, device=device).view(1, 1, -1)
     return (prompt | sample | slot).flatten(0, 1)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,12 +17,17 @@ from .. import models, rewards
 from ..models import DiffusionModel
 from ..rewards import Reward
 from ..rewards.template import conversation_from, encode_prompt
+from .batching import Batch, MemoryEstimate, is_out_of_memory, make_batches
+from .buffers import Buffers
 from .canvas import Canvas, NonFiniteLogitsError, Statistics
+from .capture import compiled
 from .config import GuidanceConfig
 from .denoising import Denoiser, OnStep
 from .keys import prompt_keys, row_keys
 from .results import Conversation, GenerationResult, Sample, StepTrace
 from .savings import reward_savings
+
+logger = logging.getLogger("entrgi_kernels")
 
 
 class GuidedSampler:
@@ -67,6 +74,8 @@ class GuidedSampler:
         self.tokenizer = tokenizer
         self.model: DiffusionModel = models.wrap(model, tokenizer, mask_token_id=mask_token_id, shift=shift)
         self.reward: Reward = rewards.wrap(reward_model, reward_tokenizer or tokenizer, unmatched=unmatched)
+        if hasattr(self.reward, "savings"):  # also in `reward.savings` and `reward.savings_off`
+            logger.info("%r", self.reward)
         self.statistics = Statistics()
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no eos_token: expected one, it ends responses and pads prompts")
@@ -130,27 +139,60 @@ class GuidedSampler:
 
         self.statistics = statistics = Statistics()
         start = time.perf_counter()
-        batches = [slice(i, i + config.batch_size) for i in range(0, len(given), config.batch_size)]
+        longest = max(range(len(given)), key=lambda i: len(encoded[i]), default=0)
+
+        def estimate() -> MemoryEstimate:
+            with self.running(config.replace(torch_compile=False)):
+                self.table(config, self.model.device)  # made once and kept: no part of a batch
+                return MemoryEstimate.measure(
+                    self.model, self.reward, config, conversations[longest], encoded[longest], self.decode
+                )
+
+        batches = make_batches([len(ids) for ids in encoded], config, estimate, self.model.device)
+        buffers, waiting = Buffers(), {}
         with tqdm(
             total=len(batches) * config.steps, desc=config.method, unit="step", disable=_hide(progress), leave=False
         ) as bar:
-            for batch in batches:
-                begin = bar.n
-                finished = self._batch(
-                    encoded[batch],
-                    conversations[batch],
-                    keys[batch],
-                    config,
-                    statistics,
-                    trace,
-                    advance,
-                )
+            while batches:
+                batch, begin, finished = batches.popleft(), bar.n, None
+                try:
+                    finished = self._batch(
+                        batch, encoded, conversations, keys, config, statistics, buffers, trace, advance
+                    )
+                except Exception as error:
+                    if not is_out_of_memory(error) or batch.halves() is None:
+                        raise
+                if finished is None:  # outside of the except clause, which keeps the failed call's tensors alive
+                    buffers = Buffers()
+                    batches.extendleft(reversed(self._halved(batch)))
+                    bar.total += config.steps
+                    bar.update(begin - bar.n)
+                    continue
                 # The even schedule drops steps: a batch counts in full all the same.
                 bar.update(begin + config.steps - bar.n)
                 statistics.finish(time.perf_counter() - start)
-                for offset, samples in enumerate(finished):
-                    index = batch.start + offset
-                    yield index, GenerationResult(given[index], samples, config)
+                for index, samples in zip(batch.prompts, finished, strict=True):
+                    # Samples of one prompt are apart only where a batch was halved down to it: in order, then.
+                    gathered = [*waiting.pop(index, []), *samples]
+                    if len(gathered) < config.num_samples:
+                        waiting[index] = gathered
+                    else:
+                        yield index, GenerationResult(given[index], gathered, config)
+
+    def _halved(self, batch: Batch) -> tuple[Batch, Batch]:
+        """The halves of a batch that ran out of memory, which is given back; says so."""
+        halves = batch.halves()
+        assert halves is not None
+        gc.collect()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.warning(
+            "out of memory with %d trajectories at a time: going on with %d; nothing is lost. A smaller batch_size (or "
+            "batch_size='auto') avoids the attempt",
+            len(batch.prompts) * batch.count,
+            len(halves[1].prompts) * halves[1].count,
+        )
+        return halves
 
     def denoise(
         self,
@@ -164,6 +206,7 @@ class GuidedSampler:
         on_step: OnStep | None = None,
         model: DiffusionModel | None = None,
         every_step: bool = False,
+        buffers: Buffers | None = None,
     ) -> torch.Tensor:
         """Fill the masked slots of a canvas of one's own, in place: what hosts with tokens in hand call.
 
@@ -174,6 +217,7 @@ class GuidedSampler:
             config: settings.
             statistics, traces, on_step, every_step: as in :meth:`Denoiser.run`.
             model: takes the place of the sampler's own adapter (to put something between forward and guidance).
+            buffers: memory to use again from one call to the next.
 
         Returns:
             [R, L] int64, the responses.
@@ -192,6 +236,7 @@ class GuidedSampler:
                 prepared=self.reward.prepare(conversations),
                 index=index,
                 statistics=statistics or Statistics(),
+                buffers=Buffers() if buffers is None else buffers,
                 tokenizer=self.tokenizer,
             )
             return denoiser.run(traces=traces, on_step=on_step, every_step=every_step)
@@ -218,7 +263,13 @@ class GuidedSampler:
             return self.reward.score_texts(conversations, texts, batch_size=batch_size)
 
     def canvas(
-        self, prompts: list[list[int]], keys: list[int], num_samples: int, slots: int, device: torch.device
+        self,
+        prompts: list[list[int]],
+        keys: list[int],
+        num_samples: int,
+        slots: int,
+        device: torch.device,
+        first_sample: int = 0,
     ) -> Canvas:
         """All-masked trajectories for encoded prompts: `num_samples` contiguous rows a prompt, left-padded."""
         width = max(map(len, prompts), default=0)
@@ -233,35 +284,54 @@ class GuidedSampler:
             attention=attention.repeat_interleave(num_samples, dim=0).to(device),
             start=width,
             masked=torch.ones(len(prompts) * num_samples, slots, dtype=torch.bool, device=device),
-            keys=row_keys(keys, num_samples, slots, device),
+            keys=row_keys(keys, num_samples, slots, device, first_sample),
             repeats=num_samples,
         )
 
     def _batch(
         self,
-        prompts: list[list[int]],
+        batch: Batch,
+        encoded: list[list[int]],
         conversations: list[Conversation],
         keys: list[int],
         config: GuidanceConfig,
         statistics: Statistics,
+        buffers: Buffers,
         trace: bool,
         on_step: OnStep,
     ) -> list[list[Sample]]:
-        k = config.num_samples
+        """The samples of each prompt of a batch, denoised and scored."""
+        k, count = batch.count, len(batch.prompts)
+        conversations = [conversations[i] for i in batch.prompts]
         with torch.inference_mode(False):
-            canvas = self.canvas(prompts, keys, k, config.max_new_tokens, self.model.device)
-            index = torch.arange(len(prompts), device=self.model.device).repeat_interleave(k)
-            traces: list[list[StepTrace]] | None = [[] for _ in range(len(prompts) * k)] if trace else None
+            canvas = self.canvas(
+                [encoded[i] for i in batch.prompts],
+                [keys[i] for i in batch.prompts],
+                k,
+                config.max_new_tokens,
+                self.model.device,
+                batch.first,
+            )
+            index = torch.arange(count, device=self.model.device).repeat_interleave(k)
+            traces: list[list[StepTrace]] | None = [[] for _ in range(count * k)] if trace else None
             try:
                 responses = self.denoise(
-                    canvas, conversations, index, config, statistics=statistics, traces=traces, on_step=on_step
+                    canvas,
+                    conversations,
+                    index,
+                    config,
+                    statistics=statistics,
+                    traces=traces,
+                    on_step=on_step,
+                    buffers=buffers,
                 ).tolist()
             except NonFiniteLogitsError as error:
                 where = f"prompt {conversations[error.trajectory // k][-1]['content']!r:.80}"
                 raise NonFiniteLogitsError(
-                    error.step, error.trajectory, f"sample {error.trajectory % k} of {where}"
+                    error.step, error.trajectory, f"sample {batch.first + error.trajectory % k} of {where}"
                 ) from error
-        values = self.score([c for c in conversations for _ in range(k)], responses)
+        # All at once: as many rows went through the reward model forward and backward a moment ago.
+        values = self.score([c for c in conversations for _ in range(k)], responses, batch_size=len(responses))
         samples = [
             Sample(self.decode(response), response, value, None if traces is None else traces[row])
             for row, (response, value) in enumerate(zip(responses, values, strict=True))
@@ -277,6 +347,7 @@ class GuidedSampler:
             torch.no_grad(),
             evaluating(self.model, self.reward),
             reward_savings(self.reward, config.exact_savings),
+            compiled(self.reward, config.torch_compile),
         ):
             yield
 

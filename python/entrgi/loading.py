@@ -68,6 +68,10 @@ class Loaded:
     tiny: bool = True
 
 
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that choose the models."""
     group = parser.add_argument_group("models (the built-in tiny ones unless given)")
@@ -174,10 +178,10 @@ def add_sampler_arguments(
     )
     group.add_argument(
         "--batch-size",
-        type=int,
+        type=_batch_size,
         default=None,
-        metavar="B",
-        help="prompts denoised together; changes no text (default: 4; 12 with the tiny models)",
+        metavar="B|auto",
+        help="prompts denoised together, or auto: what fits; changes no text (default: 4; 12 with the tiny models)",
     )
     group.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts (default: 0)")
 

@@ -12,6 +12,7 @@ from benchmarks.end_to_end import PLAIN, measure_end_to_end
 from benchmarks.generation import FLOOR, Recording, Size, sampler
 from benchmarks.models import Network
 from benchmarks.phases import REST, FlopCounter, PhaseTimer
+from benchmarks.profile import OneStep
 from entrgi_kernels import ops
 from entrgi_kernels.backends.ranges import EMBED, MODEL, PHASES, REWARD, REWARD_BACKWARD, UPDATE, listening, scope
 
@@ -110,3 +111,25 @@ def test_the_command_line(monkeypatch, tmp_path, capsys):
     command = ["--preset", "quick", "--dtype", "float32", "--backend", "eager", "--baselines", "", "--budget", "0"]
     assert end_to_end.main([*command, "--json", str(path)]) == 0
     assert "models alone" in capsys.readouterr().out and len(json.loads(path.read_text())) == 3
+
+
+def test_a_profiler_sees_one_denoising_step():
+    told = []
+    step = OneStep(1, lambda: told.append("start"), lambda: told.append("stop"))
+
+    class Phases:
+        begin = staticmethod(lambda name: told.append(name))
+        end = staticmethod(lambda name: None)
+
+    ours = sampler(SIZE.world(torch.float32), SIZE, "eager", steps=4)
+    with listening(step), listening(Phases):
+        ours.generate(SIZE.texts, progress=False)
+    step.close()
+    inside = told[told.index("start") + 1 : told.index("stop")]
+    assert inside[0] == MODEL and inside.count(MODEL) == 1 and set(inside) == set(PHASES) and told.count("start") == 1
+    last = OneStep(told.count(MODEL) - 1, lambda: told.append("start"), lambda: told.append("end"))
+    with listening(last):
+        ours.generate(SIZE.texts, progress=False)
+    assert last.running
+    last.close()
+    assert told[-1] == "end" and not last.running

@@ -69,9 +69,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
 
 
-@pytest.fixture(name="make_diffusion")
+@pytest.fixture(scope="session", name="make_diffusion")
 def make_diffusion_fixture():
     return make_diffusion
+
+
+@pytest.fixture(scope="session", name="make_reward")
+def make_reward_fixture():
+    return make_reward
 
 
 @pytest.fixture

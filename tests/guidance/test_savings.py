@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 
 import pytest
@@ -56,6 +57,29 @@ def test_all_savings_together_change_nothing(double, case):
     assert tokens == plain_tokens
     for ours, theirs in zip(rewards, plain_rewards, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def test_the_configurations_reach_every_case():
+    cases = [settings_of(case) for case in range(20)]
+    for name, values in {"num_samples": {1, 4}, "guidance_steps": {1, 3}, "prompts": {1, 2, 3}}.items():
+        assert {case[name] for case in cases} == values
+    lengths = {(case["steps"] > case["max_new_tokens"]) - (case["steps"] < case["max_new_tokens"]) for case in cases}
+    assert lengths == {-1, 0, 1}
+    everything = {(case["num_samples"], case["guidance_steps"], case["prompts"] > 1) for case in cases}
+    assert {(4, 3, True), (1, 1, True), (4, 1, True), (1, 3, True)} <= everything
+
+
+def test_the_sampler_says_which_savings_are_in_use(diffusion, reward, tokenizer, caplog):
+    with caplog.at_level(logging.INFO, logger="entrgi_kernels"):
+        GuidedSampler(diffusion, reward, tokenizer, shift=True)
+    assert "savings in use: reward_prefix, reward_committed, reward_dead, reward_last_layer" in caplog.text
+    caplog.clear()
+    reward.set_attn_implementation("eager")
+    reward.config._attn_implementation = "flex_attention"
+    with caplog.at_level(logging.INFO, logger="entrgi_kernels"):
+        sampler = GuidedSampler(diffusion, reward, tokenizer, shift=True)
+    assert "savings in use: none" in caplog.text and "flex_attention" in caplog.text
+    assert sampler.reward.savings == () and "flex_attention" in sampler.reward.savings_off["reward_prefix"]
 
 
 EOS_RICH = dict(prompts=3, num_samples=4, max_new_tokens=8, steps=5, temperature=1.0, top_p=None, seed=7)

@@ -1,0 +1,294 @@
+"""Which trajectories are denoised together: prompts of similar length, as many as the memory holds.
+
+What a batch of R trajectories needs beyond the weights is estimated as
+
+    N V (phi + Adam's moments) + n V (the committed rows' copies) + max(f(S) R, g(L) R, workspace)
+
+with N = R L open slots, n those a step commits at most, S the length that the diffusion model sees. f, one of its
+forwards, and g, the larger of a forward and backward of the reward behind the longest prompt and of the final scoring
+of its text, are measured, not assumed: each is run on three short inputs while the memory that its tensors hold is
+counted, and the parabola through the three is what a row costs (the square term is there where masks or attention
+scores are). A result does not depend on its batch, so that this may be decided anew on every machine, and halved where
+it was wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from ..backends import resolve
+from ..models import DiffusionModel
+from ..rewards import Reward
+from ..rewards.template import Conversation
+from .config import GuidanceConfig
+from .schedules import plan
+
+logger = logging.getLogger("entrgi_kernels")
+
+_PROBED = (16, 32, 64)  # lengths at which the models are run
+# Of what is free, left for the allocator's rounding and fragments.
+_DEFAULT_SHARE = 0.9
+# Bytes an entry of phi that an operator's own temporaries take at most: the eager backend makes several float32 copies;
+# the others keep to a tenth of phi.
+_EAGER_WORKSPACE, _FUSED_WORKSPACE = 24.0, 0.4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples `first` to `first + count` of some prompts."""
+
+    prompts: tuple[int, ...]
+    first: int
+    count: int
+
+    def halves(self) -> tuple[Batch, Batch] | None:
+        """Two batches that are this one: half the prompts each, half the samples of a single one; None for one row."""
+        if len(self.prompts) > 1:
+            half = len(self.prompts) // 2
+            parts = self.prompts[:half], self.prompts[half:]
+            return Batch(parts[0], self.first, self.count), Batch(parts[1], self.first, self.count)
+        if self.count > 1:
+            half = self.count // 2
+            return Batch(self.prompts, self.first, half), Batch(self.prompts, self.first + half, self.count - half)
+        return None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes a row by length: a parabola."""
+
+    constant: float
+    linear: float
+    square: float
+
+    @classmethod
+    def through(cls, lengths: Sequence[int], taken: Sequence[float]) -> Cost:
+        """The parabola through three measurements; the line through the last two where it bends the wrong way."""
+        (x, y, z), (low, middle, high) = lengths, taken
+        first, second = (middle - low) / (y - x), (high - middle) / (z - y)
+        square = (second - first) / (z - x)
+        if square > 0 and (linear := second - square * (y + z)) >= 0:
+            return cls(high - linear * z - square * z * z, linear, square)
+        return cls(high - max(0.0, second) * z, max(0.0, second), 0.0)
+
+    def __call__(self, length: int) -> float:
+        return max(0.0, self.constant + self.linear * length + self.square * length * length)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What a batch takes, in bytes; see the module's text for the formula.
+
+    Attributes:
+        forward: of the diffusion model, a row of S positions.
+        reward: forward and backward, or final scoring, a row of L response slots.
+        vocab_size, slots: V and L.
+        logit_bytes, moment_bytes, workspace_bytes: of one entry of phi.
+        committed: slots that a trajectory commits in one step at most.
+    """
+
+    forward: Cost
+    reward: Cost
+    vocab_size: int
+    slots: int
+    logit_bytes: float
+    moment_bytes: float
+    workspace_bytes: float
+    committed: int
+
+    @classmethod
+    def measure(
+        cls,
+        model: DiffusionModel,
+        reward: Reward,
+        config: GuidanceConfig,
+        conversation: Conversation,
+        prompt: list[int],
+        decode: Callable[[list[int]], str],
+    ) -> MemoryEstimate:
+        """Run both models on three short inputs each and count.
+
+        Args:
+            conversation, prompt: the longest of those to be generated for, and its ids.
+            decode: makes a text of ids.
+        """
+        device, rows = model.device, 2
+        forward = []
+        for length in _PROBED:
+            tokens = torch.full((rows, length), model.mask_token_id, device=device)
+            real, wanted = torch.ones_like(tokens, dtype=torch.bool), torch.zeros_like(tokens, dtype=torch.bool)
+            wanted[:, -1] = True
+            forward.append(peak_bytes(lambda t=tokens, r=real, w=wanted: model.masked_logits(t, r, w)) / rows)
+        prepared = reward.prepare([conversation])
+        index = torch.zeros(rows, dtype=torch.int64, device=device)
+        dtype, width, taken = model.dtype, 1, []
+        if prepared.prefix is not None:
+            dtype, width = prepared.prefix.dtype, prepared.prefix.shape[-1]
+        for length in _PROBED:
+            text = decode([prompt[i % len(prompt)] for i in range(length)])
+            response = torch.zeros(rows, length, width, dtype=dtype, device=device, requires_grad=True)
+            alive = torch.ones(rows, length, dtype=torch.bool, device=device)
+
+            def score(text=text) -> None:
+                reward.score_texts([conversation] * rows, [text] * rows, batch_size=rows)
+
+            def backward(response=response, alive=alive) -> None:
+                with torch.enable_grad():
+                    value = reward.score_embeddings(prepared, index, response, alive)
+                    torch.autograd.grad(value.sum(), response)
+
+            peak = peak_bytes(score)
+            if config.guided:
+                if not taken:
+                    backward()  # what is made once for a prompt is no part of a row
+                peak = max(peak, peak_bytes(backward))
+            taken.append(peak / rows)
+        size = torch.empty((), dtype=model.dtype).element_size()
+        state = config.resolved_state_dtype() or model.dtype
+        keeps = config.guided and (config.guidance_steps > 1 or not config.saves("adam_state"))
+        engine = resolve(config.backend, torch.empty(0, dtype=model.dtype, device=device)).__name__
+        counts = plan(config.schedule, [config.max_new_tokens], config.steps, config.schedule_eps).counts
+        return cls(
+            forward=Cost.through(_PROBED, forward),
+            reward=Cost.through(_PROBED, taken),
+            vocab_size=model.vocab_size,
+            slots=config.max_new_tokens,
+            logit_bytes=size,
+            moment_bytes=2 * torch.empty((), dtype=state).element_size() if keeps else 0,
+            workspace_bytes=_EAGER_WORKSPACE if engine.endswith("eager") else _FUSED_WORKSPACE,
+            committed=max((row[0] for row in counts), default=0),
+        )
+
+    def __call__(self, trajectories: int, prompt_length: int) -> float:
+        """Bytes for `trajectories` rows, the longest prompt having `prompt_length` tokens."""
+        entries = float(trajectories * self.slots * self.vocab_size)
+        moved = float(trajectories * self.committed * self.vocab_size)
+        held = entries * (self.logit_bytes + self.moment_bytes) + moved * (self.logit_bytes + self.moment_bytes)
+        passing = (
+            trajectories * self.forward(prompt_length + self.slots),
+            trajectories * self.reward(self.slots),
+            entries * self.workspace_bytes,
+        )
+        return held + max(passing)
+
+
+def make_batches(
+    lengths: Sequence[int],
+    config: GuidanceConfig,
+    estimate: Callable[[], MemoryEstimate] | None = None,
+    device: torch.device | None = None,
+) -> deque[Batch]:
+    """Sort prompts by length and cut the row into batches: of `config.batch_size` prompts, or as many as fit.
+
+    Args:
+        lengths: tokens of each prompt.
+        estimate: makes the estimate where batch_size is "auto".
+        device: where the memory is, likewise.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    k = config.num_samples
+    if config.batch_size != "auto":
+        size = int(config.batch_size)
+        return deque(Batch(tuple(order[i : i + size]), 0, k) for i in range(0, len(order), size))
+    if not order:
+        return deque()
+    assert estimate is not None and device is not None
+    needed, allowed = estimate(), memory_budget(config.memory_budget, device)
+    batches: deque[Batch] = deque()
+    batch: list[int] = []
+    for prompt in order:
+        # Sorted: the last is the longest, and sets the width.
+        if batch and needed((len(batch) + 1) * k, lengths[prompt]) > allowed:
+            batches.append(Batch(tuple(batch), 0, k))
+            batch = []
+        batch.append(prompt)
+    batches.append(Batch(tuple(batch), 0, k))
+    largest = max(len(batch.prompts) for batch in batches)
+    logger.info(
+        "batch_size='auto': %d prompts in %d batches of %d at most; %.2f GB of %.2f GB allowed by the estimate",
+        len(order),
+        len(batches),
+        largest,
+        max(needed(len(b.prompts) * k, max(lengths[i] for i in b.prompts)) for b in batches) / 1e9,
+        allowed / 1e9,
+    )
+    return batches
+
+
+def memory_budget(given: float | int | None, device: torch.device) -> float:
+    """Bytes that a run may take: `given` where it is a number of bytes, else a share of what is free."""
+    if isinstance(given, int):
+        return float(given)
+    return (given or _DEFAULT_SHARE) * free_memory(device)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can be taken: of the GPU, what it has free and what torch holds unused; of the machine otherwise."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + held)
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a smaller batch might do."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Most bytes that tensors made by a call hold at once; what its operators take inside of them is not seen."""
+    with LiveMemory() as memory:
+        run()
+    return memory.peak
+
+
+class LiveMemory(TorchDispatchMode):
+    """Follows the memory of all tensors made while it is active, on any device.
+
+    Attributes:
+        live, peak: bytes they hold now, and held at most.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_iter((args, kwargs)):
+            if isinstance(value, torch.Tensor):
+                self._known.add(value.untyped_storage())  # was there before
+        out = func(*args, **kwargs or {})
+        for value in tree_iter(out):
+            if isinstance(value, torch.Tensor):
+                self._see(value.untyped_storage())
+        return out
+
+    def _see(self, storage: Any) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, size)
+
+    def _gone(self, size: int) -> None:
+        self.live -= size

@@ -1,0 +1,189 @@
+"""Batches: sorted by length, as many prompts as the memory holds, halved where it does not."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler, batching
+from entrgi_kernels.guidance.batching import Batch, Cost, LiveMemory, MemoryEstimate, make_batches, peak_bytes
+from entrgi_kernels.guidance.denoising import Denoiser
+from entrgi_kernels.rewards.template import conversation_from, encode_prompt
+
+PROMPTS = ["Why?", "A rather longer question than that one was.", "Hm", "Tell me more about it", "So"]
+SHORT = dict(num_samples=3, max_new_tokens=6, steps=4, guidance_steps=2)
+# The estimate may be off by this factor: operators' own temporaries are bounded, not measured.
+FACTOR = 1.5
+
+
+@pytest.fixture
+def sampler(diffusion, reward, tokenizer):
+    return GuidedSampler(diffusion.double(), reward.double(), tokenizer, shift=True, **SHORT)
+
+
+def tokens_of(sampler, prompts=PROMPTS, **settings):
+    return [[s.tokens for s in r.samples] for r in sampler.generate(prompts, **settings)]
+
+
+def estimate_of(sampler, config, prompt=PROMPTS[1]):
+    turns = conversation_from(prompt)
+    with torch.no_grad():
+        ids = encode_prompt(sampler.tokenizer, turns)
+        return MemoryEstimate.measure(sampler.model, sampler.reward, config, turns, ids, sampler.decode), len(ids)
+
+
+def test_prompts_of_similar_length_go_together():
+    lengths = [5, 40, 3, 20, 4]
+    batches = make_batches(lengths, GuidanceConfig(batch_size=2))
+    assert [batch.prompts for batch in batches] == [(2, 4), (0, 3), (1,)]
+
+
+def test_a_result_does_not_depend_on_its_batch(sampler):
+    alone = tokens_of(sampler, batch_size=1)
+    assert tokens_of(sampler, batch_size=2) == alone
+    assert tokens_of(sampler, batch_size="auto") == alone
+    assert tokens_of(sampler, batch_size="auto", memory_budget=1) == alone
+
+
+def test_auto_fills_the_budget_and_no_more(sampler):
+    config = sampler.config.replace(batch_size="auto")
+    needed, length = estimate_of(sampler, config)
+    lengths = [length] * 10
+    for fitting in (1, 4, 10):
+        budget = config.replace(memory_budget=int(needed(fitting * 3, length)) + 1)
+        batches = make_batches(lengths, budget, lambda: needed, torch.device("cpu"))
+        assert max(len(batch.prompts) for batch in batches) == fitting
+        assert sorted(i for batch in batches for i in batch.prompts) == list(range(10))
+    tight = config.replace(memory_budget=1)
+    assert len(make_batches(lengths, tight, lambda: needed, torch.device("cpu"))) == 10
+
+
+def test_auto_says_what_it_chose(sampler, caplog):
+    with caplog.at_level(logging.INFO, logger="entrgi_kernels"):
+        sampler.generate(PROMPTS, batch_size="auto")
+    assert "5 prompts in 1 batches of 5 at most" in caplog.text
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("vocabulary", [0, 30_000])
+@pytest.mark.parametrize("settings", [{}, {"method": "none"}, {"guidance_steps": 1, "max_new_tokens": 40}], ids=str)
+def test_the_estimate_is_near_the_measured_peak(make_diffusion, reward, tokenizer, rows, vocabulary, settings):
+    sampler = GuidedSampler(make_diffusion(len(tokenizer) + vocabulary), reward, tokenizer, shift=True)
+    config = sampler.config.replace(**{**SHORT, "num_samples": 1, "backend": "native", **settings})
+    if "native" not in available():
+        config = config.replace(backend="eager")
+    # A random network's bytes are no text: each would come back from the decoder as three.
+    sampler.decode = lambda response: "a" * len(response)
+    prompt = PROMPTS[1] * 2
+    sampler.generate(prompt, **{**config.to_dict(), "steps": 1})  # the table is made once
+    estimate, length = estimate_of(sampler, config, prompt)
+    # What operators take inside of them is not seen when it is measured: it must not be counted when it is compared.
+    plain = estimate.__class__(**{**estimate.__dict__, "workspace_bytes": 0.0})
+    measured = peak_bytes(lambda: sampler.generate([prompt] * rows, **{**config.to_dict(), "batch_size": rows}))
+    assert measured / FACTOR <= plain(rows, length) <= measured * FACTOR
+
+
+def available():
+    from entrgi_kernels.ops import backends
+
+    return [name for name, info in backends().items() if info.available]
+
+
+def test_live_memory_sees_peaks_and_frees():
+    held = torch.zeros(1000)
+
+    def run():
+        a = torch.zeros(100)
+        b = a.view(10, 10)  # a view takes nothing
+        del a, b
+        c = torch.ones(50) + held[:50]
+        held.mul_(2)
+        return c
+
+    assert peak_bytes(run) == 4 * 100
+    with LiveMemory() as memory:
+        kept = run()
+    assert memory.live == 4 * 50 and len(kept) == 50
+
+
+def test_a_parabola_through_three_points():
+    cost = Cost.through([16, 32, 64], [5 + 2 * n + 3 * n * n for n in (16, 32, 64)])
+    assert cost(100) == pytest.approx(5 + 200 + 30_000)
+    assert Cost.through([16, 32, 64], [100, 90, 70])(1000) == 70  # what falls, or bends down, is noise
+    assert Cost.through([16, 32, 64], [100, 200, 300])(128) == pytest.approx(500)
+
+
+def fails_beyond(rows, monkeypatch, error):
+    """Make the loop run out of memory when it holds more trajectories than that, in the middle of a batch."""
+    original, sizes = Denoiser._step, []
+
+    def step(self, number, opened, *args, **kwargs):
+        sizes.append(len(self.canvas.tokens))
+        if number == 2 and len(self.canvas.tokens) > rows:
+            raise error
+        return original(self, number, opened, *args, **kwargs)
+
+    monkeypatch.setattr(Denoiser, "_step", step)
+    return sizes
+
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    MemoryError(),
+]
+
+
+def test_out_of_memory_halves_and_loses_nothing(sampler, monkeypatch, caplog):
+    expected = [(r.prompt, [(s.tokens, s.reward) for s in r.samples]) for r in sampler.generate(PROMPTS, batch_size=1)]
+    sizes = fails_beyond(2, monkeypatch, ERRORS[0])
+    with caplog.at_level(logging.WARNING, logger="entrgi_kernels"):
+        seen = []
+        results = sampler.generate(PROMPTS, batch_size=5, trace=True, callback=lambda i, r: seen.append(i))
+    found = [(r.prompt, [(s.tokens, pytest.approx(s.reward, rel=1e-9)) for s in r.samples]) for r in results]
+    assert found == expected and sorted(seen) == list(range(5))
+    assert max(sizes) == 15 and min(sizes) == 1 and "out of memory with 15 trajectories" in caplog.text
+    assert all(len(s.trace) == 4 for r in results for s in r.samples)
+
+
+def test_a_single_trajectory_that_does_not_fit_is_an_error(sampler, monkeypatch):
+    fails_beyond(0, monkeypatch, ERRORS[0])
+    with pytest.raises(torch.OutOfMemoryError):
+        sampler.generate(PROMPTS)
+
+
+def test_other_errors_are_not_swallowed(sampler, monkeypatch):
+    fails_beyond(0, monkeypatch, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        sampler.generate(PROMPTS)
+
+
+def test_errors_of_memory_are_known():
+    assert all(map(batching.is_out_of_memory, ERRORS)) and not batching.is_out_of_memory(RuntimeError("shapes"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert batching.is_out_of_memory(caught.value)
+
+
+def test_halves_of_a_batch():
+    assert Batch((4, 2, 7), 0, 4).halves() == (Batch((4,), 0, 4), Batch((2, 7), 0, 4))
+    assert Batch((4,), 1, 3).halves() == (Batch((4,), 1, 1), Batch((4,), 2, 2))
+    assert Batch((4,), 1, 1).halves() is None
+
+
+@pytest.mark.parametrize("budget", [0, -5, 1.5, 0.0, "10GB", True])
+def test_bad_budgets_are_named(budget):
+    with pytest.raises((TypeError, ValueError), match="memory_budget="):
+        GuidanceConfig(memory_budget=budget)
+
+
+def test_budgets():
+    device = torch.device("cpu")
+    free = batching.free_memory(device)
+    assert 1e7 < free < 1e14
+    assert batching.memory_budget(12345, device) == 12345
+    assert batching.memory_budget(0.5, device) == pytest.approx(free / 2, rel=0.2)
+    with pytest.raises(ValueError, match="batch_size='big'.*'auto'"):
+        GuidanceConfig(batch_size="big")

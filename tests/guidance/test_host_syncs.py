@@ -1,0 +1,112 @@
+"""The host waits for the device once a denoising step at most, counted on a simulated one."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from entrgi_kernels.guidance import GuidedSampler
+from entrgi_kernels.guidance import denoising as loop
+
+# pytest imports tests one by one (importmode=importlib), so that a helper beside them is loaded by its path.
+_spec = importlib.util.spec_from_file_location("simulated_device", Path(__file__).with_name("simulated_device.py"))
+simulated = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(simulated)
+
+PROMPTS = ["Why?", "A longer question."]
+SETTINGS = dict(num_samples=2, max_new_tokens=5, steps=4, guidance_steps=2, temperature=1.0, backend="eager")
+VARIANTS = [
+    {},
+    {"deprioritize_eos": False},
+    {"confidence": "guided"},
+    {"alg": "maskgit_plus", "schedule": "even"},
+    {"alg": "origin"},
+    {"alg_temp": 0.5, "steps": 7},
+    {"suppress_undrawable": False},
+    {"method": "none"},
+    {"guidance_steps": 1, "num_samples": 1},
+]
+
+
+def tokens_of(sampler, **settings):
+    results = sampler.generate(PROMPTS, **{**SETTINGS, **settings})
+    return [[sample.tokens for sample in result.samples] for result in results]
+
+
+@pytest.fixture(scope="module")
+def samplers(make_diffusion, make_reward, tokenizer):
+    """The same sampler on the CPU and on the simulated device, and that device."""
+
+    def models():
+        diffusion = make_diffusion(len(tokenizer), num_hidden_layers=1).double()
+        with torch.no_grad():
+            diffusion.lm_head.weight[tokenizer.eos_token_id] += 2  # postponed EOS are to be replaced
+        return diffusion, make_reward(len(tokenizer)).double()
+
+    device = simulated.SimulatedDevice()
+    here = GuidedSampler(*models(), tokenizer, shift=True)
+    with device:
+        there = GuidedSampler(*map(simulated.to_device, models()), tokenizer, shift=True)
+        tokens_of(there)  # what a first run finds out once
+    assert {"reward_prefix", "reward_committed", "reward_last_layer"} == set(there.reward.savings)
+    return here, there, device
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=lambda s: "-".join(f"{k}={v}" for k, v in s.items()) or "defaults")
+def test_one_wait_a_step_and_the_same_tokens(samplers, settings, monkeypatch):
+    here, there, device = samplers
+    expected, waits, original = tokens_of(here, **settings), [], loop.Denoiser._step
+
+    def counted(self, *args, **kwargs):
+        waits.append(sum(device.waits.values()))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(loop.Denoiser, "_step", counted)
+    with device, device.counting():
+        assert tokens_of(there, **settings) == expected
+    between = [after - before for before, after in zip(waits, waits[1:], strict=False)]
+    # The first two steps also look, once a batch, at attention masks and at which rows belong to which prompt.
+    assert len(between) >= 3 and max(between[2:]) <= 1 and sum(between[:2]) <= 2 + 3, (between, dict(device.places))
+
+
+def test_a_wait_too_many_is_seen(samplers, monkeypatch):
+    _, there, device = samplers
+    original, totals = loop.Denoiser._draw, []
+
+    def leaky(self, *args, **kwargs):
+        drawn = original(self, *args, **kwargs)
+        assert int(drawn.sum()) >= 0 and len(drawn[drawn >= 0]) == len(drawn)
+        return drawn
+
+    for draw in (original, leaky):
+        monkeypatch.setattr(loop.Denoiser, "_draw", draw)
+        with device, device.counting() as found:
+            tokens_of(there, deprioritize_eos=False)
+        totals.append(sum(found.values()))
+    assert totals[1] == totals[0] + 2 * SETTINGS["steps"] and found["index by a mask"] == SETTINGS["steps"]
+
+
+def test_what_the_simulated_device_counts():
+    with simulated.SimulatedDevice() as device:
+        there = torch.arange(6, device=simulated.DEVICE)
+        assert there.device.type == "cuda" and there.sum().item() == 15
+        with device.counting() as found:
+            there.tolist()
+            torch.tensor([1, 2], device=there.device)
+            torch.tensor([1, 2]).pin_memory().to(there.device, non_blocking=True)
+            there[there > 3]
+            bool((there > 3).any())
+            there.nonzero()
+            there.repeat_interleave(there)
+            there.repeat_interleave(there, output_size=15)
+        assert found == {
+            "copy to the host": 1,
+            "copy from memory that is not pinned": 1,
+            "index by a mask": 1,
+            "_local_scalar_dense": 1,
+            "nonzero": 1,
+            "repeat_interleave without its size": 1,
+        }
