@@ -28,9 +28,10 @@ from torch.utils._pytree import tree_iter
 
 from ..backends import resolve
 from ..models import DiffusionModel
-from ..rewards import Reward
+from ..rewards import PreparedPrompts, Reward
 from ..rewards.template import Conversation
 from .config import GuidanceConfig
+from .inner import Scorer
 from .schedules import plan
 
 logger = logging.getLogger("entrgi_kernels")
@@ -115,12 +116,16 @@ class MemoryEstimate:
         conversation: Conversation,
         prompt: list[int],
         decode: Callable[[list[int]], str],
+        scorer: Callable[[PreparedPrompts, torch.Tensor], Scorer],
+        table: torch.Tensor,
     ) -> MemoryEstimate:
         """Run both models on three short inputs each and count.
 
         Args:
             conversation, prompt: the longest of those to be generated for, and its ids.
             decode: makes a text of ids.
+            scorer: the loop's way to ask the reward, for prepared prompts and each row's index among them.
+            table: [V, D], the reward's embeddings.
         """
         device, rows = model.device, 2
         forward = []
@@ -131,21 +136,18 @@ class MemoryEstimate:
             forward.append(peak_bytes(lambda t=tokens, r=real, w=wanted: model.masked_logits(t, r, w)) / rows)
         prepared = reward.prepare([conversation])
         index = torch.zeros(rows, dtype=torch.int64, device=device)
-        dtype, width, taken = model.dtype, 1, []
-        if prepared.prefix is not None:
-            dtype, width = prepared.prefix.dtype, prepared.prefix.shape[-1]
+        score_response, taken = scorer(prepared, index), []
         for length in _PROBED:
-            text = decode([prompt[i % len(prompt)] for i in range(length)])
-            response = torch.zeros(rows, length, width, dtype=dtype, device=device, requires_grad=True)
-            alive = torch.ones(rows, length, dtype=torch.bool, device=device)
+            ids = [prompt[i % len(prompt)] for i in range(length)]
+            best, text = torch.tensor([ids] * rows, device=device), decode(ids)
 
             def score(text=text) -> None:
                 reward.score_texts([conversation] * rows, [text] * rows, batch_size=rows)
 
-            def backward(response=response, alive=alive) -> None:
+            def backward(best=best) -> None:
+                response = table[best].requires_grad_()
                 with torch.enable_grad():
-                    value = reward.score_embeddings(prepared, index, response, alive)
-                    torch.autograd.grad(value.sum(), response)
+                    torch.autograd.grad(score_response(response, best).sum(), response)
 
             peak = peak_bytes(score)
             if config.guided:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import models, rewards
 from ..models import DiffusionModel
-from ..rewards import Reward
+from ..rewards import PreparedPrompts, Reward
 from ..rewards.template import conversation_from, encode_prompt
 from .batching import Batch, MemoryEstimate, is_out_of_memory, make_batches
 from .buffers import Buffers
@@ -23,6 +23,7 @@ from .canvas import Canvas, NonFiniteLogitsError, Statistics
 from .capture import compiled
 from .config import GuidanceConfig
 from .denoising import Denoiser, OnStep
+from .inner import Scorer
 from .keys import prompt_keys, row_keys
 from .results import Conversation, GenerationResult, Sample, StepTrace
 from .savings import reward_savings
@@ -143,10 +144,14 @@ class GuidedSampler:
 
         def estimate() -> MemoryEstimate:
             with self.running(config.replace(torch_compile=False)):
-                self.table(config, self.model.device)  # made once and kept: no part of a batch
-                return MemoryEstimate.measure(
-                    self.model, self.reward, config, conversations[longest], encoded[longest], self.decode
-                )
+                table, _ = self.table(config, self.model.device)  # made once and kept: no part of a batch
+
+                def scorer(prepared: PreparedPrompts, index: torch.Tensor) -> Scorer:
+                    own = (config, self.tokenizer, table.shape[0])
+                    return Scorer(self.reward, prepared, index, self._eos, self._pad, *own)
+
+                turns, ids = conversations[longest], encoded[longest]
+                return MemoryEstimate.measure(self.model, self.reward, config, turns, ids, self.decode, scorer, table)
 
         batches = make_batches([len(ids) for ids in encoded], config, estimate, self.model.device)
         buffers, waiting = Buffers(), {}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 
 import pytest
 import torch
 
 from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler, batching
-from entrgi_kernels.guidance.batching import Batch, Cost, LiveMemory, MemoryEstimate, make_batches, peak_bytes
+from entrgi_kernels.guidance import sampler as sampler_module
+from entrgi_kernels.guidance.batching import Batch, Cost, LiveMemory, make_batches, peak_bytes
 from entrgi_kernels.guidance.denoising import Denoiser
-from entrgi_kernels.rewards.template import conversation_from, encode_prompt
 
 PROMPTS = ["Why?", "A rather longer question than that one was.", "Hm", "Tell me more about it", "So"]
 SHORT = dict(num_samples=3, max_new_tokens=6, steps=4, guidance_steps=2)
@@ -28,10 +29,17 @@ def tokens_of(sampler, prompts=PROMPTS, **settings):
 
 
 def estimate_of(sampler, config, prompt=PROMPTS[1]):
-    turns = conversation_from(prompt)
-    with torch.no_grad():
-        ids = encode_prompt(sampler.tokenizer, turns)
-        return MemoryEstimate.measure(sampler.model, sampler.reward, config, turns, ids, sampler.decode), len(ids)
+    """The estimate that the sampler makes, and the prompt's length."""
+    made = []
+
+    def seen(lengths, config, estimate, device):
+        made.append((estimate(), lengths[0]))
+        return deque()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler_module, "make_batches", seen)
+        sampler.generate(prompt, **config.to_dict())
+    return made[0]
 
 
 def test_prompts_of_similar_length_go_together():
