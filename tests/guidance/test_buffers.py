@@ -68,7 +68,8 @@ def test_no_step_after_the_first_makes_logits_or_moments_of_its_own(sampler, mon
 
     monkeypatch.setattr(Denoiser, "_step", watched)
     sampler.generate(PROMPTS)
-    assert made[0] >= 3 and set(made[2:]) == {0}, made
+    # The first step makes the logits that the K samples share; the rest is views of what is kept.
+    assert made[0] == 1 and set(made[1:]) == {0}, made
     assert len(addresses) == 1
 
 
