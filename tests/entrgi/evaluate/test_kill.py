@@ -35,9 +35,12 @@ def content(folder: Path) -> dict[str, bytes]:
 def processes():
     """Processes forked from a clean one that has imported everything: they start in a moment."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "transformers", "entrgi.evaluate", "entrgi_kernels", "scipy.stats", __name__]
-    )
+    context.set_forkserver_preload(["torch", "transformers", "scipy.stats", "entrgi_kernels", "entrgi.evaluate"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # as many threads as the processes that torchrun and Ray start have
+        first = context.Process(target=str)  # the clean one starts with the first, and keeps this environment
+        first.start()
+        first.join()
     return context
 
 
