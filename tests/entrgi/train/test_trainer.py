@@ -211,8 +211,8 @@ def test_a_run_without_a_checkpoint_starts_anew(trainer_of):
     for _ in range(2):
         trainer = trainer_of(max_steps=1, eval_strategy="steps", eval_on_start=True)
         trainer.train(resume_from_checkpoint=True)
-    assert losses(trainer.args.output_dir) == [(1, pytest.approx(losses(trainer.args.output_dir)[0][1]))]
-    assert [r["step"] for r in records.read(trainer.args.output_dir, records.EVALUATIONS)] == [0]
+    assert [step for step, _ in losses(trainer.args.output_dir)] == [1]
+    assert [r["step"] for r in records.read(trainer.args.output_dir, records.EVALUATIONS)] == [0, 1]
 
 
 def test_a_torn_checkpoint_is_passed_over(tmp_path):
