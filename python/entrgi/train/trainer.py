@@ -81,6 +81,9 @@ class GuidedTrainer(Trainer):
                 "choose one with CUDA_VISIBLE_DEVICES"
             )
         guidance = (guidance or PUBLISHED_SAMPLING).replace(method=METHODS[args.method].guidance)
+        if isinstance(guidance.batch_size, str):
+            # Its probes would run between optimiser steps, in memory that training gives back only in part.
+            raise ValueError(f"batch_size={guidance.batch_size!r} of the sampler: expected an integer in training")
         settings = {field.name: getattr(guidance, field.name) for field in dataclasses.fields(guidance)}
         self.sampler = GuidedSampler(model, reward_model, tokenizer, reward_tokenizer, **settings)
         adapter = self.sampler.model

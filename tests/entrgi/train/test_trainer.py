@@ -316,3 +316,8 @@ def test_defaults_are_the_published_ones(tmp_path):
     s = PUBLISHED_SAMPLING
     assert (s.guidance_steps, s.learning_rate, s.temperature, s.top_p, s.top_k) == (1, 0.5, 0.9, 0.95, 50)
     assert (s.confidence, s.schedule, s.max_new_tokens, s.steps, s.num_samples) == ("guided", "even", 128, 128, 4)
+
+
+def test_batches_by_memory_are_refused(trainer_of):
+    with pytest.raises(ValueError, match="'auto'.*expected an integer"):
+        trainer_of(guidance={"batch_size": "auto"})
