@@ -95,10 +95,11 @@ def stable_topk(monkeypatch):
     monkeypatch.setattr(torch, "topk", stable)
 
 
-def test_dream_token_for_token(make_dream, reward, tokenizer, chat, monkeypatch):
+@pytest.mark.parametrize("alg", ["maskgit_plus", "entropy"])
+def test_dream_token_for_token(make_dream, reward, tokenizer, chat, monkeypatch, alg):
     """The fused loop, unguided, is the host's own; and guided it is the host's own loop with the pair of hooks."""
     stable_topk(monkeypatch)
-    settings = {"alg": "maskgit_plus", "temperature": 0.0, "top_k": None}  # the best token: no draw, no ties
+    settings = {"alg": alg, "temperature": 0.0, "top_k": None}  # the best token: no draw, no ties
     model = make_dream()
     plain = call(model, chat, **settings)
     temperature = {**{"temperature": 0.8, "top_k": 1}, **settings}
