@@ -7,6 +7,7 @@
 // sums do not depend on any order.
 
 constexpr int64_t CANDIDATES = 16384;  // above this many the row itself is searched
+constexpr int64_t PAIRWISE = 32;       // up to this many all pairs are compared
 constexpr double FIXED = 1099511627776.0;  // 2^40
 
 INLINE uint64_t ordered(double x) {
@@ -70,6 +71,22 @@ INLINE void masses(const T* x, int64_t count, typename Store<T>::A top, Scale<ty
   }
 }
 
+// radix_threshold() of at most PAIRWISE entries, by its definition: less work than clearing and reading a histogram.
+template <typename T, bool MASS>
+static T pairwise_threshold(const Entries<T>& e, uint64_t limit, const uint64_t* mass, uint64_t above) {
+  typedef typename Store<T>::Key Key;
+  Key keys[PAIRWISE], smallest = (Key)~(Key)0;
+  for (int64_t i = 0; i < e.count; i++) keys[i] = ordered(e.value[i]);
+  for (int64_t i = 0; i < e.count; i++) {
+    uint64_t larger = above;
+    for (int64_t j = 0; j < e.count; j++) larger += keys[j] > keys[i] ? (MASS ? mass[j] : 1) : 0;
+    if (larger <= limit && keys[i] < smallest) smallest = keys[i];
+  }
+  T value;
+  value_of(smallest, &value);
+  return value;
+}
+
 // The smallest value whose strictly larger entries weigh at most `limit`. MASS: weights are masses, else ones. `above`:
 // the weight of entries that are larger than all of `e`, at most `limit`.
 template <typename T, bool MASS>
@@ -80,6 +97,7 @@ static T radix_threshold(const Entries<T>& e, uint64_t limit, typename Store<T>:
   Histogram& h = s->histogram;
   const bool kept_masses = e.index != nullptr;  // the list is short enough to keep its masses between the passes
   if (MASS && kept_masses) masses(e.value, e.count, top, scale, s->mass);
+  if (kept_masses && e.count <= PAIRWISE) return pairwise_threshold<T, MASS>(e, limit, s->mass, above);
   Key prefix = 0;
   for (int shift = BITS, width; shift > 0;) {
     width = shift >= 11 ? 11 : shift;
