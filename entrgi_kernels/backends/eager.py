@@ -358,7 +358,7 @@ def token_log_prob_backward(
     d head = d logits^T @ hidden,  d bias = the sum of d logits over rows.
     """
     x, g = hidden.to(lse.dtype), grad.to(lse.dtype)[:, None]
-    grad_hidden = torch.zeros_like(x)
+    grad_hidden = torch.zeros_like(x, memory_format=torch.contiguous_format)
     grad_head = torch.empty(head.shape, dtype=head.dtype, device=head.device)
     grad_bias = (
         grad_head.new_empty(0) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)

@@ -201,6 +201,7 @@ import sys, threading, time
 import psutil, torch
 from entrgi_kernels.backends import native
 dtype = getattr(torch, sys.argv[1])
+assert native.why_not(torch.device("cpu"), dtype) is None  # loads the extension, as the registry does
 torch.set_num_threads(2)
 n, v, d = 128, 151_936, 512
 phi, table, grad = ((3 * torch.randn(s)).to(dtype) for s in ((n, v), (v, d), (n, d)))
