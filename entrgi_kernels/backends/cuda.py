@@ -15,15 +15,14 @@ from __future__ import annotations
 import torch
 
 from . import extension
-from .eager import token_log_prob, token_log_prob_backward  # noqa: F401
 from .ranges import ranged
 
 _MODULE = "entrgi_kernels._C_cuda"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 LACKING = (
-    "it has kernels for softmax_entropy, sample_tokens and unmask_confidence only; the products with the embedding "
-    "table are served by backend='triton' and backend='eager'"
+    "it has kernels for softmax_entropy, sample_tokens and unmask_confidence only; the products with an embedding "
+    "table or a vocabulary head are served by backend='triton' and backend='eager'"
 )
 
 
