@@ -69,11 +69,13 @@ class Size:
 PRESETS = {
     # Nearly free models: what is left is the guidance itself.
     "guidance": Size(),
-    # A sixteenth of the published reward's width, and small models of about the proportion to it that the published
-    # ones have, so that models and vocabulary cost about what they cost there in proportion.
+    # K, T = L and the prompts' share of the text (about 1.5 L) as published, and models large enough that, as there,
+    # most of what remains is theirs: both the published loop's waste and the models' own time can be seen.
     "small": Size(
-        diffusion=Network(1024, 16, 4096, 16, 16, 64),
-        reward=Network(128, 16, 9216, 2, 1, 64),
+        num_samples=4,
+        max_new_tokens=8,
+        diffusion=Network(512, 12, 2048, 8, 8, 64),
+        reward=Network(256, 16, 2048, 4, 2, 64),
     ),
     "quick": Size(d=256, max_new_tokens=8, steps=4),
     # The published models' shapes and batch; 8 denoising steps stand for 128: a step costs the same on average.
