@@ -98,7 +98,7 @@ def curve(text: str, metric: str, log: bool = False) -> tuple[str, list[int], li
     if not log and any(metric in record for record in evaluations):
         points = [(record["step"], estimate(record[metric])) for record in evaluations if metric in record]
         return label, [s for s, _ in points], [e.mean for _, e in points], [e.error or 0.0 for _, e in points]
-    points = [(record["step"], record[metric]) for record in logged if metric in record]
+    points = [(record["step"], record[metric]) for record in logged if record.get(metric) is not None]
     if not points:
         known = sorted({k for record in evaluations + logged for k in record} - {"step"})
         raise UsageError(f"{path} has no metric {metric!r}: expected one of {', '.join(known)}")

@@ -107,9 +107,12 @@ class GuidedTrainer(Trainer):
         )
         # The loss is a sum over the whole step: Trainer's own scaling is undone in compute_loss, once and for all.
         self.model_accepts_loss_kwargs = False
-        needs_reference = args.objective == "grpo" and args.beta > 0
-        self.reference = ReferencePolicy(self.model) if needs_reference else None
+        self._needs_reference = args.objective == "grpo" and args.beta > 0
+        self.reference: ReferencePolicy | None = None
+        if self._needs_reference and not self.is_fsdp_enabled:
+            self.reference = ReferencePolicy(self.model)
         self._rollout: Rollout | None = None
+        self._resumed_from: str | None = None
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self.add_callback(_Course(self))
 
@@ -346,8 +349,12 @@ class GuidedTrainer(Trainer):
 
     # -- resuming ----------------------------------------------------------------------------------------------------
 
-    def _state_file(self, checkpoint: str | Path) -> Path:
-        return Path(checkpoint) / f"entrgi_state_{self.accelerator.process_index}.pt"
+    def _state_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"entrgi_state_{self.accelerator.process_index}.pt"
+
+    def _reference_file(self, checkpoint: Path, sharded: bool) -> Path:
+        part = f"_{self.accelerator.process_index}" if sharded else ""
+        return checkpoint / f"entrgi_reference{part}.safetensors"
 
     def save_course(self, checkpoint: Path) -> None:
         """Add to a checkpoint what Trainer does not know of: the rollout in use and the reference policy.
@@ -357,41 +364,47 @@ class GuidedTrainer(Trainer):
         state = {
             "processes": self.accelerator.num_processes,
             "rollout": None if self._rollout is None else self._rollout.state_dict(),
-            "reference": None if self.reference is None else self.reference.state_dict(),
         }
         torch.save(state, self._state_file(checkpoint))
+        if self.reference is not None and (self.reference.sharded or self.args.should_save):
+            self.reference.save(self._reference_file(checkpoint, self.reference.sharded))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (checkpoint / records.COMPLETE).write_text(f"step {self.state.global_step}\n", encoding="utf-8")
 
-    def load_course(self, checkpoint: str | Path) -> None:
-        """Take up what :meth:`save_course` added.
+    def begin_course(self) -> None:
+        """Make what a run needs before its first step, and take up what :meth:`save_course` added to a checkpoint.
 
         Raises:
-            ValueError: the checkpoint is of another number of processes, in the midst of a rollout's iterations.
+            ValueError: the checkpoint is of another trainer, of other trained parameters, or of another number of
+                processes in the midst of a rollout's iterations.
         """
+        if self._needs_reference and self.reference is None:  # FSDP has sharded the network in place by now
+            self.reference = ReferencePolicy(self.model)
+        if self._resumed_from is None:
+            return
+        checkpoint, processes = Path(self._resumed_from), self.accelerator.num_processes
         path = self._state_file(checkpoint)
         if not path.exists():
             raise ValueError(f"{checkpoint} has no {path.name}: expected a checkpoint of this trainer")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["processes"] == self.accelerator.num_processes:
+        if state["processes"] == processes:
             if state["rollout"] is not None:
                 self._rollout = Rollout.from_state(state["rollout"], self.args.device)
         elif self.args.num_iterations > 1:
             raise ValueError(
-                f"{checkpoint} was written by {state['processes']} processes, this run has "
-                f"{self.accelerator.num_processes}: expected as many, its rollout is shared out among them"
+                f"{checkpoint} was written by {state['processes']} processes, this run has {processes}: expected as "
+                "many, its rollout is shared out among them"
             )
         if self.reference is not None:
-            self.reference.load_state_dict(state["reference"])
+            self.reference.load(self._reference_file(checkpoint, self.reference.sharded))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """As Trainer's; True resumes from the newest checkpoint that was written to its end (or starts anew)."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(records.last_complete_checkpoint(self.args.output_dir) or "") or None
-        if resume_from_checkpoint:
-            self.load_course(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+            resume_from_checkpoint = str(records.last_complete_checkpoint(self.args.output_dir) or "")
+        self._resumed_from = resume_from_checkpoint or None
+        return super().train(resume_from_checkpoint=self._resumed_from, **options)
 
 
 class _Course(TrainerCallback):
@@ -405,6 +418,7 @@ class _Course(TrainerCallback):
         if state.is_world_process_zero:
             # A run that starts anew forgets one that was killed before its first checkpoint.
             records.rewind(args.output_dir, state.global_step or -1)
+        self.trainer.begin_course()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         reference, every = self.trainer.reference, args.ref_model_sync_steps
