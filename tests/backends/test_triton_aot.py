@@ -3,62 +3,100 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process: nothing to compile", allow_module_level=True)
 
-from entrgi_kernels.backends.triton import aot, config  # noqa: E402
+from entrgi_kernels.backends import triton as kernels  # noqa: E402
+from entrgi_kernels.backends.triton import aot, config, launch  # noqa: E402
 
-TARGETS = tuple(aot.CAPABILITY)
 
-
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", aot.SHIPPED)
 def test_launches_cover_every_kernel_and_every_tile(target):
     """The gate is worth what it compiles: all kernels, and each tile that a table can choose."""
     found = aot.launches(target, thorough=False)
-    kernels = {item.kernel for item in found}
-    assert {"_statistics_kernel", "_collect_kernel", "_pick_kernel", "_race_kernel", "_forward_kernel"} <= kernels
-    assert {"_backward_kernel", "_table_kernel", "_probability_kernel", "_update_kernel"} <= kernels
+    files = Path(aot.__file__).parent.glob("*.py")
+    written = {name for file in files for name in re.findall(r"^def (_\w+_kernel)\(", file.read_text(), re.MULTILINE)}
+    assert len(written) > 10 and {item.kernel for item in found} == written
     tables = config.ARCHITECTURES[target]
-    for kernel, entries in (("_forward_kernel", tables.forward), ("_backward_kernel", tables.backward)):
+    for kernel, module, entries in (
+        ("_forward_kernel", "soft_embedding", tables.forward),
+        ("_backward_kernel", "guidance_update", tables.backward),
+        ("_table_kernel", "table_gradient", tables.table),
+    ):
         compiled = {
-            (c["BLOCK_N"], c["BLOCK_V"], c["BLOCK_D"], item.num_warps, item.num_stages)
-            for item in found
-            if item.kernel == kernel and item.module in ("soft_embedding", "guidance_update")
-            for c in [dict(item.constants)]
+            (i.tile["BLOCK_N"], i.tile["BLOCK_V"], i.tile["BLOCK_D"], i.num_warps, i.num_stages)
+            for i in found
+            if (i.kernel, i.module) == (kernel, module)
         }
         for entry in (e for width in entries.values() for e in width if e.engine == "fused"):
             assert (entry.block_n, entry.block_v, entry.block_d, entry.num_warps, entry.num_stages) in compiled
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_launch_compiles_and_spills_nothing(target):
-    made = aot.reports([target])
-    assert len(made) > 40
-    failed = [
-        f"{r.launch.label}: {r.error or f'{r.spill_bytes} bytes spilled, {r.shared_bytes} shared'}"
+def failures(made):
+    """What the gate holds against launches, one a line."""
+    return "\n".join(
+        f"{r.target} {r.launch.label}: {r.error or f'{r.spill_bytes} bytes spilled, {r.shared_bytes} shared'}"
         for r in made
         if not r.passed
-    ]
-    assert not failed, "\n".join(failed)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", aot.SHIPPED)
+def test_every_launch_compiles_and_spills_nothing(target):
+    made = aot.reports([target])
+    assert len(made) > 100
+    assert failures(made) == ""
     # ptxas was read, not assumed.
     assert all(8 <= r.registers <= 255 for r in made)
+
+
+@pytest.mark.slow
+def test_every_tile_fits_the_machines_that_borrow_the_tables():
+    """Consumer and workstation GPUs have half of the shared memory; AMD's have another compiler. None is measured."""
+    made = aot.reports(aot.FALLBACK)
+    assert {r.target for r in made} == set(aot.FALLBACK)
+    assert failures(made) == ""
+    assert all(8 <= r.registers <= 512 for r in made)
 
 
 def test_spills_are_seen():
     """The gate can fail: a tile far too large for its warps spills, and is reported so."""
     found = aot.launches("sm_80", thorough=False)
-    item = next(i for i in found if i.kernel == "_forward_kernel" and dict(i.constants)["BLOCK_N"] == 128)
+    item = next(i for i in found if i.kernel == "_forward_kernel" and i.tile["BLOCK_N"] == 128)
+    place = [name for name, _ in item.signature].index("BLOCK_D")
     greedy = replace(
         item,
-        num_warps=4,
-        constants=tuple((name, 256 if name == "BLOCK_D" else value) for name, value in item.constants),
+        options=tuple((dict(item.options) | {"num_warps": 4}).items()),
+        constants=tuple((where, 256 if where == place else value) for where, value in item.constants),
     )
     report = aot.compile_launch("sm_80", greedy)
     assert not report.passed
     assert report.spill_bytes > 0
+
+
+def test_what_is_compiled_here_is_what_a_gpu_finds_in_its_cache(tmp_path, monkeypatch):
+    """The same key as Triton's own dispatch forms: compiled ahead, a launch compiles nothing."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    machine, found = aot.MACHINES["sm_90"], []
+    logits = torch.empty(5, 300, dtype=torch.bfloat16, device="meta")
+    with aot.recording(machine, found.append):
+        kernels.softmax_entropy(logits, 0.7)
+    assert [item.kernel for item in found] == ["_statistics_kernel", "_merge_kernel"]
+    for item in found:
+        aot.build(machine.gpu, item)
+    made = set(os.listdir(tmp_path))
+    assert made
+    monkeypatch.setattr(launch, "recorder", lambda kernel, args, options: kernel.warmup(*args, grid=(1,), **options))
+    monkeypatch.setattr(config, "override", machine.tables)
+    monkeypatch.setattr(aot.driver, "_active", aot._Absent(machine.gpu))
+    kernels.softmax_entropy(logits, 0.7)
+    assert set(os.listdir(tmp_path)) == made

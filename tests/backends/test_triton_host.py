@@ -13,7 +13,7 @@ from benchmarks import profile, run_gpu, tune  # noqa: E402
 from benchmarks.inputs import Shape  # noqa: E402
 from entrgi_kernels import backends  # noqa: E402
 from entrgi_kernels.backends import triton as kernels  # noqa: E402
-from entrgi_kernels.backends.triton import chunked, config  # noqa: E402
+from entrgi_kernels.backends.triton import aot, chunked, config  # noqa: E402
 from entrgi_kernels.backends.triton.launch import aligned  # noqa: E402
 from entrgi_kernels.backends.triton.soft_embedding import split_count  # noqa: E402
 
@@ -82,6 +82,35 @@ def test_splits_fill_the_machine_and_no_more():
     assert row.splits(100_000, 151_936, 132) == 1
     assert row.splits(1, 151_936, 132) == 18  # slices of 8,192 at the least
     assert row.splits(1, 1 << 30, 132) == config.MOST_SPLITS
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
+@pytest.mark.parametrize("rows", [(1, 2, 7, 16, 31), (33, 34, 48, 64), (257, 258, 260, 272), (1024, 1026, 1027)])
+def test_a_new_number_of_rows_compiles_nothing(rows):
+    """Triton's own dispatch asks for the same compilations at every N that a table's entry serves."""
+    v, d, wanted = 512, 64, {}
+    table = torch.zeros(v, d, dtype=torch.bfloat16)
+    rng = torch.zeros(2, dtype=torch.int64)
+    for n in rows:
+        logits, grad = torch.zeros(n, v, dtype=torch.bfloat16), torch.zeros(n, d, dtype=torch.bfloat16)
+        # Keys and statistics as a caller has them: views into something larger, wherever that puts them.
+        keys, lse = torch.arange(n + 1)[1:], torch.zeros(2, n)[1]
+        moments = torch.zeros_like(logits), torch.zeros_like(logits)
+        found = wanted.setdefault(n, set())
+        with aot.recording(aot.MACHINES["sm_90"], found.add):
+            kernels.entrgi_embedding(logits, table, rng, keys, None, None, "entropy", 0.7, 0, 0.95)
+            kernels.entrgi_embedding(logits, table, rng, keys, keys, lse, "given", 0.7, 0, 1.0)
+            kernels.guidance_update_(logits, grad, table, grad.float(), lse, *moments, 2, 0.7, 0.5, 0.9, 0.999, 1e-8)
+            kernels.soft_embedding_grad_table(logits, grad, lse, 0.7, torch.bfloat16)
+            kernels.softmax_entropy_backward(logits, lse, lse, lse, lse, 0.7)
+            kernels.sample_tokens(logits, rng, keys, 0.7, 0, 1.0)
+            kernels.sample_tokens(logits, rng, keys, 0.0, 0, 1.0)
+            for alg in ("entropy", "topk_margin"):
+                kernels.unmask_confidence(logits, keys, alg, 0.7, 5, 0.95)
+        assert len(found) > 10
+    first, *others = wanted.values()
+    for found in others:
+        assert {item.label for item in found ^ first} == set()
 
 
 def test_tuning_starts_from_the_table_and_tries_the_other_engine():

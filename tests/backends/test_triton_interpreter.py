@@ -78,8 +78,10 @@ if INTERPRETED:
 inner = pytest.mark.skipif(not INTERPRETED, reason="runs in the inner process")
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 3e-3}
 DTYPES = [torch.float32, torch.float16]
+# What multiplies no matrices is interpreted rightly in bfloat16 too.
+ALL_DTYPES = [*DTYPES, torch.bfloat16]
 # (N, V, D): V no multiple of any tile; rows split over programs; every tile of the tables; the chunked engine (N > 20).
-SHAPES = [(1, 1, 3), (3, 300, 20), (7, 150, 36), (18, 63, 17), (22, 130, 16)]
+SHAPES = [(1, 1, 3), (3, 300, 20), (7, 150, 36), (18, 63, 17), (22, 130, 16), (64, 37, 9)]
 ADAM = (0.7, 0.5, 0.9, 0.999, 1e-8)
 
 
@@ -181,7 +183,7 @@ def test_noise_keeps_both_tails():
 
 
 @inner
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES[:4])
 def test_statistics(shape, dtype):
     logits, _, _ = make(*shape, dtype)
@@ -194,7 +196,42 @@ def test_statistics(shape, dtype):
 
 
 @inner
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_rows_masked_with_the_least_finite_number(dtype):
+    """As transformers masks: whole tiles, whole slices and the row's beginning, far below -inf's safety."""
+    logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(6)).to(dtype)
+    least = torch.finfo(dtype).min
+    logits[0, :270], logits[1, 120:], logits[2, 50:280], logits[3, 1:] = least, least, least, least
+    rng, rows = torch.tensor([1, 2]), torch.arange(4)
+    for temperature in (1.0, 0.7):
+        ours, theirs = (module.softmax_entropy(logits, temperature) for module in (kernels, eager))
+        close(ours[0], theirs[0], torch.float32, "lse")
+        close(ours[1], theirs[1], torch.float32, "entropy")
+    for top_k, top_p in ((0, 1.0), (0, 0.9), (200, 1.0)):
+        ours = kernels.sample_tokens(logits, rng, rows, 0.7, top_k, top_p)
+        assert torch.equal(ours, eager.sample_tokens(logits, rng, rows, 0.7, top_k, top_p))
+    for alg in ("entropy", "topk_margin"):
+        ours, theirs = (m.unmask_confidence(logits, rows, alg, 0.7, 0, 0.9) for m in (kernels, eager))
+        close(ours, theirs, torch.float32, alg)
+
+
+@inner
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_top_k_below_the_cut_off(dtype):
+    """More entries than the list of candidates holds or the cut-off lets pass: searched from the dtype's least key."""
+    logits = (torch.randn(3, 300, generator=torch.Generator().manual_seed(7)) * 30).to(dtype)
+    logits[2, 40:] = -math.inf  # fewer finite entries than k
+    found = statistics.row_statistics(logits, 1.0)
+    for top_k in (60, 200, 299):
+        keys = sampling.filter_thresholds(logits, found, 1.0, top_k, 1.0)
+        shift = sampling._KEY_SHIFT[dtype]
+        bits = logits.float().view(torch.int32)
+        kept = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> shift) >= keys[:, None]
+        assert torch.equal(kept, logits >= eager.filter_threshold(logits.float(), 1.0, top_k, 1.0)[:, None])
+
+
+@inner
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (0, 0.9), (5, 1.0), (40, 0.5), (3, 0.99), (0, 0.05)])
 def test_draws_are_the_oracles(dtype, top_k, top_p):
     rng = torch.tensor([11, 5])
@@ -235,7 +272,15 @@ def test_draws_at_temperature_zero_and_of_empty_batches():
     assert torch.equal(ours, eager.sample_tokens(logits, rng, rows, 0.0, 0, 1.0))
     none = kernels.entrgi_embedding(logits[:0], table, rng, rows[:0], None, None, "entropy", 0.7, 0, 0.9)
     assert [tuple(t.shape) for t in none] == [(0, 4), (0,), (0,), (0,), (0, 4), (0,), (0,)]
-    kernels.guidance_update_(logits[:0], none[0], table, none[4], none[5], None, None, 1, *ADAM)
+    embedding, tokens, _, entropy, soft, lse, _ = none
+    kernels.guidance_update_(logits[:0], embedding, table, soft, lse, None, None, 1, *ADAM)
+    assert [t.shape[0] for t in kernels.soft_embedding(logits[:0], table, 0.7)] == [0, 0]
+    assert kernels.soft_embedding_backward(logits[:0], table, embedding, soft, lse, 0.7).shape == (0, 150)
+    assert torch.equal(kernels.soft_embedding_grad_table(logits[:0], embedding, lse, 0.7, torch.float32), table * 0)
+    assert kernels.softmax_entropy_backward(logits[:0], lse, entropy, lse, lse, 0.7).shape == (0, 150)
+    assert kernels.softmax_entropy(logits[:0], 0.7)[1].shape == (0,)
+    for alg in ("entropy", "anchor", "maskgit_plus"):
+        assert kernels.unmask_confidence(logits[:0], tokens, alg, 0.7, 0, 0.9).shape == (0,)
 
 
 @inner
@@ -293,6 +338,44 @@ def test_gradients_through_the_operators(shape, dtype):
 
 
 @inner
+def test_gradients_of_strided_inputs():
+    """A column slice of something wider, a transpose, an expanded gradient: what callers hand over."""
+    logits, table, grad = make(7, 150, 12, torch.float32, bad=False)
+    wide, row = torch.full((7, 401), math.nan), grad[:1].expand(7, -1)
+    wide[:, 3:153] = logits
+    soft, lse = eager.soft_embedding(logits, table, 0.7)
+    entropy = eager.softmax_entropy(logits, 0.7)[1]
+    columns = torch.stack([lse, entropy], dim=1)
+    for x, e in ((wide[:, 3:153], table), (logits.t().contiguous().t(), table.t().contiguous().t())):
+        for name, arguments in (
+            ("soft_embedding_backward", (x, e, row, soft, lse, 0.7)),
+            ("soft_embedding_grad_table", (x, row, lse, 0.7, torch.float32)),
+            ("softmax_entropy_backward", (x, columns[:, 0], columns[:, 1], lse, lse[:1].expand(7), 0.7)),
+        ):
+            ours, theirs = (getattr(module, name)(*arguments) for module in (kernels, eager))
+            assert ours.is_contiguous()
+            close(ours, theirs, torch.float32, name)
+
+
+@inner
+@pytest.mark.parametrize("dtypes", ["float32/float16/float16", "float16/float32/float32", "float32/float16/float32"])
+def test_mixed_dtypes(dtypes):
+    """float32 logits beside a 16-bit reward model, the reverse, and a gradient wider than its table; both engines."""
+    for n in (7, 22):
+        made = make(n, 150, 20, torch.float32, bad=False)
+        logits, table, grad = (t.to(getattr(torch, name)) for t, name in zip(made, dtypes.split("/"), strict=True))
+        ours, theirs = (module.soft_embedding(logits, table, 0.7) for module in (kernels, eager))
+        close(ours[0], theirs[0], table.dtype, "soft")
+        soft, lse = theirs
+        for name, arguments in (
+            ("soft_embedding_backward", (logits, table, grad, soft, lse, 0.7)),
+            ("soft_embedding_grad_table", (logits, grad, lse, 0.7, table.dtype)),
+        ):
+            ours, theirs = (getattr(module, name)(*arguments) for module in (kernels, eager))
+            close(ours, theirs, torch.float16, name)
+
+
+@inner
 @pytest.mark.parametrize("n", [3, 7, 18, 22])
 @pytest.mark.parametrize("state", ["float32", "float16", "none"])
 def test_guidance_update(n, state):
@@ -315,6 +398,25 @@ def test_guidance_update(n, state):
         agrees = (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= 1e-4 * b.abs().clamp(min=1e-3))
         assert agrees.float().mean() > 0.999
     assert torch.equal(runs[0][0] == -math.inf, runs[1][0] == -math.inf)
+
+
+@inner
+def test_guidance_update_of_float16_logits():
+    """phi, moments and the product's operands in 16 bits: the same float16 but for a last digit, rarely."""
+    for n in (7, 64):
+        logits, table, grad = make(n, 37, 20, torch.float16, bad=False)
+        soft, lse = eager.soft_embedding(logits, table, 0.7)
+        phis = []
+        for module in (kernels, eager):
+            phi = logits.clone()
+            moments = torch.zeros_like(phi), torch.zeros_like(phi)
+            for step in (1, 2):
+                module.guidance_update_(phi, grad, table, soft, lse, *moments, step, *ADAM)
+            phis.append(phi.float())
+        finite = phis[1].isfinite()
+        assert torch.equal(phis[0].isfinite(), finite)
+        difference = (phis[0] - phis[1])[finite].abs()
+        assert float((difference > 2e-3 * phis[1][finite].abs().clamp(min=1)).float().mean()) < 0.01
 
 
 @inner

@@ -2,9 +2,10 @@
 
     python -m entrgi_kernels.backends.triton.aot [--target sm_90 ...] [--only REGEX] [--list]
 
-The raw functions are run on tensors without storage with their launches recorded, so that what is compiled is what a
-GPU of that architecture would be given: kernels, argument types, specialisations, tiles, warps and stages. Each
-distinct launch is compiled for its target by the packaged ptxas, and cuobjdump says how many registers its machine
+The raw functions are run on tensors without storage, and every launch goes through Triton's own dispatch for a device
+that is not there, up to the point where it would compile: so what is compiled is what a GPU of that architecture would
+be given (kernels, argument types, specialisations, tiles, warps and stages), and what is compiled on a machine that has
+the GPU is found there by Triton's cache. Of each distinct launch the packaged tools say how many registers its machine
 code takes and whether it spills. What is printed is the table of docs/gpu.md.
 """
 
@@ -16,8 +17,9 @@ import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 
 from . import (
     chunked,
@@ -41,47 +44,97 @@ from . import (
     unmask_confidence,
 )
 
-CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
-SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
-# Shared memory that one program can be given.
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+
+@dataclass(frozen=True)
+class Machine:
+    """A device that is not there: Triton's name for it, multiprocessors, and bytes of shared memory for a program."""
+
+    gpu: GPUTarget
+    sms: int
+    shared_limit: int
+
+    @property
+    def hip(self) -> bool:
+        return self.gpu.backend == "hip"
+
+    @property
+    def tables(self) -> config.Target:
+        """What :func:`.config.target` gives on such a device."""
+        return config.target_of(0 if self.hip else self.gpu.arch // 10, self.sms, self.hip)
+
+
+def _nvidia(capability: int, sms: int, kilobytes: int) -> Machine:
+    return Machine(GPUTarget("cuda", capability, 32), sms, kilobytes << 10)
+
+
+def _amd(name: str, units: int, kilobytes: int) -> Machine:
+    return Machine(GPUTarget("hip", name, 64), units, kilobytes << 10)
+
+
+# A100, H100 / H200, B200: what the tables are made for.
+SHIPPED = {"sm_80": _nvidia(80, 108, 163), "sm_90": _nvidia(90, 132, 227), "sm_100": _nvidia(100, 148, 227)}
+# Served by the same tables, with less shared memory (A6000, L40S, RTX 5090), and AMD's (MI250X, MI300X).
+FALLBACK = {
+    "sm_86": _nvidia(86, 84, 99),
+    "sm_89": _nvidia(89, 142, 99),
+    "sm_120": _nvidia(120, 170, 99),
+    "gfx90a": _amd("gfx90a", 110, 64),
+    "gfx942": _amd("gfx942", 304, 64),
+}
+MACHINES = SHIPPED | FALLBACK
 VOCABULARY = 151_936
-_TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One distinct compilation: a kernel with types, constants and options."""
+    """One distinct compilation: a kernel with types, constants and options.
+
+    Attributes:
+        signature: (name, type) of every argument. constants: (place, value) of those known at compile time.
+        attributes: (place, ((name, value), ...)) of what Triton knows of the others, divisibility above all.
+        options: (name, value), num_warps and num_stages among them.
+    """
 
     module: str
     kernel: str
     signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    divisible: tuple[int, ...]
-    num_warps: int
-    num_stages: int
+    constants: tuple[tuple[int, Any], ...]
+    attributes: tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
+    options: tuple[tuple[str, Any], ...]
 
     @property
-    def configuration(self) -> tuple[Any, ...]:
-        """What the tables and the tensors' types decide; sizes and strides are left to the first launch met."""
-        pointers = tuple(item for item in self.signature if item[1].startswith("*"))
-        chosen = tuple(item for item in self.constants if item[0].isupper())
-        return self.module, self.kernel, pointers, chosen, self.num_warps, self.num_stages
+    def tile(self) -> dict[str, Any]:
+        """The constants that kernels write in capitals, by name."""
+        return {name: value for name, value in self.named_constants.items() if name.isupper()}
+
+    @property
+    def named_constants(self) -> dict[str, Any]:
+        return {self.signature[place][0]: value for place, value in self.constants}
+
+    @property
+    def num_warps(self) -> int:
+        return dict(self.options)["num_warps"]
+
+    @property
+    def num_stages(self) -> int:
+        return dict(self.options)["num_stages"]
+
+    @property
+    def dtypes(self) -> str:
+        """The distinct types of floating-point tensors, in the arguments' order."""
+        pointers = (t[1:] for _, t in self.signature if t.startswith(("*bf", "*fp")))
+        return "/".join(dict.fromkeys(pointers))
 
     @property
     def label(self) -> str:
-        """The kernel's name, its first pointer's type, and the constants that tell configurations apart."""
-        types = dict(self.signature)
-        pointers = list(dict.fromkeys(t[1:] for t in types.values() if t.startswith("*") and t[1:3] in ("bf", "fp")))
-        shown = [f"{name}={value}" for name, value in self.constants if name.isupper() and name != "PART"]
-        return f"{self.module}.{self.kernel.strip('_')} [{'/'.join(pointers)}] {' '.join(shown)}"
+        """The kernel's name, its tensors' types, and the constants that tell configurations apart."""
+        shown = [f"{name}={value}" for name, value in self.tile.items() if name != "PART"]
+        return f"{self.module}.{self.kernel.strip('_')} [{self.dtypes}] {' '.join(shown)}"
 
 
 @dataclass
 class Report:
-    """What ptxas made of a launch on a target."""
+    """What the compiler made of a launch on a target."""
 
     target: str
     launch: Launch
@@ -94,38 +147,58 @@ class Report:
     @property
     def passed(self) -> bool:
         """Compiled, spills nothing, and fits the target's shared memory."""
-        return self.error is None and self.spill_bytes == 0 and self.shared_bytes <= SHARED_LIMIT[self.target]
+        limit = MACHINES[self.target].shared_limit
+        return self.error is None and self.spill_bytes == 0 and self.shared_bytes <= limit
 
 
-def _specialise(kernel: Any, args: tuple[Any, ...], num_warps: int, num_stages: int, meta: dict[str, Any]) -> Launch:
-    """The launch as Triton's own dispatch specialises it: ones are constants, multiples of 16 are known as such."""
-    names = kernel.arg_names
-    signature, constants, divisible = {}, {}, []
-    values = dict(zip(names, args, strict=False)) | meta
-    for position, name in enumerate(names):
-        value = values[name]
-        if name in meta:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
-            divisible.append(position)
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1 and not kernel.params[position].do_not_specialize:
-            signature[name], constants[name] = "constexpr", 1
-        else:
-            signature[name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-            if value % 16 == 0 and not kernel.params[position].do_not_specialize:
-                divisible.append(position)
-    return Launch(
-        kernel.fn.__module__.rsplit(".", 1)[-1],
-        kernel.fn.__name__,
-        tuple(signature.items()),
-        tuple(constants.items()),
-        tuple(divisible),
-        num_warps,
-        num_stages,
-    )
+class _Absent:
+    """Stands in for Triton's driver of a device that is not there."""
+
+    def __init__(self, gpu: GPUTarget) -> None:
+        self._gpu = gpu
+
+    def get_current_target(self) -> GPUTarget:
+        return self._gpu
+
+    def get_current_device(self) -> str:
+        # Kernels keep what they know of a device under its number; no number is this.
+        return str(self._gpu)
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+
+@contextmanager
+def recording(machine: Machine, found: Callable[[Launch], None]) -> Iterator[None]:
+    """Launches inside are dispatched as on `machine` and told to `found` instead of being compiled and made."""
+    noted: list[dict[str, Any]] = []
+
+    def note(**told: Any) -> bool:
+        noted.append(told["compile"])
+        return True  # leave out the compilation
+
+    def record(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        kernel.warmup(*args, grid=(1,), **options)
+        told = noted.pop()
+        found(
+            Launch(
+                kernel.fn.__module__.rsplit(".", 1)[-1],
+                kernel.fn.__name__,
+                tuple(told["signature"].items()),
+                tuple((place, value) for (place,), value in told["constants"].items()),
+                tuple((place, tuple(tuple(pair) for pair in pairs)) for (place,), pairs in told["configs"][0].items()),
+                tuple((name, value) for name, value in options.items() if name not in kernel.arg_names),
+            )
+        )
+
+    runtime = triton.knobs.runtime
+    before = config.override, launch.recorder, runtime.jit_cache_hook, driver._active
+    config.override, launch.recorder, runtime.jit_cache_hook = machine.tables, record, note
+    driver.set_active(_Absent(machine.gpu))
+    try:
+        yield
+    finally:
+        config.override, launch.recorder, runtime.jit_cache_hook, driver._active = before
 
 
 def _calls(n: int, v: int, d: int, logits_dtype: torch.dtype, table_dtype: torch.dtype) -> Iterator[Any]:
@@ -156,31 +229,38 @@ SHAPES = ((7, 1024), (64, 1024), (512, 1024), (1024, 2048), (4096, 2560))
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
+def _cases(thorough: bool) -> Iterator[tuple[int, int, int, torch.dtype, torch.dtype]]:
+    """(N, V, D, dtype of the logits, of the table)."""
+    for n, d in SHAPES:
+        yield n, VOCABULARY, d, _BF16, _BF16
+    for n in (7, 512):
+        yield n, VOCABULARY, 1024, _FP32, _FP32
+    # Rows that are not aligned, and rows that are but end inside a tile (as do the embeddings).
+    for dtype in (_BF16, _FP32):
+        yield 64, 50257, 1000, dtype, dtype
+    yield 64, 50272, 576, _BF16, _BF16
+    if thorough:
+        yield 512, VOCABULARY, 1024, _FP16, _FP16
+        for n, d in SHAPES[:4]:
+            # A model that gives float32 logits beside a reward model in bfloat16; and the other way round.
+            yield n, VOCABULARY, d, _FP32, _BF16
+        yield 512, VOCABULARY, 1024, _BF16, _FP32
+
+
 def launches(target: str, thorough: bool = True) -> dict[Launch, set[str]]:
     """Distinct launches on a target over the canonical shapes and dtypes, and the shapes that lead to each.
 
-    `thorough` adds float16, and bfloat16 logits under a float32 table.
+    `thorough` adds float16, and logits and tables of different dtypes.
     """
     found: dict[Launch, set[str]] = {}
     label = ""
 
-    seen: dict[tuple[Any, ...], Launch] = {}
+    def note(item: Launch) -> None:
+        found.setdefault(item, set()).add(label)
 
-    def record(kernel, grid, args, num_warps, num_stages, meta):
-        item = _specialise(kernel, args, num_warps, num_stages, meta)
-        found.setdefault(seen.setdefault(item.configuration, item), set()).add(label)
-
-    cases = [(n, VOCABULARY, d, _BF16, _BF16) for n, d in SHAPES]
-    cases += [(n, VOCABULARY, d, _FP32, _FP32) for n, d in ((7, 1024), (512, 1024))]
-    cases += [(64, 50257, 1000, _BF16, _BF16), (64, 50257, 1000, _FP32, _FP32)]
-    if thorough:
-        cases += [(512, VOCABULARY, 1024, _FP16, _FP16), (512, VOCABULARY, 1024, _BF16, _FP32)]
-    before = config.override, launch.recorder
-    config.override = config.Target(config.ARCHITECTURES[target], SMS[target], "tf32x3")
-    launch.recorder = record
-    try:
-        for n, v, d, logits_dtype, table_dtype in cases:
-            label = f"N{n} V{v} D{d} {_TYPES[logits_dtype]}/{_TYPES[table_dtype]}"
+    with recording(MACHINES[target], note):
+        for n, v, d, logits_dtype, table_dtype in _cases(thorough):
+            label = f"N{n} V{v} D{d} {str(logits_dtype)[6:]}/{str(table_dtype)[6:]}"
             for _ in _calls(n, v, d, logits_dtype, table_dtype):
                 pass
         # The engine that the tables do not choose at these shapes has to compile as well.
@@ -191,8 +271,6 @@ def launches(target: str, thorough: bool = True) -> dict[Launch, set[str]]:
         scalars = (0.5, 1.0, 0.9, 0.999, 1e-8)
         chunked.forward(logits, embedding, stats, stats, 0.7, 0.0)
         chunked.backward(logits, grad, embedding, stats, stats, 0.7, logits, moments, scalars)
-    finally:
-        config.override, launch.recorder = before
     return found
 
 
@@ -208,27 +286,32 @@ def _kernel(item: Launch) -> Any:
 def compile_launch(target: str, item: Launch) -> Report:
     """Compile one launch for a target and read what its machine code uses. A failure is told in `error`."""
     report = Report(target, item)
+    machine = MACHINES[target]
     try:
-        source = ASTSource(
-            _kernel(item),
-            dict(item.signature),
-            constexprs=dict(item.constants),
-            attrs={(position,): [["tt.divisibility", 16]] for position in item.divisible},
-        )
-        options = {"num_warps": item.num_warps, "num_stages": item.num_stages}
-        built = triton.compile(source, target=GPUTarget("cuda", CAPABILITY[target], 32), options=options)
+        built = build(machine.gpu, item)
         report.shared_bytes = built.metadata.shared
-        _read_usage(report, built.asm["cubin"])
+        (_read_amdgcn if machine.hip else _read_cubin)(report, built.asm)
     except Exception as error:
         report.error = f"{type(error).__name__}: {str(error)[:500]}"
     return report
 
 
-def _read_usage(report: Report, cubin: bytes) -> None:
+def build(gpu: GPUTarget, item: Launch) -> Any:
+    """Triton's compiled kernel, from its cache where it is there."""
+    source = ASTSource(
+        _kernel(item),
+        dict(item.signature),
+        constexprs={(place,): value for place, value in item.constants},
+        attrs={(place,): [list(pair) for pair in pairs] for place, pairs in item.attributes},
+    )
+    return triton.compile(source, target=gpu, options=dict(item.options))
+
+
+def _read_cubin(report: Report, asm: Any) -> None:
     """Registers and stack of the machine code. A spill needs a stack frame; nothing else here has one."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
+        path.write_bytes(asm["cubin"])
         done = subprocess.run([tool("cuobjdump"), "-res-usage", str(path)], capture_output=True, text=True)
     usage = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", done.stdout)
     if usage is None:
@@ -237,22 +320,44 @@ def _read_usage(report: Report, cubin: bytes) -> None:
     report.spill_bytes = int(usage[2]) + int(usage[3])
 
 
+def _read_amdgcn(report: Report, asm: Any) -> None:
+    """Vector registers and scratch memory, from the assembler's own notes."""
+    notes = {
+        name: re.search(rf"\.{name}:\s+(\d+)", asm["amdgcn"]) for name in ("vgpr_count", "private_segment_fixed_size")
+    }
+    if None in notes.values():
+        raise RuntimeError("the assembly does not tell its registers")
+    report.registers, report.spill_bytes = (int(found[1]) for found in notes.values())
+
+
 def _compile_pair(pair: tuple[str, Launch]) -> Report:
     return compile_launch(*pair)
 
 
-def reports(targets: Iterable[str] = tuple(CAPABILITY), workers: int = 2, only: str = "") -> list[Report]:
+def jobs(target: str) -> dict[Launch, set[str]]:
+    """What the gate compiles: everything for H100 and H200, less for the others, each tile once for the fallbacks."""
+    found = launches(target, thorough=target == "sm_90")
+    if target in SHIPPED:
+        return found
+    first: dict[tuple[Any, ...], Launch] = {}
+    for item in found:
+        sizes = tuple(size for size in item.tile.items() if size[0].startswith(("BLOCK", "PARTS")))
+        first.setdefault((item.module, item.kernel, sizes, item.options), item)
+    return {item: found[item] for item in first.values()}
+
+
+def reports(targets: Iterable[str] = tuple(SHIPPED), workers: int = 2, only: str = "") -> list[Report]:
     """Compile every launch of the targets whose label matches `only`. Triton's own cache makes a second run fast."""
-    jobs = {
+    wanted = {
         (target, item): shapes
         for target in targets
-        for item, shapes in launches(target, target == "sm_90").items()
+        for item, shapes in jobs(target).items()
         if re.search(only, item.label)
     }
     # Fresh processes: a fork of one that has threads (torch's, pytest's) may hang.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        made = list(pool.map(_compile_pair, jobs))
-    for report, shapes in zip(made, jobs.values(), strict=True):
+        made = list(pool.map(_compile_pair, wanted))
+    for report, shapes in zip(made, wanted.values(), strict=True):
         report.shapes = shapes
     return made
 
@@ -274,15 +379,15 @@ def table(made: list[Report]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every launch of the Triton backend without a GPU.")
-    parser.add_argument("--target", action="append", choices=sorted(CAPABILITY), help="default: all")
+    parser.add_argument("--target", action="append", choices=sorted(MACHINES), help="default: those with tables")
     parser.add_argument("--list", action="store_true", help="list the launches, compile nothing")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", default="", help="regular expression on the launch's label")
     arguments = parser.parse_args()
-    targets = arguments.target or list(CAPABILITY)
+    targets = arguments.target or list(SHIPPED)
     if arguments.list:
         for target in targets:
-            for item, shapes in launches(target).items():
+            for item, shapes in jobs(target).items():
                 print(target, item.label, item.num_warps, item.num_stages, len(shapes))
         return 0
     made = reports(targets, arguments.workers, arguments.only)

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 
 from . import config
-from .launch import cdiv, launch
+from .launch import cdiv, kernel, launch
 
 
-@triton.jit
+@kernel()
 def _probability_kernel(
     logits_ptr,
     stride_n,
@@ -49,7 +49,7 @@ def adam(x, p, product, delta, m, v, inverse, step_size, root_correction, beta1,
     return x - step_size * m / (tl.sqrt(v) * root_correction + eps), m, v
 
 
-@triton.jit
+@kernel()
 def _update_kernel(
     logits_ptr,
     stride_n,

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from ..ranges import ranged
 from . import config
-from .launch import launch, rows_of, vector
+from .launch import kernel, launch, rows_of, vector
 from .sampling import _KEY_SHIFT, filter_thresholds, is_filtered, ordered_key
 from .statistics import row_statistics
 
 
-@triton.jit
+@kernel()
 def _confidence_kernel(
     logits_ptr,
     stride_n,

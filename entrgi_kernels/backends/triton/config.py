@@ -240,12 +240,17 @@ class Target:
     precision: str
 
 
+def target_of(major: int, sms: int, hip: bool = False) -> Target:
+    """The tables for a GPU: `major` of its compute capability (not looked at on ROCm), and its multiprocessors."""
+    if hip:
+        return Target(_SM_80, sms, "ieee")
+    return Target(_BY_MAJOR.get(major, _SM_80), sms, "tf32x3")
+
+
 @functools.cache
 def _of_cuda(index: int | None) -> Target:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
-    if torch.version.hip is not None:
-        return Target(_SM_80, properties.multi_processor_count, "ieee")
-    return Target(_BY_MAJOR.get(properties.major, _SM_80), properties.multi_processor_count, "tf32x3")
+    return target_of(properties.major, properties.multi_processor_count, torch.version.hip is not None)
 
 
 # Tests and the ahead-of-time gate put a target here to be served as if on that machine.

@@ -18,10 +18,10 @@ from .. import eager
 from ..ranges import ranged
 from . import chunked, config
 from .chunked import adam
-from .launch import aligned, cdiv, launch, rows_of, vector
+from .launch import aligned, cdiv, kernel, launch, rows_of, vector
 
 
-@triton.jit
+@kernel()
 def _rowdot_kernel(grad_ptr, soft_ptr, out_ptr, d, stride_g, stride_s, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -91,7 +91,7 @@ def _finish(
         tl.store(out, (p * (product - delta) * inverse).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n"])
+@kernel("n")
 def _backward_kernel(
     logits_ptr,
     stride_n,
@@ -194,7 +194,7 @@ def _backward(
     grad = rows_of(grad.to(product_dtype(grad.dtype, embedding.dtype)))
     delta = torch.empty(n, dtype=torch.float32, device=logits.device)
     launch(_rowdot_kernel, (n,), grad, soft, delta, d, grad.stride(0), soft.stride(0), num_warps=4, BLOCK=512)
-    even = aligned(logits, embedding, grad, out)
+    even = aligned(logits, embedding, grad, out, *(moments or ()))
     entry = config.pick_product(target.architecture, "backward", grad.element_size(), n, even)
     if entry.engine == "chunked":
         chunked.backward(logits, grad, embedding, delta, lse, temperature, out, moments, adam_scalars)

@@ -6,29 +6,55 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 
-# The number of rows changes from step to step: kernels name it, and what follows from it, in `do_not_specialize`, so
-# that a new N never compiles anew (Triton would tell 1 and multiples of 16 apart). Strides and V stay specialised: the
-# width of loads hangs on them.
-#
+# Pointers to vectors over rows (and to the random state), as all kernels name them. Many are views into a buffer, at a
+# place that depends on N: whether that is a multiple of 16 bytes must not decide what is compiled, and since a program
+# reads few of their entries nothing is lost by not knowing.
+_VECTORS = (
+    "maximum_ptr",
+    "logsum_ptr",
+    "lse_ptr",
+    "entropy_ptr",
+    "grad_lse_ptr",
+    "grad_entropy_ptr",
+    "delta_ptr",
+    "weight_ptr",
+    "tokens_ptr",
+    "thresholds_ptr",
+    "rows_ptr",
+    "rng_ptr",
+)
+
 # The ahead-of-time gate puts a function here that records a launch instead of making it: what is compiled for other
 # machines is then exactly what the raw functions would launch, argument for argument.
 recorder: Callable[..., None] | None = None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 2, **meta: Any) -> None:
-    """Launch `kernel` over `grid` (nothing when the grid is empty) on the device of the first tensor argument."""
+def kernel(*counts: str) -> Callable[[Callable[..., None]], Any]:
+    """triton.jit for a kernel whose arguments `counts` follow from the number of rows.
+
+    That number changes from step to step, so Triton is told to specialise for none of them (it would tell 1 and
+    multiples of 16 apart): a new N compiles nothing. Strides and V stay specialised: the width of loads hangs on them.
+    """
+    return triton.jit(do_not_specialize=counts, do_not_specialize_on_alignment=_VECTORS)
+
+
+def launch(function: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 2, **meta: Any) -> None:
+    """Launch `function` over `grid` (nothing when the grid is empty) on the device of the first tensor argument."""
     if min(grid) == 0:
         return
+    # Fused multiply-adds, said aloud: what Triton does unasked changes between its releases.
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     if recorder is not None:
-        recorder(kernel, grid, args, num_warps, num_stages, meta)
+        recorder(function, args, options | meta)
         return
     device = args[0].device
     if device.type == "cuda":
         with torch.cuda.device(device):
-            kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **meta)
+            function[grid](*args, **options, **meta)
     else:
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **meta)
+        function[grid](*args, **options, **meta)
 
 
 def rows_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from ..ranges import ranged
 from . import config
-from .launch import cdiv, launch, rows_of, vector
+from .launch import cdiv, kernel, launch, rows_of, vector
 from .philox import log_exponential, log_exponential_of, words_of_pairs
 from .statistics import RowStatistics, row_statistics
 
@@ -38,7 +38,7 @@ def ordered_key(x, SHIFT: tl.constexpr):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
 
 
-@triton.jit(do_not_specialize=["splits"])
+@kernel("splits")
 def _collect_kernel(
     logits_ptr,
     stride_n,
@@ -52,7 +52,7 @@ def _collect_kernel(
     splits,
     temperature,
     log_cut,
-    CAPACITY: tl.constexpr,
+    capacity,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -62,7 +62,7 @@ def _collect_kernel(
     end = tl.minimum(start + slice_length, v)
     cut = tl.load(maximum_ptr + row) + temperature * (tl.load(logsum_ptr + row) + log_cut)
     segment = row * splits + split
-    out = segment * CAPACITY
+    out = segment * capacity
     lanes = tl.arange(0, BLOCK)
     count = 0
     for tile in range(start, end, BLOCK):
@@ -72,9 +72,9 @@ def _collect_kernel(
         # Entries of -inf carry no mass; the cut-off is finite but for bad rows, where nothing passes.
         keep = x >= cut
         found = tl.sum(keep.to(tl.int32), axis=0)
-        if (found > 0) & (count < CAPACITY):
+        if (found > 0) & (count < capacity):
             place = count + tl.cumsum(keep.to(tl.int32), axis=0) - 1
-            fits = keep & (place < CAPACITY)
+            fits = keep & (place < capacity)
             tl.store(values_ptr + out + place, raw, mask=fits)
             tl.store(index_ptr + out + place, index, mask=fits)
         count += found
@@ -168,7 +168,7 @@ def _race(
     return token
 
 
-@triton.jit(do_not_specialize=["splits", "top_k", "need"])
+@kernel("splits", "top_k", "need")
 def _pick_kernel(
     logits_ptr,
     stride_n,
@@ -189,8 +189,8 @@ def _pick_kernel(
     top_p,
     top_k,
     need,
+    capacity,
     DRAW: tl.constexpr,
-    CAPACITY: tl.constexpr,
     SPLITS: tl.constexpr,
     SHIFT: tl.constexpr,
     PIVOTS: tl.constexpr,
@@ -207,27 +207,27 @@ def _pick_kernel(
         counts = counts_ptr + row * splits
         split = tl.arange(0, SPLITS)
         found = tl.load(counts + split, mask=split < splits, other=0)
-        complete = (tl.max(found, axis=0) <= CAPACITY) & (tl.sum(found, axis=0) >= need)
+        complete = (tl.max(found, axis=0) <= capacity) & (tl.sum(found, axis=0) >= need)
         cut = m + temperature * (logsum + log_cut)
         hi = ordered_key(m, SHIFT).to(tl.int64)
         lowest = ordered_key(cut, SHIFT).to(tl.int64)
         if tl.sum(found, axis=0) < need:
-            # top-k reaches below the cut-off: search from the smallest key there is.
-            lowest = lowest * 0 - 2147483647
+            # top-k reaches below the cut-off: search from the smallest key that the dtype has.
+            lowest = lowest * 0 - (2147483647 >> SHIFT) - 1
         lo = tl.minimum(lowest, hi) - 1
         key = 0
         if DRAW:
             key = tl.load(rows_ptr + row)
         if complete:
-            listed = row * splits * CAPACITY
+            listed = row * splits * capacity
             threshold = _search(
-                values_ptr + listed, CAPACITY, counts, splits, m, c, limit, top_k, lo, hi, True, SHIFT, PIVOTS, BLOCK
+                values_ptr + listed, capacity, counts, splits, m, c, limit, top_k, lo, hi, True, SHIFT, PIVOTS, BLOCK
             ).to(tl.int32)
             if DRAW:
                 token = _race(
                     values_ptr + listed,
                     index_ptr + listed,
-                    CAPACITY,
+                    capacity,
                     counts,
                     splits,
                     m,
@@ -252,7 +252,7 @@ def _pick_kernel(
         tl.store(thresholds_ptr + row, threshold)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@kernel("splits")
 def _race_kernel(
     logits_ptr,
     stride_n,
@@ -293,7 +293,7 @@ def _race_kernel(
     tl.store(places_ptr + row * splits + split, tl.min(tl.where(best == top, place, 2147483647), axis=0))
 
 
-@triton.jit(do_not_specialize=["splits"])
+@kernel("splits")
 def _race_merge_kernel(maximum_ptr, scores_ptr, places_ptr, tokens_ptr, splits, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -360,8 +360,8 @@ def _filtered(
         splits,
         temperature,
         log_cut,
+        capacity,
         num_warps=entry.collect.num_warps,
-        CAPACITY=capacity,
         BLOCK=entry.collect.block,
     )
     unused: Any = counts
@@ -387,9 +387,9 @@ def _filtered(
         top_p if top_p < 1.0 else math.inf,
         top_k if limited else v + 1,
         need,
+        capacity,
         num_warps=entry.num_warps,
         DRAW=draw,
-        CAPACITY=capacity,
         SPLITS=config.MOST_SPLITS,
         SHIFT=_KEY_SHIFT[logits.dtype],
         PIVOTS=entry.pivots,

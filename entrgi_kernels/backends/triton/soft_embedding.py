@@ -19,7 +19,7 @@ import triton.language as tl
 from .. import eager
 from ..ranges import ranged
 from . import chunked, config
-from .launch import aligned, cdiv, launch, rows_of, vector
+from .launch import aligned, cdiv, kernel, launch, rows_of, vector
 from .sampling import draw
 from .statistics import row_statistics
 
@@ -36,7 +36,7 @@ def blend(soft, table_ptr, stride_e, tokens_ptr, weight_ptr, rows, columns, mask
     return tl.where(w < 0.5, soft + w * shift, hard - shift * (1.0 - w))
 
 
-@triton.jit(do_not_specialize=["n"])
+@kernel("n")
 def _forward_kernel(
     logits_ptr,
     stride_n,
@@ -105,7 +105,7 @@ def _forward_kernel(
         tl.store(out_ptr + place, mixed.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n", "splits"])
+@kernel("n", "splits")
 def _merge_kernel(
     parts_ptr,
     table_ptr,

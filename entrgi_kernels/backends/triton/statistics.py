@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 from ..ranges import ranged
 from . import config
-from .launch import cdiv, launch, rows_of, vector
+from .launch import cdiv, kernel, launch, rows_of, vector
 
 _PART = 5  # floats a slice leaves: maximum, sum e, sum e * d, sum e at the second temperature, largest key of argmax
 
@@ -36,7 +35,7 @@ class RowStatistics(NamedTuple):
     argmax: torch.Tensor
 
 
-@triton.jit(do_not_specialize=["splits"])
+@kernel("splits")
 def _statistics_kernel(
     logits_ptr,
     stride_n,
@@ -76,7 +75,9 @@ def _statistics_kernel(
         d = x - reference
         e = tl.exp2(d * c)
         scale = tl.exp2(moved * c)
-        t = (t + s * moved) * scale + tl.where(e > 0, e * d, 0.0)
+        # Where nothing is left of what was summed, its distance may have overflowed: rows masked with the least finite
+        # number of their dtype.
+        t = (t + s * tl.where(scale > 0, moved, 0.0)) * scale + tl.where(e > 0, e * d, 0.0)
         s = s * scale + e
         if SECOND:
             s2 = s2 * tl.exp2(moved * c2) + tl.exp2(d * c2)
@@ -98,7 +99,7 @@ def _statistics_kernel(
         tl.store(index_ptr + row * splits + split, tl.min(tl.where(best == top, place, 2147483647), axis=0))
 
 
-@triton.jit(do_not_specialize=["n", "splits"])
+@kernel("n", "splits")
 def _merge_kernel(
     parts_ptr,
     index_ptr,
@@ -124,7 +125,7 @@ def _merge_kernel(
     moved = ms - m
     scale = tl.where(mask, tl.exp(moved * inverse), 0.0)
     s = tl.sum(ss * scale, axis=0)
-    t = tl.sum(tl.where(ss > 0, scale * (ts + ss * moved), 0.0), axis=0)
+    t = tl.sum(tl.where((ss > 0) & (scale > 0), scale * (ts + ss * moved), 0.0), axis=0)
     # s is NaN for a bad row (a row without a finite entry has moved = -inf + inf); the maximum has to say so too.
     m = tl.where(s != s, s, m)
     logsum = tl.log(s)
@@ -200,7 +201,7 @@ def row_statistics(
     return RowStatistics(maximum, lse, entropy, logsum, lse2, logsum2, winner)
 
 
-@triton.jit
+@kernel()
 def _backward_kernel(
     logits_ptr,
     stride_n,

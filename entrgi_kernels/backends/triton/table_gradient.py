@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from .. import eager
 from ..ranges import ranged
 from . import config
 from .guidance_update import product_dtype
-from .launch import cdiv, launch, rows_of, vector
+from .launch import cdiv, kernel, launch, rows_of, vector
 from .soft_embedding import scale_of
 
 
-@triton.jit(do_not_specialize=["n"])
+@kernel("n")
 def _table_kernel(
     logits_ptr,
     stride_n,
