@@ -23,24 +23,28 @@ METHODS = ("rgrl-entrgi", "rgrl-aps", "diffu-grpo")
 CONFIGS = ("ddp", "fsdp2", "zero2")
 
 # The recipe for the built-in models, where the published settings would take days to show anything: all weights are
-# trained, with a larger step, on shorter texts (docs/training.md has what it gives).
+# trained, with a larger step, on texts of fewer slots (docs/training.md has why, and what it gives).
 TINY = {
     "learning_rate": 1e-4,
-    "max_steps": 100,
+    "max_steps": 60,
     "prompts": 8,
-    "max_new_tokens": 32,
-    "steps": 16,
+    "max_new_tokens": 12,
+    "steps": None,
+    "guidance_steps": 3,
     "lora_r": 0,
-    "eval_steps": 25,
-    "save_steps": 25,
+    "eval_steps": 15,
+    "save_steps": 15,
     "max_prompts": 1500,
 }
+# A rollout serves diffu-GRPO for 12 steps: as many more of them, cheaper ones.
+TINY_GRPO = TINY | {"max_steps": 240, "eval_steps": 60, "save_steps": 60}
 _PUBLISHED = {
     "learning_rate": 5e-6,
     "max_steps": 500,
     "prompts": 1,
     "max_new_tokens": 128,
     "steps": None,  # one a token
+    "guidance_steps": 1,
     "lora_r": 32,
     "eval_steps": 50,
     "save_steps": 50,
@@ -75,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-prompt-tokens", type=int, default=512, metavar="N", help="leave longer ones out (512)")
     group.add_argument("--eval-prompts", type=int, default=48, metavar="N", help="held-out prompts; 0: none (48)")
     group = parser.add_argument_group("training (defaults: the published ones; in brackets, with the tiny models)")
-    group.add_argument("--max-steps", type=int, metavar="N", help="optimiser steps: 500 [100]")
+    group.add_argument("--max-steps", type=int, metavar="N", help="optimiser steps: 500 [60; diffu-grpo 240]")
     group.add_argument("--learning-rate", type=float, metavar="LR", help="AdamW's, decayed linearly: 5e-6 [1e-4]")
     group.add_argument("--prompts", type=int, metavar="N", help="prompts a step and process: 1 [8]")
     group.add_argument("--gradient-accumulation-steps", type=int, default=1, metavar="N", help="default: 1")
@@ -85,8 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lora-dropout", type=float, default=0.1, help="default: 0.1")
     group.add_argument("--load-in-4bit", action="store_true", help="quantise the frozen weights (needs bitsandbytes)")
     group.add_argument("--seed", type=int, default=42, help="default: 42")
-    group.add_argument("--eval-steps", type=int, metavar="N", help="unguided held-out rewards every N steps: 50 [25]")
-    group.add_argument("--save-steps", type=int, metavar="N", help="a checkpoint every N steps: 50 [25]")
+    group.add_argument(
+        "--eval-steps", type=int, metavar="N", help="unguided held-out rewards every N steps: 50 [15; 60]"
+    )
+    group.add_argument("--save-steps", type=int, metavar="N", help="a checkpoint every N steps: 50 [15; 60]")
     group.add_argument("--sample-steps", type=int, default=20, metavar="N", help="show texts every N steps (20)")
     group.add_argument("--report-to", default="none", help="a Trainer reporter: tensorboard, wandb, ... (none)")
     group.add_argument(
@@ -101,14 +107,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--traceback", action="store_true", help="show where an error came from")
     group = parser.add_argument_group("drawing completions")
     group.add_argument("-K", "--num-samples", type=int, default=4, metavar="K", help="completions a prompt (4)")
-    group.add_argument("-L", "--max-new-tokens", type=int, metavar="L", help="slots of a completion: 128 [32]")
-    group.add_argument("-T", "--steps", type=int, metavar="T", help="denoising steps: one a slot [16]")
+    group.add_argument("-L", "--max-new-tokens", type=int, metavar="L", help="slots of a completion: 128 [12]")
+    group.add_argument("-T", "--steps", type=int, metavar="T", help="denoising steps (one a slot)")
+    group.add_argument(
+        "-M", "--guidance-steps", type=int, metavar="M", help="rgrl-*: gradient steps at each denoising step: 1 [3]"
+    )
     group.add_argument(
         "--sampling",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="any field of GuidanceConfig (temperature=0.9, guidance_steps=1, learning_rate=0.5, top_k=50)",
+        help="any field of GuidanceConfig (temperature=0.9, learning_rate=0.5, top_k=50)",
     )
     loading.add_model_arguments(parser)
 
@@ -127,11 +136,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.output_dir:
         raise UsageError("--output-dir is needed: expected a folder for checkpoints, records and the model")
-    tiny = loading.uses_tiny(args)
-    for name, value in (TINY if tiny else _PUBLISHED).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.steps = args.steps or args.max_new_tokens
+    tiny = fill_defaults(args)
     output = Path(args.output_dir)
     if not args.resume and output.is_dir() and any(output.iterdir()):
         raise UsageError(f"{output} is not empty: --resume goes on with the run in it, or choose another folder")
@@ -156,6 +161,17 @@ def run(args: argparse.Namespace) -> int:
         for line in outcome(output):
             print(line)
     return 0
+
+
+def fill_defaults(args: argparse.Namespace) -> bool:
+    """Give flags that were left out the published values, or the built-in models' own; whether it is those."""
+    tiny = loading.uses_tiny(args)
+    recipe = _PUBLISHED if not tiny else TINY_GRPO if args.method == "diffu-grpo" else TINY
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.steps = args.steps or args.max_new_tokens
+    return tiny
 
 
 def training_arguments(args: argparse.Namespace, tiny: bool) -> GuidedTrainingArguments:
@@ -207,6 +223,7 @@ def sampling_settings(args: argparse.Namespace) -> GuidanceConfig:
         "num_samples": args.num_samples,
         "max_new_tokens": args.max_new_tokens,
         "steps": args.steps,
+        "guidance_steps": args.guidance_steps,
         "batch_size": 16,
     }
     names = [field.name for field in dataclasses.fields(PUBLISHED_SAMPLING)]
@@ -234,7 +251,7 @@ def make_trainer(
 
     args.device = str(settings.device)  # each process its own
     args.quantization = _four_bit() if args.load_in_4bit else None
-    peft_config = _lora(args) if args.lora_r else None
+    peft_config = lora_config(args) if args.lora_r else None
     loaded = loading.load(args, judge=True)
     train, held_out = _prompts(args, tiny, loaded.tokenizer)
     judges = {}
@@ -308,7 +325,12 @@ def _prompts(args: argparse.Namespace, tiny: bool, tokenizer: Any) -> tuple[list
     return train, held_out
 
 
-def _lora(args: argparse.Namespace) -> Any:
+def lora_config(args: argparse.Namespace) -> Any:
+    """The adapter that flags ask for.
+
+    Raises:
+        UsageError: without peft.
+    """
     from .arguments import LORA_TARGETS
 
     try:

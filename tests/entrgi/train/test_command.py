@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
-from entrgi.train import command, records
+from entrgi.train import METHODS, PUBLISHED_SAMPLING, GuidedTrainingArguments, command, records
 
 QUICK = ("-L", 4, "-T", 2, "-K", 2, "--prompts", 1, "--max-steps", 2, "--eval-prompts", 2, "--max-prompts", 20)
 
@@ -92,5 +93,43 @@ def test_configurations_are_what_accelerate_accepts(entrgi, name, capsys):
         assert config.fsdp_config["fsdp_version"] == 2
 
 
-def test_the_recipe_of_the_tiny_models_is_the_only_difference_of_defaults():
-    assert command.TINY.keys() == command._PUBLISHED.keys()
+REAL = ("--model", "m", "--reward", "r", "--data", "wildchat", "--device", "cpu")
+
+
+def _defaults(*arguments: str) -> tuple[argparse.Namespace, bool]:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args(["-o", "out", *arguments])
+    return args, command.fill_defaults(args)
+
+
+@pytest.mark.parametrize("method", command.METHODS)
+def test_real_models_are_trained_by_the_published_recipe(method):
+    """What `entrgi train` does when nothing but models and prompts is given: every figure of the publication."""
+    peft = pytest.importorskip("peft")
+    args, tiny = _defaults("--method", method, *REAL)
+    assert not tiny
+    for settings in (command.training_arguments(args, tiny), GuidedTrainingArguments("out", method=method)):
+        assert (settings.learning_rate, settings.lr_scheduler_type, settings.max_steps) == (5e-6, "linear", 500)
+        assert settings.optim.startswith("adamw") and settings.weighting == "uniform"
+        if method == "diffu-grpo":
+            assert (settings.p_mask_prompt, settings.num_iterations) == (0.15, 12)
+            assert (settings.epsilon, settings.beta, settings.ref_model_sync_steps) == (0.5, 0.04, 64)
+            assert not settings.scale_rewards
+        else:
+            assert (settings.p_mask_prompt, settings.num_iterations) == (0.3, 1)
+    for s in (command.sampling_settings(args), PUBLISHED_SAMPLING):
+        assert (s.guidance_steps, s.learning_rate, s.temperature, s.top_p, s.top_k) == (1, 0.5, 0.9, 0.95, 50)
+        assert (s.confidence, s.schedule, s.max_new_tokens, s.steps, s.num_samples) == ("guided", "even", 128, 128, 4)
+    lora = command.lora_config(args)
+    assert isinstance(lora, peft.LoraConfig) and (lora.r, lora.lora_alpha, lora.lora_dropout) == (32, 32, 0.1)
+    names = {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"}
+    assert set(lora.target_modules) == names
+
+
+def test_the_built_in_models_have_a_recipe_of_their_own():
+    assert tuple(METHODS) == command.METHODS
+    assert command.TINY.keys() == command.TINY_GRPO.keys() == command._PUBLISHED.keys()
+    args, tiny = _defaults("--max-new-tokens", "20")
+    assert tiny and (args.max_new_tokens, args.steps, args.guidance_steps, args.lora_r) == (20, 20, 3, 0)
+    assert _defaults("--method", "diffu-grpo")[0].max_steps > args.max_steps

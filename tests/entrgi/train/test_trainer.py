@@ -306,20 +306,6 @@ def test_settings_are_checked(changes, words, tmp_path):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_defaults_are_the_published_ones(tmp_path):
-    from entrgi.train import PUBLISHED_SAMPLING
-
-    rgrl = GuidedTrainingArguments(str(tmp_path), use_cpu=True)
-    assert (rgrl.p_mask_prompt, rgrl.num_iterations, rgrl.learning_rate, rgrl.max_steps) == (0.3, 1, 5e-6, 500)
-    assert rgrl.lr_scheduler_type == "linear" and rgrl.optim.startswith("adamw")
-    grpo = GuidedTrainingArguments(str(tmp_path), method="diffu-grpo", use_cpu=True)
-    assert (grpo.p_mask_prompt, grpo.num_iterations, grpo.epsilon, grpo.beta) == (0.15, 12, 0.5, 0.04)
-    assert grpo.ref_model_sync_steps == 64 and not grpo.scale_rewards
-    s = PUBLISHED_SAMPLING
-    assert (s.guidance_steps, s.learning_rate, s.temperature, s.top_p, s.top_k) == (1, 0.5, 0.9, 0.95, 50)
-    assert (s.confidence, s.schedule, s.max_new_tokens, s.steps, s.num_samples) == ("guided", "even", 128, 128, 4)
-
-
 def test_batches_by_memory_are_refused(trainer_of):
     with pytest.raises(ValueError, match="'auto'.*expected an integer"):
         trainer_of(guidance={"batch_size": "auto"})
