@@ -309,7 +309,7 @@ def _head_logits(
         yield part, rows, logits if bias is None else logits + bias[part].to(hidden.dtype)
 
 
-def _places(targets: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+def places(targets: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
     """(bool [N], targets inside the slice; int64 [N], their column in it, some legal column elsewhere)."""
     inside = (targets >= part.start) & (targets < part.stop)
     return inside, (targets - part.start).clamp(0, part.stop - part.start - 1)
@@ -334,7 +334,7 @@ def token_log_prob(
         total = total * rescale + weights.sum(dim=-1)
         if slope:
             mean = mean.mul_(rescale[:, None]).add_(_matmul(weights, rows))
-        inside, column = _places(targets, part)
+        inside, column = places(targets, part)
         picked = torch.where(inside, logits.gather(-1, column[:, None])[:, 0], picked)
         maximum = largest
     lse = maximum + total.log()
@@ -365,7 +365,7 @@ def token_log_prob_backward(
     )
     for part, rows, logits in _head_logits(x, head, bias):
         change = -g * (logits - lse[:, None]).exp()
-        inside, column = _places(targets, part)
+        inside, column = places(targets, part)
         change.scatter_add_(1, column[:, None], torch.where(inside[:, None], g, torch.zeros_like(g)))
         grad_hidden += _matmul(change, rows)
         grad_head[part] = _matmul(change.T, x).to(head.dtype)

@@ -4,6 +4,9 @@ The vocabulary is walked in chunks that fit a byte budget: the logits of a chunk
 cuBLAS), then one of the backend's fused passes over them: row statistics where only values are wanted, the soft
 embedding (which is softmax @ head) where the gradient of hidden is, the table's gradient where the head learns. Chunks
 are put together by their log-sum-exps.
+
+The target is left out of those passes and joined last. So its gradient, by 1 - p, is a sum over the other tokens: of a
+near-certain token, where 1 - p is far below the rounding of 16-bit sums with p in them, it keeps its digits.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
-from .eager import accumulation_dtype
+from .eager import accumulation_dtype, places
 
 # Bytes of a chunk's logits. Large enough that merging chunks ([N, D] each) costs little beside their products.
 _CHUNK_BYTES = 32 << 20
@@ -38,9 +41,18 @@ def _chunks(
             yield part, rows, logits if bias is None else logits.add_(bias[part].to(logits.dtype))
 
 
+def _without_targets(logits: torch.Tensor, inside: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """The target's logit a row [N], NaN where it is outside the chunk; in `logits` -inf takes its place."""
+    found = logits.gather(-1, column[:, None])[:, 0]
+    logits.scatter_(1, column[:, None], found.masked_fill(inside, -math.inf)[:, None])
+    return found.masked_fill(~inside, math.nan)
+
+
 def _without_mass(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """bool [N], rows with nothing but -inf in this chunk; None where only a bias could bring -inf and there is none."""
-    return None if bias is None else (logits == -math.inf).all(dim=-1)
+    """bool [N], rows with nothing but -inf in this chunk; None where no row can be one."""
+    if bias is None and logits.shape[1] > 1:  # at most one -inf, the target
+        return None
+    return (logits == -math.inf).all(dim=-1)
 
 
 def token_log_prob(
@@ -54,10 +66,12 @@ def token_log_prob(
     """As :func:`.eager.token_log_prob`, on the passes of `kernels`."""
     acc = accumulation_dtype(hidden, head)
     n, d = hidden.shape
-    lse = torch.full((n,), -math.inf, dtype=acc, device=hidden.device)
-    picked = torch.full_like(lse, math.nan)
-    mean = lse.new_zeros(n if slope else 0, d)
+    others = torch.full((n,), -math.inf, dtype=acc, device=hidden.device)  # log-sum-exp without the target
+    picked = torch.full_like(others, math.nan)
+    mean = others.new_zeros(n if slope else 0, d)
     for part, rows, logits in _chunks(hidden, head, bias):
+        inside, column = places(targets, part)
+        picked = torch.where(inside, _without_targets(logits, inside, column).to(acc), picked)
         if slope:
             soft, found = kernels.soft_embedding(logits, rows, 1.0)
         else:
@@ -65,18 +79,16 @@ def token_log_prob(
         empty = _without_mass(logits, bias)
         if empty is not None:
             found = found.masked_fill(empty, -math.inf)
-        total = torch.logaddexp(lse, found)
+        total = torch.logaddexp(others, found)
         if soft is not None:
-            shares = [(old - total).exp().masked_fill(old == -math.inf, 0)[:, None] for old in (lse, found)]
+            shares = [(old - total).exp().masked_fill(old == -math.inf, 0)[:, None] for old in (others, found)]
             if empty is not None:
                 soft = soft.masked_fill(empty[:, None], 0)
             mean = mean.mul_(shares[0]).add_(soft * shares[1])
-        inside = (targets >= part.start) & (targets < part.stop)
-        column = (targets - part.start).clamp(0, part.stop - part.start - 1)
-        picked = torch.where(inside, logits.gather(-1, column[:, None])[:, 0].to(acc), picked)
-        lse = total
+        others = total
+    lse = torch.logaddexp(others, picked)
     if slope:
-        mean = head[targets.clamp(0, head.shape[0] - 1)].to(acc) - mean
+        mean = (others - lse).exp()[:, None] * (head[targets.clamp(0, head.shape[0] - 1)].to(acc) - mean)
         mean = torch.where(lse.isfinite()[:, None], mean, math.nan)
     return picked - lse, lse, mean
 
@@ -99,19 +111,22 @@ def token_log_prob_backward(
     if bias is not None:
         weighted = torch.cat([weighted, g], dim=1)
     mean = torch.zeros(hidden.shape, dtype=acc, device=hidden.device)
+    rest = torch.zeros_like(lse)  # 1 - p of the target
     pulled = torch.empty(v, weighted.shape[1], dtype=dtype, device=head.device)
     for part, rows, logits in _chunks(hidden, head, bias):
+        _without_targets(logits, *places(targets, part))
         soft, found = kernels.soft_embedding(logits, rows, 1.0)
         empty = _without_mass(logits, bias)
         share = (found - lse).exp()
         if empty is not None:
             share, soft = share.masked_fill(empty, 0), soft.masked_fill(empty[:, None], 0)
         mean.add_(soft * share[:, None])
+        rest += share
         pulled[part] = kernels.soft_embedding_grad_table(logits, weighted.to(dtype), lse, 1.0, dtype)
     legal = targets.clamp(0, v - 1)
-    grad_hidden = g * (head[legal].to(acc) - mean)
-    pushed = torch.zeros(v, weighted.shape[1], dtype=acc, device=head.device).index_add_(0, legal, weighted)
-    change = pushed.sub_(pulled)
+    grad_hidden = g * (rest[:, None] * head[legal].to(acc) - mean)
+    pushed = torch.zeros(v, weighted.shape[1], dtype=acc, device=head.device)
+    change = pushed.index_add_(0, legal, rest[:, None] * weighted).sub_(pulled)
     # Memory of their own: outputs of an operator may not be views of one tensor.
     grad_head = torch.empty(head.shape, dtype=head.dtype, device=head.device).copy_(change[:, : head.shape[1]])
     grad_bias = grad_head.new_empty(0)
