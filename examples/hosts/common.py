@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,15 +91,17 @@ def report(
     args: argparse.Namespace,
     texts: list[str] = PROMPTS,
 ) -> tuple[float, float]:
-    """Run two calls with the same random numbers, print what they return and its rewards; the mean rewards of both."""
+    """Run two calls with the same random numbers, print texts, rewards and times; the mean rewards of both."""
     means = []
     for name, call in (("as it was", plain), ("guided", guided)):
         torch.manual_seed(args.seed)
+        began = time.perf_counter()
         responses = [row[start:] for row in call().tolist()]
+        seconds = time.perf_counter() - began
         prompts = [[{"role": "user", "content": text}] for text in texts]
         rewards = sampler.score(prompts, responses)
         means.append(sum(rewards) / len(rewards))
-        print(f"{name}: mean reward {means[-1]:+.3f}")
+        print(f"{name}: mean reward {means[-1]:+.3f}, {seconds:.1f} s")
         for row, value in zip(responses, rewards, strict=True):
             print(f"  {value:+.3f}  {' '.join(sampler.decode(row).split())[:100]}")
     return means[0], means[1]

@@ -24,7 +24,7 @@ def optimize_logits(
         weight = (-(log_q.exp() * log_q).sum(-1) / torch.tensor(float(phi.shape[1])).log()).detach()
         weight = weight if cfg.use_entrgi else torch.full_like(weight, float(cfg.use_aps))
         soft = (phi / cfg.temperature).softmax(-1) @ mapped_embeds
-        hard = mapped_embeds[torch.multinomial(_filtered(phi.detach(), cfg), 1)[:, 0]]
+        hard = mapped_embeds[torch.multinomial(filtered(phi.detach(), cfg), 1)[:, 0]]
         blend = soft + weight[:, None] * (hard - soft).detach()
         tokens = trajectories.index_put(tuple(masked.nonzero(as_tuple=True)), phi.detach().argmax(-1))
         total = 0.0
@@ -46,7 +46,7 @@ def optimize_logits(
     return phi.detach(), before
 
 
-def _filtered(phi, cfg):
+def filtered(phi, cfg):
     """Probabilities under temperature, top-p and top-k."""
     p, order = (phi / cfg.temperature).softmax(-1).sort(descending=True)
     p = p.masked_fill(p.cumsum(-1) - p > cfg.top_p, 0)
@@ -64,7 +64,7 @@ def generate(model, tokenizer, reward, reward_tokenizer, mapping, mapped, prompt
     pads = torch.tensor([width - len(row) for row in encoded for _ in range(cfg.K)])
     x = torch.nn.functional.pad(torch.tensor(rows), (0, cfg.max_new_tokens), value=ids["mask_id"])
     real = torch.arange(x.shape[1]) >= pads[:, None]
-    caches = [_cache(reward, reward_tokenizer, prompt) for prompt in prompts]
+    caches = [reward_cache(reward, reward_tokenizer, prompt) for prompt in prompts]
     for step in range(cfg.T):
         with torch.no_grad():
             logits = model(x, attention_mask=real.long()).logits
@@ -76,7 +76,7 @@ def generate(model, tokenizer, reward, reward_tokenizer, mapping, mapped, prompt
         )  # fmt: skip
         if phi is None:
             break
-        p, at = _filtered(phi, cfg), 0
+        p, at = filtered(phi, cfg), 0
         drawn = torch.multinomial(p, 1)[:, 0]
         for row, mask in enumerate(masked):
             here = slice(at, at + int(mask.sum()))
@@ -106,7 +106,7 @@ def _turns(tokenizer, prompt, response):
     return tokenizer.apply_chat_template(turns, tokenize=False)
 
 
-def _cache(reward, tokenizer, prompt):
+def reward_cache(reward, tokenizer, prompt):
     """Embeddings of the reward template before and after the response."""
     parts = _turns(tokenizer, prompt, "RESPONSE").split("RESPONSE")
     with torch.no_grad():

@@ -79,7 +79,7 @@ def test_what_the_replacement_returns(script, load_code, reward, tokenizer):
     )
     mapped = reward.get_input_embeddings().weight.detach()
     standin = load_code(EXAMPLES / "standin_script.py", "standin_script")
-    caches = [standin._cache(reward, tokenizer, prompt) for prompt in PROMPTS]
+    caches = [standin.reward_cache(reward, tokenizer, prompt) for prompt in PROMPTS]
     arguments = (
         logits, list(masked), tokens, start, torch.zeros(4), 2, 2, reward, caches, torch.arange(size), mapped,
         reward.get_input_embeddings(), tokenizer.eos_token_id, tokenizer.pad_token_id, cfg,
@@ -99,10 +99,12 @@ def test_what_the_replacement_returns(script, load_code, reward, tokenizer):
 
 
 @pytest.fixture(params=["stand-in", "real"])
-def training(request, make_network, reward, tokenizer):
+def training(request, monkeypatch, make_network, reward, tokenizer):
     """(training sampler, class of its settings)."""
     model = make_network(in_place=False).double()
     reward = reward.double()
+    for parameter in reward.parameters():
+        parameter.requires_grad_(False)
     parts = dict(
         model=model,
         tokenizer=tokenizer,
@@ -114,44 +116,12 @@ def training(request, make_network, reward, tokenizer):
     if request.param == "real":
         load = request.getfixturevalue("dllm_code")
         sampler, schedulers = load("entrgi-rgrl", "dllm.pipelines.rl.rgrl.sampler", "dllm.core.schedulers")
-        for parameter in reward.parameters():
-            parameter.requires_grad_(False)
         return sampler.RgrlDreamSampler(
             scheduler=schedulers.LinearAlphaScheduler(), **parts
         ), sampler.RgrlDreamSamplerConfig
-    return StandInTraining(**parts), StandInSettings
-
-
-class StandInSettings(SimpleNamespace):
-    def __init__(self, **settings):
-        defaults = dict(
-            M=1, eta=0.5, num_generations=1, guidance_type="entrgi", deprioritize_eos=True, right_shift_logits=True,
-            steps=8, alg="entropy", alg_temp=0.0, temperature=1.0, top_p=1.0, top_k=50, stochastic_transfer=False,
-            return_dict=False, max_new_tokens=20,
-        )  # fmt: skip
-        super().__init__(**{**defaults, **settings})
-
-
-class StandInTraining(SimpleNamespace):
-    """The interface of the training sampler; its own `sample` is the package's sampler, set as published."""
-
-    def _optimize_logits(self):
-        raise NotImplementedError
-
-    def sample(self, inputs, config, **kwargs):
-        sampler = entrgi_kernels.GuidedSampler(
-            self.model, self.reward_model, self.tokenizer, shift=config.right_shift_logits, schedule="even",
-            confidence="guided", suppress_undrawable=False, method=config.guidance_type, guidance_steps=config.M,
-            learning_rate=config.eta, num_samples=config.num_generations, deprioritize_eos=config.deprioritize_eos,
-        )  # fmt: skip
-        names = ("steps", "temperature", "top_p", "top_k", "alg", "alg_temp", "max_new_tokens")
-        given = {name: kwargs.get(name, getattr(config, name)) for name in names}
-        results = sampler.generate(PROMPTS, seed=0, **given)
-        width = max(map(len, inputs))
-        rows = [sample.tokens for result in results for sample in result.samples]
-        eos = self.tokenizer.eos_token_id
-        prompts = [[eos] * (width - len(ids)) + list(ids) for ids in inputs]
-        return torch.tensor([prompt + row for prompt, row in zip(prompts, rows, strict=True)])
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    standin = request.getfixturevalue("load_code")(EXAMPLES / "standin_training.py", "standin_training")
+    return standin.Sampler(**parts), standin.SamplerConfig
 
 
 @pytest.mark.parametrize("settings", [{}, {"guidance_type": "aps", "alg": "maskgit_plus"}, {"steps": 11, "M": 1}])
@@ -175,9 +145,7 @@ def test_the_training_sampler_token_for_token(training, tokenizer, settings, mon
     )
     turns = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
-    inputs = [ids for ids in encoded for _ in range(2)]
-    if type(sampler) is not StandInTraining:
-        inputs = [torch.tensor(ids) for ids in inputs]
+    inputs = [torch.tensor(ids) for ids in encoded for _ in range(2)]
     theirs = sampler.sample(inputs, config)
     before = dict(vars(sampler))
     entrgi_kernels.guide(sampler, seed=0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "hosts"
-SHARED = {"common", "standins", "standin_script"}
+SHARED = {"common", "standins", "standin_script", "standin_training"}
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in SHARED)
 
 
@@ -27,7 +27,7 @@ def test_a_script_runs(name, monkeypatch, capsys):
         pytest.importorskip("diffusers", reason="needs the extra entrgi_kernels[diffusers]")
     plain, guided = run(monkeypatch, name, "--tokens", "16")
     assert capsys.readouterr().out.count("mean reward") == 2
-    if name != "published":  # there both runs are guided
+    if name not in ("published", "training_sampler"):  # there both runs are guided
         assert guided > plain
 
 
@@ -43,3 +43,9 @@ def test_llada_on_its_own_code(monkeypatch, host_code):
 
 def test_the_published_script_itself(monkeypatch, host_code):
     run(monkeypatch, "published", "--code", str(host_code("entrgi", "main_expts")), "--tokens", "8")
+
+
+def test_the_training_sampler_itself(monkeypatch, dllm_code):
+    module = "dllm.pipelines.rl.rgrl.sampler"
+    dllm_code("entrgi-rgrl", module)
+    run(monkeypatch, "training_sampler", "--sampler", f"{module}:RgrlDreamSampler", "--tokens", "8")
