@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,26 +196,15 @@ def test_bad_shapes_are_named(text):
         Shape.parse(text)
 
 
+def run_step(path: Path, baselines: str) -> int:
+    """The command on one small step of the eager backend, rows to `path`; its exit status."""
+    flags = "--shapes 3,8,127 --dtypes float32 --backends eager --parts step --budget 0.1".split()
+    return run_cpu.main([*flags, "--baselines", baselines, "--json", str(path)])
+
+
 def test_the_command_prints_a_table_and_writes_rows(tmp_path, capsys):
     path = tmp_path / "rows.json"
-    code = run_cpu.main(
-        [
-            "--shapes",
-            "3,8,127",
-            "--dtypes",
-            "float32",
-            "--backends",
-            "eager",
-            "--baselines",
-            "published,vectorized",
-            "--parts",
-            "step",
-            "--budget",
-            "0.1",
-            "--json",
-            str(path),
-        ]
-    )
+    code = run_step(path, "published,vectorized")
     printed = capsys.readouterr().out
     assert code == 0 and "vs published" in printed and "two GEMMs" in printed and "REFUSED" not in printed
     assert {row["backend"] for row in json.loads(path.read_text())} == {"published", "vectorized", "eager", "two GEMMs"}
@@ -223,24 +213,7 @@ def test_the_command_prints_a_table_and_writes_rows(tmp_path, capsys):
 def test_the_command_fails_when_a_check_is_red(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(Problem, "check", lambda self, make, own: Check(not own, "made red by the test"))
     path = tmp_path / "rows.json"
-    code = run_cpu.main(
-        [
-            "--shapes",
-            "3,8,127",
-            "--dtypes",
-            "float32",
-            "--backends",
-            "eager",
-            "--baselines",
-            "vectorized",
-            "--parts",
-            "step",
-            "--budget",
-            "0.1",
-            "--json",
-            str(path),
-        ]
-    )
+    code = run_step(path, "vectorized")
     printed = capsys.readouterr().out
     assert code == 1 and "made red by the test" in printed
     assert "eager" not in {row["backend"] for row in json.loads(path.read_text())}

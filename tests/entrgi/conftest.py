@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import html.parser
 import json
 import types
 from collections.abc import Callable, Iterator
@@ -120,3 +121,43 @@ def tiny_weights() -> None:
             tiny.weights_path(name)
     except FileNotFoundError as error:
         pytest.skip(str(error))
+
+
+class Page(html.parser.HTMLParser):
+    """An HTML page as a browser takes it apart: its tags, links, table cells and scripts, in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.cells: list[str] = []
+        self.scripts: list[str] = []
+        self._into: list[str] | None = None
+        self.feed(text)
+
+    @property
+    def data(self) -> Any:
+        """The JSON of the first script, which is where our reports keep their data."""
+        return json.loads(self.scripts[0])
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "action", "data", "poster")]
+        into = self.scripts if tag == "script" else self.cells if tag in ("td", "th") else None
+        if into is not None:
+            into.append("")
+            self._into = into
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("script", "td", "th"):
+            self._into = None
+
+    def handle_data(self, data: str) -> None:
+        if self._into is not None:
+            self._into[-1] += data
+
+
+@pytest.fixture
+def parse_page() -> type[Page]:
+    """Takes an HTML text apart."""
+    return Page

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import html.parser
 import json
 import re
 import shutil
@@ -26,48 +25,20 @@ def page(fake, entrgi, tmp_path) -> Path:
     return out
 
 
-class Reader(html.parser.HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.scripts: list[str] = []
-        self.links: list[str] = []
-        self.tags: list[str] = []
-        self.inside = False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs) -> None:
-        self.tags.append(tag)
-        self.inside = tag == "script"
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "action", "data", "poster")]
-        if self.inside:
-            self.scripts.append("")
-
-    def handle_endtag(self, tag) -> None:
-        self.inside = False
-
-    def handle_data(self, data) -> None:
-        if self.inside:
-            self.scripts[-1] += data
-
-
-def data_of(path: Path) -> dict:
-    return json.loads(Reader(path.read_text(encoding="utf-8")).scripts[0])
-
-
-def test_loads_nothing(page) -> None:
+def test_loads_nothing(page, parse_page) -> None:
     text = page.read_text(encoding="utf-8")
-    reader = Reader(text)
+    reader = parse_page(text)
     assert all(link.startswith("#") for link in reader.links)
     assert "default-src 'none'" in text
     assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|innerHTML|insertAdjacentHTML|document\.write", text)
     assert set(re.findall(r"https?://[^\s\"']+", text)) == {"http://www.w3.org/2000/svg"}
 
 
-def test_text_stays_text(page) -> None:
-    reader = Reader(page.read_text(encoding="utf-8"))
+def test_text_stays_text(page, parse_page) -> None:
+    reader = parse_page(page.read_text(encoding="utf-8"))
     assert len(reader.scripts) == 2, "the data and the program: nothing that a prompt brought along"
     assert "img" not in reader.tags
-    data = json.loads(reader.scripts[0])
+    data = reader.data
     assert data["prompts"][1] == NASTY
     assert any("</script>" in text for text in data["strings"].values())
 
@@ -81,9 +52,9 @@ def test_embedding_round_trips_and_holds_no_markup() -> None:
         report.embed(float("nan"))
 
 
-def test_traces_can_be_played_back(fake, page) -> None:
+def test_traces_can_be_played_back(fake, page, parse_page) -> None:
     """Canvas, entropies, weights and rewards of every step, from the compact form alone."""
-    data = data_of(page)
+    data = parse_page(page.read_text(encoding="utf-8")).data
     for sampler in fake.samplers:
         method = sampler.config.method
         results = [result for _, result in sampler.stream(["a", NASTY, "c"], trace=True)]
@@ -103,18 +74,18 @@ def test_traces_can_be_played_back(fake, page) -> None:
                         assert compact["w"][i] == [round(100 * w) for w in step.weight if w is not None]
 
 
-def test_one_sample_of_each_prompt_is_the_best(page) -> None:
-    for per_prompt in data_of(page)["samples"].values():
+def test_one_sample_of_each_prompt_is_the_best(page, parse_page) -> None:
+    for per_prompt in parse_page(page.read_text(encoding="utf-8")).data["samples"].values():
         for samples in per_prompt:
             (best,) = [s for s in samples if s["best"]]
             assert best["reward"] == max(s["reward"] for s in samples)
 
 
-def test_large_runs_keep_the_best_samples_only(fake, entrgi, tmp_path, monkeypatch) -> None:
+def test_large_runs_keep_the_best_samples_only(fake, entrgi, parse_page, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(report, "_BUDGET", 4 * 8 * 4 + 1)  # 4 steps of 8 slots: one prompt's best under four methods
     out = tmp_path / "r.html"
     assert entrgi("compare", "a", "b", "-L", 8, "-T", 4, "--report", out) == 0
-    data = data_of(out)
+    data = parse_page(out.read_text(encoding="utf-8")).data
     for method, traces in data["traces"].items():
         kept = [[k for k, trace in enumerate(row) if trace] for row in traces]
         best = next(k for k, s in enumerate(data["samples"][method][0]) if s["best"])
@@ -153,10 +124,10 @@ def play(page: Path, state: str, script: str = "") -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium to run the page's program")
-def test_the_page_runs(page) -> None:
+def test_the_page_runs(page, parse_page) -> None:
     """The right words are covered, the prompt is text, and nothing went wrong."""
     shown = play(page, "prompt=2&step=2&theme=dark")
-    assert "img" not in Reader(shown).tags
+    assert "img" not in parse_page(shown).tags
     masked = re.findall(r'class="tok[^"]*masked[^"]*"', shown)
     fresh = re.findall(r'class="tok[^"]*fresh[^"]*"', shown.split('class="legend"')[0])
     assert len(masked) == 2 * 4 and len(fresh) == 2 * 2  # two panels, 8 slots, two committed in each step

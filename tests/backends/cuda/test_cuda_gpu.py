@@ -169,7 +169,7 @@ def test_same_bits_run_to_run_and_in_any_batch():
         assert torch.equal(alone, results[0][0][-1:])
 
 
-def test_a_captured_graph_draws_new_numbers():
+def test_a_captured_graph_draws_new_numbers(check_captured_draws):
     x, state = make(64, V, torch.bfloat16), rng(0)
     rows = keys(64)
 
@@ -177,21 +177,7 @@ def test_a_captured_graph_draws_new_numbers():
         cuda.softmax_entropy(x, 0.7)
         return cuda.sample_tokens(x, state, rows, 1.0, 0, 0.95)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        tokens = step()
-    seen = []
-    for number in range(3):
-        state[1] = number
-        graph.replay()
-        seen.append(tokens.clone())
-        assert torch.equal(tokens, step())
-    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    check_captured_draws(step, state)
 
 
 def test_more_than_2_to_the_31_entries():

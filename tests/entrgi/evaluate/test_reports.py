@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html.parser
 import json
 import re
 import shutil
@@ -32,40 +31,10 @@ def folder(fake, entrgi, tmp_path, monkeypatch) -> Path:
     return tmp_path / "r"
 
 
-class Reader(html.parser.HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.cells: list[str] = []
-        self.links: list[str] = []
-        self.data = ""
-        self.inside = ""
-        self.in_cell = False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs) -> None:
-        self.tags.append(tag)
-        self.inside = dict(attrs).get("id", "") if tag == "script" else tag
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "action", "data", "poster")]
-        if tag in ("td", "th"):
-            self.cells.append("")
-            self.in_cell = True
-
-    def handle_endtag(self, tag) -> None:
-        self.inside = ""
-        self.in_cell &= tag not in ("td", "th")
-
-    def handle_data(self, data) -> None:
-        if self.in_cell:
-            self.cells[-1] += data
-        if self.inside == "data":
-            self.data += data
-
-
-def test_the_page_holds_tables_pictures_and_replays(folder, entrgi) -> None:
+def test_the_page_holds_tables_pictures_and_replays(folder, entrgi, parse_page) -> None:
     assert entrgi("report", folder, "--out", folder / "report.html") == 0
     text = (folder / "report.html").read_text(encoding="utf-8")
-    page = Reader(text)
+    page = parse_page(text)
     for _, tables in tables_of(read_results([folder])):
         for table in tables:
             assert all(cell in page.cells for row in table.rows for cell in row)
@@ -73,7 +42,7 @@ def test_the_page_holds_tables_pictures_and_replays(folder, entrgi) -> None:
     assert all(link.startswith("#") for link in page.links), "it loads nothing"
     assert "img" not in page.tags and "default-src 'none'" in text
     assert set(re.findall(r"https?://[^\s\"')]+", text)) == {"http://www.w3.org/2000/svg"}
-    data = json.loads(page.data)
+    data = page.data
     assert data["prompts"] == [NASTY] and len(data["methods"]) == 4
     recorded = {key: [bool(t) for t in traces[0]] for key, traces in data["traces"].items()}
     assert all(sum(kept) == 1 for kept in recorded.values()), "the best sample of the recorded prompt"
@@ -95,10 +64,10 @@ def test_files_for_papers(folder, entrgi, tmp_path, capsys) -> None:
     assert before == {path: path.read_bytes() for path in before}, "the same results, the same files"
 
 
-def test_without_recorded_prompts_texts_are_shown(folder, entrgi, tmp_path) -> None:
+def test_without_recorded_prompts_texts_are_shown(folder, entrgi, parse_page, tmp_path) -> None:
     (folder / "traces.jsonl").unlink()
     assert entrgi("report", folder, "--out", tmp_path / "r.html") == 0
-    data = json.loads(Reader((tmp_path / "r.html").read_text(encoding="utf-8")).data)
+    data = parse_page((tmp_path / "r.html").read_text(encoding="utf-8")).data
     assert data["prompts"] == [NASTY, "b", "c"] and not any(any(r) for t in data["traces"].values() for r in t)
 
 
