@@ -28,7 +28,7 @@ export PIP_NO_INPUT := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-short test test-real lint format bench gpu fresh env clean distclean
+.PHONY: help demo demo-short test test-real lint format bench gpu fresh sanitize env clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo "make env      what this machine has and what is missing"
 	@echo "make lint     ruff check and ruff format --check;  make format mends what it can"
 	@echo "make fresh    a fresh clone runs demo and test in a cleared environment, with and without a compiler"
+	@echo "make sanitize the native tests on an extension built with AddressSanitizer and UBSan (a quarter of an hour)"
 	@echo "make clean    removes build products;  make distclean removes $(VENV) too"
 
 demo: $(VENV)/.ready
@@ -77,6 +78,9 @@ format: $(VENV)/.lint
 
 fresh:
 	@bash .ci/fresh $(ARGS)
+
+sanitize: $(VENV)/.ready
+	@PYTHON=$(PY) bash .ci/sanitize $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks

@@ -146,7 +146,7 @@ def extensions() -> list[Extension]:
         "depends": sources("csrc/**/*.h", "csrc/**/*.hpp", "csrc/**/*.cuh", "csrc/*.h"),
         "optional": True,
     }
-    # These follow CFLAGS on the command line: an -O given there (docs/native.md, sanitisers) must not be overridden.
+    # These follow CFLAGS on the command line: an -O given there (.ci/sanitize) must not be overridden.
     level = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]
     cxx = [*level, "-g0", "-std=c++20", "-fvisibility=hidden", *openmp]
     cpu = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
@@ -276,10 +276,10 @@ def make_build_ext() -> type[build_ext]:
         outcome: dict[str, str | None]
 
         def finalize_options(self) -> None:
-            super().finalize_options()
             # pip gives an editable build a new folder each time; a lasting one lets ninja compile only what changed.
             tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-            self.build_temp = str(ROOT / "build" / "extension" / tag)
+            self.build_temp = self.build_temp or str(ROOT / "build" / "extension" / tag)
+            super().finalize_options()
 
         def run(self) -> None:
             self.outcome = {}
