@@ -32,9 +32,13 @@ OPERATOR = "entrgi::"
 class Listener(Protocol):
     """Is told of every range of this process."""
 
-    def begin(self, name: str) -> None: ...
+    def begin(self, name: str) -> None:
+        """A range of this name begins, inside those that have not ended."""
+        ...
 
-    def end(self, name: str) -> None: ...
+    def end(self, name: str) -> None:
+        """The innermost range, which has this name, ends."""
+        ...
 
 
 class Nvtx:

@@ -7,6 +7,7 @@ count from the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +66,7 @@ def plan(schedule: str, masked: list[int], steps: int, eps: float = 1e-3) -> Pla
     )
 
 
-def _drain(n: int, shares: list[float], rounding) -> list[int]:
+def _drain(n: int, shares: list[float], rounding: Callable[[float], int]) -> list[int]:
     """Counts a step for one trajectory: rounding(n share), never more than are left."""
     counts = []
     for share in shares:

@@ -46,10 +46,14 @@ class DiffusionModel(Protocol):
     shift: bool
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where it takes its inputs."""
+        ...
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        ...
 
     def masked_logits(self, canvas: Tensor, attention_mask: Tensor, masked: Tensor) -> Tensor:
         """Logits [N, V] of the N slots where ``masked`` is True, in row-major order."""

@@ -55,6 +55,7 @@ class MethodRun:
 
     @property
     def label(self) -> str:
+        """The method as tables show it."""
         return LABELS.get(self.method, self.method)
 
     def estimates(self) -> dict[str, Estimate]:
@@ -71,6 +72,7 @@ class Comparison:
     settings: dict[str, Any]
 
     def run_of(self, method: str) -> MethodRun | None:
+        """The run of a method; None where it was not run."""
         return next((run for run in self.runs if run.method == method), None)
 
     def differences(self) -> list[tuple[MethodRun, MethodRun, dict[str, Estimate]]]:

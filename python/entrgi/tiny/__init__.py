@@ -8,12 +8,13 @@ is said in ``weights/README.md``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .grammar import gold_score, prompts
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 __all__ = ["MODELS", "gold_score", "load_diffusion", "load_judge", "load_reward", "prompts", "weights_path"]
 
@@ -43,7 +44,7 @@ def weights_path(name: str) -> Path:
     return path
 
 
-def _load(name: str, auto_class: str, dtype: torch.dtype | None):
+def _load(name: str, auto_class: str, dtype: torch.dtype | None) -> tuple[Any, PreTrainedTokenizerBase]:
     import torch
     import transformers
 
@@ -52,7 +53,7 @@ def _load(name: str, auto_class: str, dtype: torch.dtype | None):
     return model.eval(), transformers.AutoTokenizer.from_pretrained(path)
 
 
-def load_diffusion(dtype: torch.dtype | None = None):
+def load_diffusion(dtype: torch.dtype | None = None) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
     """(model, tokenizer) of the diffusion language model, in evaluation mode.
 
     The model is a ``Qwen3ForCausalLM`` to be run bidirectionally (an explicit 4-D mask), with Dream's right shift: the
@@ -64,11 +65,15 @@ def load_diffusion(dtype: torch.dtype | None = None):
     return _load("diffusion", "AutoModelForCausalLM", dtype)
 
 
-def load_reward(dtype: torch.dtype | None = None):
+def load_reward(
+    dtype: torch.dtype | None = None,
+) -> tuple[Qwen3ForSequenceClassification, PreTrainedTokenizerBase]:
     """(model, tokenizer) of the reward model, a ``Qwen3ForSequenceClassification`` of one label; float32 by default."""
     return _load("reward", "AutoModelForSequenceClassification", dtype)
 
 
-def load_judge(dtype: torch.dtype | None = None):
+def load_judge(
+    dtype: torch.dtype | None = None,
+) -> tuple[Qwen3ForSequenceClassification, PreTrainedTokenizerBase]:
     """(model, tokenizer) of the judge: another seed, other texts, another rater's taste; float32 by default."""
     return _load("judge", "AutoModelForSequenceClassification", dtype)

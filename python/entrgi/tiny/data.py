@@ -6,12 +6,16 @@ import dataclasses
 import random
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import grammar
 from . import lexicon as lx
 from .tokenizer import prompt_ids, split_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROMPT_SLOTS = 24
 RESPONSE_SLOTS = 32
@@ -26,7 +30,13 @@ class Encoded:
     length: torch.Tensor  # tokens of each response, end-of-text not counted
 
 
-def encode(tokenizer, pairs: Sequence[tuple[str, str]], *, opened: bool, slots: int = RESPONSE_SLOTS) -> Encoded:
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    opened: bool,
+    slots: int = RESPONSE_SLOTS,
+) -> Encoded:
     """Tokenise (prompt, text) pairs; texts are cut at ``slots`` tokens.
 
     Args:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
+from .architecture import small_qwen3
 from .data import PROMPT_SLOTS, RESPONSE_SLOTS, Encoded, bidirectional_mask, encode, positions
 from .grammar import reviews
 from .optim import Optimizers, batches, round_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,27 +35,12 @@ class Phase:
 PHASES = (Phase(steps=1000, batch=64, lr=2e-3), Phase(steps=1500, batch=32, lr=1.2e-3, corpus=48_000, decay_from=0.0))
 
 
-def new_model(tokenizer, seed: int):
+def new_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
     """An untrained model: 4 layers, width 192, about 2.2 million parameters."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
 
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        head_dim=32,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=False,
-    )
+    config = small_qwen3(tokenizer, layers=4, width=192, intermediate=512)
     config.entrgi = {
         "kind": "masked_diffusion",
         "mask_token_id": tokenizer.mask_token_id,
@@ -61,7 +51,9 @@ def new_model(tokenizer, seed: int):
     return Qwen3ForCausalLM(config)
 
 
-def masked_logits(model, prompt: torch.Tensor, canvas: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+def masked_logits(
+    model: Qwen3ForCausalLM, prompt: torch.Tensor, canvas: torch.Tensor, masked: torch.Tensor
+) -> torch.Tensor:
     """Logits at the masked slots, [number of them, V].
 
     Args:
@@ -90,7 +82,7 @@ def draw_masks(batch: int, slots: int, generator: torch.Generator) -> torch.Tens
 
 
 def diffusion_loss(
-    model, prompt: torch.Tensor, response: torch.Tensor, masked: torch.Tensor, mask_id: int
+    model: Qwen3ForCausalLM, prompt: torch.Tensor, response: torch.Tensor, masked: torch.Tensor, mask_id: int
 ) -> torch.Tensor:
     """Nats per response slot: an unbiased estimate of the bound that 1/t weighting gives, exact counts for t."""
     logits = masked_logits(model, prompt, response.masked_fill(masked, mask_id), masked)
@@ -101,7 +93,7 @@ def diffusion_loss(
 
 
 @torch.no_grad()
-def evaluate(model, data: Encoded, mask_id: int, seed: int = 0, batch: int = 64) -> float:
+def evaluate(model: Qwen3ForCausalLM, data: Encoded, mask_id: int, seed: int = 0, batch: int = 64) -> float:
     """Mean nats per response slot over all rows of ``data``."""
     generator = torch.Generator().manual_seed(seed)
     model.eval()
@@ -114,12 +106,20 @@ def evaluate(model, data: Encoded, mask_id: int, seed: int = 0, batch: int = 64)
     return total / len(data.prompt)
 
 
-def held_out(tokenizer, n: int = 512) -> Encoded:
+def held_out(tokenizer: PreTrainedTokenizerBase, n: int = 512) -> Encoded:
     """Reviews of a seed that no training run uses."""
     return encode(tokenizer, [(r.prompt, r.text) for r in reviews(n, seed=990_001)], opened=True)
 
 
-def run_phase(model, tokenizer, phase: Phase, *, seed: int, check: Encoded, log: Callable[[str], None]):
+def run_phase(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    phase: Phase,
+    *,
+    seed: int,
+    check: Encoded,
+    log: Callable[[str], None],
+) -> Qwen3ForCausalLM:
     """One phase of training on its own reviews; returns the model with rounded weights."""
     data = encode(tokenizer, [(r.prompt, r.text) for r in reviews(phase.corpus, seed=seed + 11)], opened=True)
     model.train()
@@ -149,14 +149,14 @@ def run_phase(model, tokenizer, phase: Phase, *, seed: int, check: Encoded, log:
 
 
 def train(
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int = 0,
     steps: int | None = None,
     batch: int | None = None,
     corpus: int | None = None,
     log: Callable[[str], None] = print,
-):
+) -> tuple[Qwen3ForCausalLM, dict[str, Any]]:
     """Train the diffusion model for fixed numbers of steps; returns (model, metrics).
 
     ``steps``, ``batch`` and ``corpus`` replace those of every phase, for tests.

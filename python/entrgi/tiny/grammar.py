@@ -52,6 +52,7 @@ class Analysis:
 
     @property
     def score(self) -> float:
+        """The value less a penalty for each defect, up to a limit."""
         return self.value - min(_MAX_PENALTY, sum(_PENALTY[d] for d in self.defects))
 
 

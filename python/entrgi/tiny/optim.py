@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 
@@ -30,6 +32,7 @@ class Optimizers:
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(part, factor) for part in self.parts]
 
     def step(self) -> None:
+        """Clip the gradients, step both optimisers and their rates, and clear the gradients."""
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for part, schedule in zip(self.parts, self.schedules, strict=True):
             part.step()
@@ -37,7 +40,7 @@ class Optimizers:
             part.zero_grad(set_to_none=True)
 
 
-def batches(n: int, size: int, generator: torch.Generator):
+def batches(n: int, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
     """Endless batches of row indices: permutation after permutation."""
     while True:
         order = torch.randperm(n, generator=generator)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from .data import encode, labelled_pairs, plain_rows, reward_rows
+from .architecture import small_qwen3
+from .data import Encoded, encode, labelled_pairs, plain_rows, reward_rows
 from .grammar import rater
 from .optim import Optimizers, batches, round_weights
 from .tokenizer import split_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 LM_STEPS = 800
 STEPS = 1000
@@ -20,31 +25,15 @@ PAIRS = 48_000
 HOLES = 0.6  # share of batches laid out as guidance does it
 
 
-def new_language_model(tokenizer, seed: int):
+def new_language_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
     """An untrained causal model: 3 layers, width 128, about 0.75 million parameters."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
 
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=False,
-    )
-    return Qwen3ForCausalLM(config)
+    return Qwen3ForCausalLM(small_qwen3(tokenizer, layers=3, width=128, intermediate=256))
 
 
-def to_classifier(language_model):
+def to_classifier(language_model: Qwen3ForCausalLM) -> Qwen3ForSequenceClassification:
     """The same backbone under a scoring head of one label."""
     from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
@@ -59,7 +48,9 @@ def to_classifier(language_model):
     return model
 
 
-def score_rows(model, ids: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+def score_rows(
+    model: Qwen3ForSequenceClassification, ids: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor
+) -> torch.Tensor:
     """Rewards [B], read at the last position as guidance does."""
     hidden = model.model(
         input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False
@@ -67,7 +58,9 @@ def score_rows(model, ids: torch.Tensor, mask: torch.Tensor, position_ids: torch
     return model.score(hidden[:, -1])[:, 0]
 
 
-def preference_loss(rewards: torch.Tensor, gold: torch.Tensor, gap: float = 0.4, sharpness: float = 1.5):
+def preference_loss(
+    rewards: torch.Tensor, gold: torch.Tensor, gap: float = 0.4, sharpness: float = 1.5
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Bradley–Terry over all pairs of a batch whose gold scores differ by more than ``gap``; labels are soft.
 
     Returns:
@@ -83,9 +76,16 @@ def preference_loss(rewards: torch.Tensor, gold: torch.Tensor, gap: float = 0.4,
 
 
 def train_language_model(
-    tokenizer, data, suffix: torch.Tensor, *, seed: int, steps: int, batch: int, log: Callable[[str], None]
-):
-    """Next-token training on the chats that the reward model will read."""
+    tokenizer: PreTrainedTokenizerBase,
+    data: Encoded,
+    suffix: torch.Tensor,
+    *,
+    seed: int,
+    steps: int,
+    batch: int,
+    log: Callable[[str], None],
+) -> tuple[Qwen3ForCausalLM, float]:
+    """Next-token training on the chats that the reward model will read; returns (model, running loss in nats)."""
     model = new_language_model(tokenizer, seed)
     model.set_attn_implementation("eager")
     model.train()
@@ -111,7 +111,15 @@ def train_language_model(
 
 
 @torch.no_grad()
-def pair_accuracy(model, tokenizer, pairs, gold: list[float], *, holes: bool, batch: int = 128) -> float:
+def pair_accuracy(
+    model: Qwen3ForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    gold: list[float],
+    *,
+    holes: bool,
+    batch: int = 128,
+) -> float:
     """Share of pairs with gold scores more than 0.4 apart that the model ranks right."""
     data = encode(tokenizer, pairs, opened=False)
     suffix = torch.tensor(split_chat(tokenizer, "x")[1])
@@ -126,7 +134,7 @@ def pair_accuracy(model, tokenizer, pairs, gold: list[float], *, holes: bool, ba
 
 
 def train(
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
     taste: int | None = None,
@@ -135,7 +143,7 @@ def train(
     batch: int = BATCH,
     corpus: int = PAIRS,
     log: Callable[[str], None] = print,
-):
+) -> tuple[Qwen3ForSequenceClassification, dict[str, Any]]:
     """Train one reward model for fixed numbers of steps; returns (model, metrics).
 
     Args:
@@ -154,7 +162,7 @@ def train(
     suffix, pad = torch.tensor(split_chat(tokenizer, "x")[1]), tokenizer.pad_token_id
     # The language model reads the undamaged half, as a real one has read text and not noise.
     clean = torch.tensor([not flag for flag in flags]).nonzero()[:, 0]
-    text = type(data)(data.prompt[clean], data.response[clean], data.length[clean])
+    text = Encoded(data.prompt[clean], data.response[clean], data.length[clean])
     lm, lm_loss = train_language_model(tokenizer, text, suffix, seed=seed, steps=lm_steps, batch=batch, log=log)
     torch.manual_seed(seed + 1)
     model = to_classifier(lm)

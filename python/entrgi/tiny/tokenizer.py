@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 EOS = "<|endoftext|>"
 START = "<|im_start|>"
@@ -18,7 +22,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048, model_max_length: int = 512):
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = 2048, model_max_length: int = 512
+) -> PreTrainedTokenizerFast:
     """Train the tokenizer on texts of the grammar.
 
     Args:
@@ -59,14 +65,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048, model_max_leng
     return tokenizer
 
 
-def prompt_ids(tokenizer, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a user turn with the assistant's turn opened."""
     chat = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def split_chat(tokenizer, prompt: str) -> tuple[list[int], list[int]]:
+def split_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int], list[int]]:
     """(prefix, suffix) ids around the response of a finished chat: what a reward model reads before and after it."""
     marker = "\x00"
     chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": marker}]

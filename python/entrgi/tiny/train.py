@@ -17,6 +17,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 WEIGHTS = Path(__file__).parent / "weights"
 PARTS = ("tokenizer", "diffusion", "reward", "judge")
@@ -63,7 +67,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _save(model, tokenizer, directory: Path) -> None:
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     import torch
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -72,12 +76,12 @@ def _save(model, tokenizer, directory: Path) -> None:
     _save_tokenizer(tokenizer, directory)
 
 
-def _save_tokenizer(tokenizer, directory: Path) -> None:
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     # The template inside tokenizer_config.json is read by older releases of transformers too.
     tokenizer.save_pretrained(directory, save_jinja_files=False)
 
 
-def build_tokenizer(seed: int = 0, corpus: int = 30_000):
+def build_tokenizer(seed: int = 0, corpus: int = 30_000) -> PreTrainedTokenizerFast:
     """Train the tokenizer on ``corpus`` reviews and their prompts."""
     from .grammar import reviews
     from .tokenizer import train_tokenizer
