@@ -89,6 +89,9 @@ def resolve_weight(weight: str | WeightFunction) -> str | WeightFunction:
         raise ValueError(f"weight={weight!r}: expected a callable or one of {', '.join(map(repr, SCHEDULES))}")
     try:
         numbers = [float(number) for number in (match.group(2) or "").split(",") if number.strip()]
+    except ValueError:
+        raise ValueError(f"weight={weight!r}: expected numbers in parentheses, as in 'threshold(1.0, 0.5)'") from None
+    try:
         if isinstance(schedule, type):
             return schedule(*numbers)
     except (TypeError, ValueError) as error:

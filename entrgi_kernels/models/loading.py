@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ def load(
     if not isinstance(trust_remote_code, bool):
         raise TypeError(f"trust_remote_code must be True or False, got {trust_remote_code!r}")
     path = str(path)
+    check_source(path)
     described, _ = transformers.PreTrainedConfig.get_config_dict(path)
     model_type = described.get("model_type")
     remote = described.get("auto_map") or {}
@@ -123,6 +125,23 @@ def load(
         model.to(device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     return wrap(model, tokenizer, mask_token_id=mask_token_id, shift=shift), tokenizer
+
+
+def check_source(path: str) -> None:
+    """Refuse a folder that is not there or holds no checkpoint, which the Hub's client would take for a bad name.
+
+    Args:
+        path: a folder or a repository's name.
+
+    Raises:
+        FileNotFoundError: it is a path, and there is no folder with a config.json.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise FileNotFoundError(f"{path!r} has no config.json: expected a folder that save_pretrained wrote")
+    elif folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or folder.exists():
+        raise FileNotFoundError(f"there is no folder {path!r}: expected one, or a repository's name (owner/name)")
 
 
 def _auto_class(transformers: Any, config: Any, remote: dict[str, str]) -> Any:

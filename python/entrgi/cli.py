@@ -79,6 +79,18 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        if getattr(args, "traceback", False) or not _is_the_machines(error):
+            raise
+        print(f"{name}: error: {error or type(error).__name__}", file=sys.stderr)
+        return EXIT_FAILURE
+
+
+def _is_the_machines(error: Exception) -> bool:
+    """Whether an error is the machine's (a full disk, too little memory), whose traceback would help nobody."""
+    torch = sys.modules.get("torch")
+    kinds = (OSError, MemoryError, *((torch.OutOfMemoryError,) if torch else ()))
+    return isinstance(error, kinds) and not isinstance(error, BrokenPipeError)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

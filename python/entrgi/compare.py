@@ -192,7 +192,11 @@ def run(args: argparse.Namespace) -> int:
     print(render(comparison, texts=args.texts))
     print()
     if args.json:
-        Path(args.json).write_text(json.dumps(comparison.to_dict(), ensure_ascii=False, indent=1), encoding="utf-8")
+        text = json.dumps(comparison.to_dict(), ensure_ascii=False, indent=1)
+        try:
+            Path(args.json).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"cannot write {args.json}: {error.strerror or error}") from None
         print(f"wrote {args.json}")
     if args.report:
         from .report import write_report

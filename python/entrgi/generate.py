@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
     loaded = loading.load(args)
     sampler = loading.make_sampler(loaded, config)
-    finished = 0
+    finished, hint = 0, "; go on with --resume" if as_jsonl and args.output else ""
     out = _open(args)
     try:
         results = loading.stream(sampler, [prompt for _, prompt in items], progress=False if args.quiet else None)
@@ -99,9 +99,13 @@ def run(args: argparse.Namespace) -> int:
             _write(out, text)
             finished += 1
     except KeyboardInterrupt:
-        hint = "; go on with --resume" if as_jsonl and args.output else ""
         print(f"\ninterrupted: {finished} of {len(todo)} prompts done{hint}", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        place, done = args.output or "standard output", f"{finished} of {len(todo)} prompts done{hint}"
+        raise UsageError(f"cannot write {place}: {error.strerror or error}; {done}") from None
     finally:
         if args.output:
             out.close()
@@ -183,12 +187,11 @@ def _is_jsonl(args: argparse.Namespace) -> bool:
         raise UsageError("--resume needs JSON lines in a file: --output FILE.jsonl, or --format jsonl --output FILE")
     if args.resume and args.overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
-    if args.output and not args.resume and not args.overwrite and Path(args.output).exists():
-        if not Path(args.output).is_file():  # /dev/stdout, a named pipe: nothing to lose
-            return as_jsonl
-        raise UsageError(f"{args.output} exists: --resume continues it (JSON lines), --overwrite replaces it")
     if args.output:
         check_writable(Path(args.output))
+        # What is no file (/dev/stdout, a named pipe) has nothing to lose.
+        if Path(args.output).is_file() and not args.resume and not args.overwrite:
+            raise UsageError(f"{args.output} exists: --resume continues it (JSON lines), --overwrite replaces it")
     return as_jsonl
 
 

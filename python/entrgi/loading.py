@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,10 @@ class Loaded:
 
 
 def _batch_size(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an integer or auto, got {text!r}") from None
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -313,10 +317,11 @@ def device_of(name: str, tiny: bool) -> Any:
         name = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # what holds no numbers ("meta") fails here
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"--device {name} is not usable here: {reason}") from None
+        here = ", ".join(["auto", "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+        reason = textwrap.shorten(_first_line(error), 120, placeholder=" ...")
+        raise UsageError(f"--device {name} is not usable here ({reason}): expected one of {here}") from None
     return device
 
 
@@ -409,8 +414,11 @@ def load_reward(
     """
     import transformers
 
+    from entrgi_kernels.models.loading import check_source
+
     options = {"trust_remote_code": trust_remote_code}
     try:
+        check_source(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
         with _without_warnings():
             reward, report = getattr(transformers, _REWARD_KINDS[kind][0]).from_pretrained(

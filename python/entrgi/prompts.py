@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .errors import UsageError
+from .errors import UsageError, read_text
 
 Prompt = str | list[dict[str, str]]
 
@@ -80,13 +80,7 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def _read_file(path: Path, field: str) -> list[Prompt]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
-    return _parse(text, str(path), field, path.suffix.lower() in (".jsonl", ".json", ".ndjson"))
+    return _parse(read_text(path), str(path), field, path.suffix.lower() in (".jsonl", ".json", ".ndjson"))
 
 
 def _read_stream(stream: TextIO, field: str) -> list[Prompt]:

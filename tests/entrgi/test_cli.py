@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from entrgi import cli
 from entrgi.errors import UsageError
@@ -71,6 +72,13 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         cli.main(["probe", "--traceback"])
     _command(monkeypatch, _raises(KeyboardInterrupt()))
     assert cli.main(["probe"]) == 130
+    _command(monkeypatch, _raises(OSError(28, "No space left on device", "a.jsonl")))
+    assert cli.main(["probe"]) == 1
+    assert capsys.readouterr().err == "entrgi probe: error: [Errno 28] No space left on device: 'a.jsonl'\n"
+    with pytest.raises(OSError):
+        cli.main(["probe", "--traceback"])
+    _command(monkeypatch, _raises(torch.OutOfMemoryError("tried to allocate 2 GiB")))
+    assert cli.main(["probe"]) == 1 and "2 GiB" in capsys.readouterr().err
     _command(monkeypatch, _raises(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
         cli.main(["probe"])

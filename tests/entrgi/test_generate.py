@@ -136,9 +136,11 @@ def test_existing_files_are_not_lost(fake, entrgi, tmp_path, capsys) -> None:
         (["a", "-K", "0"], "num_samples=0"),
         (["a", "-L", "-3"], "max_new_tokens=-3"),
         (["a", "--batch-size", "0"], "batch_size=0"),
+        (["a", "--weight", "threshold(a)"], "expected numbers in parentheses"),
         (["a", "--learning-rate", "nan"], "learning_rate=nan"),
         (["a", "--model", "somewhere"], "--reward is missing"),
         (["a", "-o", "/no/such/folder/x.jsonl"], "there is no folder"),
+        (["a", "-o", "/"], "it is a folder"),
         ([""], "prompt 1: the prompt is empty"),
         (["-f", "/no/such/file"], "cannot read /no/such/file"),
     ],
@@ -153,7 +155,52 @@ def test_bad_input_is_one_line_before_any_model_is_loaded(fake, entrgi, capsys, 
 def test_missing_models_are_one_line(entrgi, capsys, tmp_path) -> None:
     assert entrgi("generate", "a", "--model", tmp_path / "m", "--reward", tmp_path / "r") == 2
     err = capsys.readouterr().err
-    assert "cannot load --model" in err and err.count("\n") == 1
+    assert f"cannot load --model {tmp_path}/m: there is no folder" in err and err.count("\n") == 1
+
+
+def test_reward_models_that_are_none_are_one_line(tiny_weights, entrgi, capsys, tmp_path) -> None:
+    """A folder without a checkpoint, and a classifier of two labels."""
+    import transformers
+
+    from entrgi import tiny
+
+    model = tiny.weights_path("diffusion")
+    assert entrgi("generate", "a", "--model", model, "--reward", tmp_path) == 2
+    assert "has no config.json" in capsys.readouterr().err
+    reward, tokenizer = tiny.load_reward()
+    two = transformers.AutoConfig.from_pretrained(tiny.weights_path("reward"), num_labels=2)
+    transformers.AutoModelForSequenceClassification.from_config(two).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert entrgi("generate", "a", "--model", model, "--reward", tmp_path) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "has 2 labels; a reward model has one" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "nonsense"], ["--device nonsense", "expected one of auto, cpu"]),
+        (["--device", "meta"], ["--device meta", "expected one of auto, cpu"]),
+        (["--batch-size", "many"], ["expected an integer or auto, got 'many'"]),
+    ],
+)
+def test_values_say_what_is_accepted(entrgi, capsys, arguments, words) -> None:
+    try:
+        code = entrgi("generate", "a", *arguments)
+    except SystemExit as stop:  # argparse's own
+        code = stop.code
+    assert code == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_line(fake, entrgi, capsys, tmp_path) -> None:
+    assert entrgi("generate", "a", *SIZE, "-o", "/dev/full", "--format", "jsonl") == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot write /dev/full: No space left on device; 0 of 1 prompts done; go on with --resume" in err
+    assert entrgi("compare", "a", *SIZE, "--json", "/dev/full", "--no-check") == 2
+    assert "cannot write /dev/full: No space left on device" in capsys.readouterr().err
 
 
 def test_a_repeated_prompt_brings_its_earlier_ones_along() -> None:

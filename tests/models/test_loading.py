@@ -160,5 +160,7 @@ def test_bad_arguments_of_load(tmp_path):
         models.load(7)
     with pytest.raises(TypeError, match="'yes'"):
         models.load(str(tmp_path), trust_remote_code="yes")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="there is no folder .*nothing"):
         models.load(str(tmp_path / "nothing"))
+    with pytest.raises(OSError, match="has no config.json"):
+        models.load(str(tmp_path))

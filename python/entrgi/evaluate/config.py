@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError, require
+from ..errors import UsageError, read_text, require
 from ..tables import LABELS, SYMBOLS
 
 if TYPE_CHECKING:
@@ -153,10 +153,7 @@ def read_config(name: str, overrides: Mapping[str, Any] | None = None) -> Evalua
             raise UsageError(f"no configuration {name!r}: expected a .yaml file or one of {', '.join(presets())}")
         text = resources.files(__package__).joinpath("configs", f"{name}.yaml").read_text(encoding="utf-8")
     else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        text = read_text(path)
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -107,6 +107,8 @@ class Store:
         except ImportError:  # pragma: no cover - Windows
             yield
             return
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"cannot write {self.folder}: expected a folder, or a name for a new one")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = open(self.folder / ".lock", "w", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -119,9 +120,10 @@ class GuidedTrainingArguments(TrainingArguments):
         for name, low in (("num_iterations", 1), ("max_steps", 1), ("eval_samples", 1), ("ref_model_sync_steps", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}={getattr(self, name)}: expected an integer >= {low}")
-        for name in ("epsilon", "beta"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a number >= 0")
+        for name in ("learning_rate", "epsilon", "beta"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value!r}: expected a finite number >= 0")
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(f"ref_model_mixup_alpha={self.ref_model_mixup_alpha}: expected a number in (0, 1]")
         if self.save_total_limit == 1:

@@ -138,6 +138,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--output-dir is needed: expected a folder for checkpoints, records and the model")
     tiny = fill_defaults(args)
     output = Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output-dir {output} is no folder: expected one, or a name for a new one")
     if not args.resume and output.is_dir() and any(output.iterdir()):
         raise UsageError(f"{output} is not empty: --resume goes on with the run in it, or choose another folder")
     logging.getLogger("entrgi.train").setLevel(logging.WARNING if args.quiet else logging.INFO)

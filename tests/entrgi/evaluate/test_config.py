@@ -123,13 +123,14 @@ def test_what_is_not_accepted_is_named(content, message) -> None:
         ("nope", None, "expected a .yaml file or one of"),
         ("no.yaml", None, "cannot read"),
         ("a.yaml", "{", "is not YAML"),
+        ("a.yaml", b"\xff{", r"not UTF-8 text \(byte 0\)"),
         ("a.yaml", "- x", "expected a mapping"),
     ],
 )
 def test_files_that_are_none(tmp_path, monkeypatch, name, text, message) -> None:
     monkeypatch.chdir(tmp_path)
     if text is not None:
-        (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UsageError, match=message):
         read_config(name)
 

@@ -167,3 +167,6 @@ def test_a_folder_of_something_else_is_left_alone(evaluate, tmp_path, capsys) ->
     assert evaluate("a")[0] == 2 and "no config.json" in capsys.readouterr().err
     (tmp_path / "a" / "config.json").write_text("{}")
     assert evaluate("a")[0] == 2 and "no evaluation of this version" in capsys.readouterr().err
+    (tmp_path / "b").write_text("mine")
+    assert evaluate("b")[0] == 2 and "expected a folder" in capsys.readouterr().err
+    assert (tmp_path / "b").read_text() == "mine"
