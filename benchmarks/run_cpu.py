@@ -1,22 +1,25 @@
 """CPU figures: `python -m benchmarks.run_cpu`, what `make bench` runs.
 
 Prints one table per part (guidance step, single operators, a whole guided generation) with ratios against the
-baselines and the share of the floor, and writes JSON rows. Exit status 1 when a check of this project's own code was
-red: its speed is then missing from the table, with the reason below it.
+baselines and the share of the floor, and writes JSON rows as they come: an interrupted run keeps those it has. Exit
+status 1 when a check of this project's own code was red: its speed is then missing from the table, with the reason
+below it.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import measure
 from benchmarks.baselines import BASELINES
-from benchmarks.end_to_end import EndToEnd, measure_end_to_end
+from benchmarks.end_to_end import measure_end_to_end
 from benchmarks.inputs import CPU_SHAPES, SMALL_N, Shape
 from benchmarks.measure import Group
 from benchmarks.suite_ops import OPS, measure_ops
@@ -67,14 +70,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     print(f"{measure.device_name()} · torch {torch.__version__} · revision {measure.revision()}", flush=True)
-    every: list[Group] = []
-    generations: list[EndToEnd] = []
+    path = chosen.json or measure.result_path()
+    red: list[str] = []
+
+    def keep(groups: list[Group], rows: list[dict[str, Any]], text: str) -> None:
+        print(text, end="\n\n", flush=True)
+        measure.save(rows, path)
+        red.extend(name for group in groups for name in group.refused if name not in BASELINES)
 
     def report(groups: list[Group], baselines: Sequence[str]) -> None:
-        print(measure.table(groups, baselines), end="\n\n", flush=True)
-        every.extend(groups)
+        keep(groups, [row for group in groups for row in measure.rows(group)], measure.table(groups, baselines))
 
     for part in chosen.parts:
+        began = time.monotonic()
         for dtype in chosen.dtypes if part != "generation" else ():
             for shape in chosen.shapes:
                 names = [*chosen.baselines, *chosen.backends]
@@ -95,14 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for preset in ("quick",) if chosen.quick else ("guidance", "small"):
                 for dtype in chosen.dtypes if preset != "small" else chosen.dtypes[:1]:
                     found = measure_end_to_end(preset, dtype)
-                    print(found.table(), end="\n\n", flush=True)
-                    generations.append(found)
-    path = chosen.json or measure.result_path()
-    rows = [row for group in every for row in measure.rows(group)]
-    measure.save(rows + [row for found in generations for row in found.rows("cpu")], path)
-    print(f"rows written to {path.name}")
-    groups = every + [found.group for found in generations]
-    red = [name for group in groups for name in group.refused if name not in BASELINES]
+                    keep([found.group], found.rows("cpu"), found.table())
+        print(f"part {part}: {time.monotonic() - began:.0f} s, rows in {path.name}\n", flush=True)
     return 1 if red else 0
 
 

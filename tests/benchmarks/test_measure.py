@@ -196,10 +196,10 @@ def test_bad_shapes_are_named(text):
         Shape.parse(text)
 
 
-def run_step(path: Path, baselines: str) -> int:
+def run_step(path: Path, baselines: str, parts: str = "step") -> int:
     """The command on one small step of the eager backend, rows to `path`; its exit status."""
-    flags = "--shapes 3,8,127 --dtypes float32 --backends eager --parts step --budget 0.1".split()
-    return run_cpu.main([*flags, "--baselines", baselines, "--json", str(path)])
+    flags = "--shapes 3,8,127 --dtypes float32 --backends eager --budget 0.1".split()
+    return run_cpu.main([*flags, "--parts", parts, "--baselines", baselines, "--json", str(path)])
 
 
 def test_the_command_prints_a_table_and_writes_rows(tmp_path, capsys):
@@ -208,6 +208,16 @@ def test_the_command_prints_a_table_and_writes_rows(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert code == 0 and "vs published" in printed and "two GEMMs" in printed and "REFUSED" not in printed
     assert {row["backend"] for row in json.loads(path.read_text())} == {"published", "vectorized", "eager", "two GEMMs"}
+
+
+def test_an_interrupted_command_keeps_the_rows_it_has(monkeypatch, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_cpu, "measure_ops", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_step(tmp_path / "rows.json", "vectorized", "step,ops")
+    assert "eager" in {row["backend"] for row in json.loads((tmp_path / "rows.json").read_text())}
 
 
 def test_the_command_fails_when_a_check_is_red(monkeypatch, tmp_path, capsys):
