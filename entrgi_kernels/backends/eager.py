@@ -29,7 +29,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """float64 when one of the tensors is, else float32."""
+    """float64 when one of the tensors is, else float32: the dtype of statistics and of sums."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 

@@ -10,15 +10,11 @@ from typing import Any
 import torch
 
 from .. import backends
+from ..backends.eager import accumulation_dtype as accumulation_dtype  # that of statistics and of sums
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 ALGS = ("entropy", "maskgit_plus", "topk_margin", "anchor")
-
-
-def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """float64 when one of the tensors is, else float32: the dtype of statistics and of sums."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def check_logits(logits: torch.Tensor, name: str = "logits") -> None:

@@ -125,17 +125,21 @@ def guidance_update_(
     _common.check_embedding(logits, embedding)
     shape = (logits.shape[0], embedding.shape[1])
     for name, tensor in (("grad_embedding", grad_embedding), ("soft", soft)):
+        expected = f"{list(shape)}, that of the embedding"
+        _common.check_matrix(tensor, name, expected)
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}: expected {list(shape)}, that of the embedding")
-        _common.check_dtype(tensor, name)
+            raise ValueError(f"{name} has shape {list(tensor.shape)}: expected {expected}")
     acc = _common.accumulation_dtype(logits, embedding)
     if soft.dtype != acc:
         raise TypeError(f"soft is {soft.dtype}: expected {acc}, as the forward left it")
     _common.check_vector(logits, logsumexp, "logsumexp", acc)
     _common.check_same_device(logits, grad_embedding=grad_embedding, soft=soft)
+    lr = _common.check_number(lr, "lr", "a finite number >= 0")
+    eps = _common.check_number(eps, "eps", "a finite number > 0")
+    decay = [_common.check_number(beta, "betas", "two numbers in [0, 1)") for beta in betas]
     for name, value, ok, expected in (
         ("lr", lr, 0 <= lr < math.inf, "a finite number >= 0"),
-        ("betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)"),
+        ("betas", betas, len(decay) == 2 and all(0 <= beta < 1 for beta in decay), "two numbers in [0, 1)"),
         # At 0 an entry without gradient, as those of -inf are, would become 0 / 0.
         ("eps", eps, 0 < eps < math.inf, "a finite number > 0"),
     ):
@@ -159,10 +163,9 @@ def guidance_update_(
         *moments,
         1 if state is None else state.step + 1,
         _common.distribution_temperature(temperature),
-        float(lr),
-        float(betas[0]),
-        float(betas[1]),
-        float(eps),
+        lr,
+        *decay,
+        eps,
         _common.check_backend(backend),
     )
     # Counted only after the step was taken: a call that raises leaves the state as it was.

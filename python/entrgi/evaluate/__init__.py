@@ -155,7 +155,10 @@ def configure(args: argparse.Namespace) -> EvaluationConfig:
         key, mark, value = text.partition("=")
         if not mark or not key:
             raise UsageError(f"--set takes KEY=VALUE, got {text!r}")
-        overrides[key] = _value(value)
+        try:
+            overrides[key] = _value(value)
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"--set {key}: {error}") from None
     if args.datasets or args.num_prompts is not None:
         overrides["datasets"] = _datasets(read_config(args.config), args.datasets, args.num_prompts)
     return read_config(args.config, overrides)

@@ -138,3 +138,8 @@ def test_files_that_are_none(tmp_path, monkeypatch, name, text, message) -> None
 def test_differences_name_what_changed() -> None:
     lines = module.differences({"seeds": [1], "model": "tiny"}, {"seeds": [1, 2], "model": "tiny"})
     assert lines == ["  seeds: [1] there, [1, 2] now"]
+
+
+def test_a_flag_that_is_no_yaml(entrgi, capsys) -> None:
+    assert entrgi("evaluate", "tiny", "--set", "temperatures=[") == 2
+    assert "--set temperatures: '[' is no YAML value" in capsys.readouterr().err
