@@ -59,10 +59,12 @@ class Row:
     """One method on one dataset, with one reward model, at one temperature; all seeds.
 
     Attributes:
+        source: name of the folder that it was read from.
         label: of the method.
         compared: K: how many of each prompt's samples the metrics are of. Best-of-N may have drawn more.
         rewards: by prompt, then by seed: the rewards of all samples in the order of the draw.
         metrics: by name, then by prompt: the mean over seeds.
+        settings: of the sampler, as in config.json.
         seconds: a sample, of generation on one process; None where nothing was timed.
         flops: a sample; None where the models' dimensions are not known.
         weight: mean share of the hard token; None without guidance.
@@ -187,7 +189,14 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """Everything that reports show."""
+    """Everything that reports show.
+
+    Attributes:
+        configs, headers: of each evaluation: its configuration, and all that its config.json holds.
+        slices: rows that can be compared with each other.
+        missing: samples that the evaluations were to draw and have not.
+        traces: recorded denoising steps, by the sample's key.
+    """
 
     configs: list[EvaluationConfig]
     headers: list[dict[str, Any]]

@@ -54,7 +54,16 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything that is to be done, in order."""
+    """Everything that is to be done, in order.
+
+    Attributes:
+        config: the evaluation.
+        cells: of its grid.
+        prompts: by (dataset, seed).
+        batches: of all cells.
+        shapes: dimensions of the models, as far as they were found; see :func:`shapes_of`.
+        unreachable: datasets that a dry plan could not read, with the reason.
+    """
 
     config: EvaluationConfig
     cells: tuple[Cell, ...]

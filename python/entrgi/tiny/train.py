@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import UsageError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -213,7 +215,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``entrgi tiny train`` with parsed arguments; returns the exit status."""
+    """Run ``entrgi tiny train`` with parsed arguments; returns the exit status.
+
+    Raises:
+        UsageError: no thread to train on.
+    """
+    if args.threads < 1:
+        raise UsageError(f"--threads {args.threads}: expected at least 1")
     start = time.monotonic()
     train_all(
         args.out,

@@ -46,6 +46,18 @@ PUBLISHED_SAMPLING = GuidanceConfig(
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj")
 
 
+# Counts, and the least that makes sense of each.
+_LEAST = {
+    "max_steps": 1,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_iterations": 1,
+    "eval_samples": 1,
+    "sample_steps": 0,
+    "ref_model_sync_steps": 0,
+}
+
+
 @dataclass
 class GuidedTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with the published defaults of RGRL, and the objectives' own settings.
@@ -117,8 +129,8 @@ class GuidedTrainingArguments(TrainingArguments):
             )
         if not 0 <= self.p_mask_prompt <= 1:
             raise ValueError(f"p_mask_prompt={self.p_mask_prompt}: expected a probability")
-        for name, low in (("num_iterations", 1), ("max_steps", 1), ("eval_samples", 1), ("ref_model_sync_steps", 0)):
-            if getattr(self, name) < low:
+        for name, low in _LEAST.items():
+            if not getattr(self, name) >= low:
                 raise ValueError(f"{name}={getattr(self, name)}: expected an integer >= {low}")
         for name in ("learning_rate", "epsilon", "beta"):
             value = getattr(self, name)

@@ -137,11 +137,15 @@ def run(args: argparse.Namespace) -> int:
     if not args.output_dir:
         raise UsageError("--output-dir is needed: expected a folder for checkpoints, records and the model")
     tiny = fill_defaults(args)
+    if args.eval_prompts < 0:
+        raise UsageError(f"--eval-prompts {args.eval_prompts}: expected at least 0")
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output-dir {output} is no folder: expected one, or a name for a new one")
     if not args.resume and output.is_dir() and any(output.iterdir()):
         raise UsageError(f"{output} is not empty: --resume goes on with the run in it, or choose another folder")
+    if args.device != "auto":
+        loading.device_of(args.device, tiny)  # refuses what is not here, where Trainer would take the CPU instead
     logging.getLogger("entrgi.train").setLevel(logging.WARNING if args.quiet else logging.INFO)
 
     settings = training_arguments(args, tiny)

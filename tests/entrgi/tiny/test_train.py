@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from entrgi.errors import UsageError
 from entrgi.tiny import data, diffusion, grammar, reward
 from entrgi.tiny import train as tiny_train
 
@@ -56,6 +57,11 @@ def test_training_is_reproducible_by_seed(trained, tmp_path):
 def test_unknown_part_is_refused(tmp_path):
     with pytest.raises(ValueError, match="only must be one of"):
         tiny_train.train_all(tmp_path, only="discriminator")
+
+
+def test_no_thread_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="--threads 0: expected at least 1"):
+        tiny_train.main(["--threads", "0", "--out", str(tmp_path)])
 
 
 def test_command_line_options(tmp_path, monkeypatch, capsys):
