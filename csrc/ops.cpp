@@ -49,15 +49,21 @@ Matrix matrix(const Tensor& t) {
 Tensor as_acc(const Tensor& t, at::ScalarType acc) { return t.to(acc).contiguous(); }
 const int64_t* longs(const Tensor& t) { return t.data_ptr<int64_t>(); }
 
+// `bytes` from the start of a cache line on; `owner` keeps them.
+void* aligned_bytes(int64_t bytes, Tensor& owner) {
+  owner = at::empty({bytes + 64}, at::kByte);
+  return reinterpret_cast<void*>(entrgi::round_up(reinterpret_cast<int64_t>(owner.data_ptr()), 64));
+}
+
 // Runs unit(i, scratch) for every i in [0, count), each thread with its own scratch of `bytes`. Threads pull units one by
 // one: a neighbour that takes a core away then costs one unit, not half the work.
 template <typename F>
 void run_units(int64_t count, int64_t bytes, const F& unit) {
   if (count == 0) return;
   const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), count));
-  const int64_t each = entrgi::round_up(bytes + 64, 4096);
-  Tensor scratch = at::empty({threads * each}, at::kByte);
-  char* base = reinterpret_cast<char*>(entrgi::round_up(reinterpret_cast<int64_t>(scratch.data_ptr()), 64));
+  const int64_t each = entrgi::round_up(bytes, 4096);
+  Tensor scratch;
+  char* base = static_cast<char*>(aligned_bytes(threads * each, scratch));
   std::atomic<int64_t> next{0};
   auto work = [&](int64_t slot) {
     const entrgi::FlushDenormals flush;
@@ -316,8 +322,7 @@ struct Backward {
   void run() {
     if (job.n == 0) return;
     const Kernels& k = entrgi::kernels();
-    packed = at::empty({k.gradient_pack_size(job) + 64}, at::kByte);
-    job.packed = reinterpret_cast<void*>(entrgi::round_up(reinterpret_cast<int64_t>(packed.data_ptr()), 64));
+    job.packed = aligned_bytes(k.gradient_pack_size(job), packed);
     k.pack_gradient(job);
     run_units(k.backward_units(job), k.backward_scratch(job),
               [&](int64_t unit, void* scratch) { k.backward_unit(job, unit, scratch); });
@@ -389,8 +394,8 @@ Tensor soft_embedding_grad_table(const Tensor& logits_, const Tensor& grad_, con
   job.lse = lse.data_ptr();
   if (job.d == 0) return out;
   const Kernels& k = entrgi::kernels();
-  Tensor packed = at::empty({k.table_pack_size(job) + 64}, at::kByte);
-  job.packed = reinterpret_cast<void*>(entrgi::round_up(reinterpret_cast<int64_t>(packed.data_ptr()), 64));
+  Tensor packed;
+  job.packed = aligned_bytes(k.table_pack_size(job), packed);
   k.pack_table(job);
   run_units(k.table_units(job), k.table_scratch(job),
             [&](int64_t unit, void* scratch) { k.table_unit(job, unit, scratch); });

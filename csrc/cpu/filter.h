@@ -309,26 +309,20 @@ INLINE Words philox(vul c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t seed
   return Words{a, b, c, d};
 }
 
-INLINE float exponential(uint32_t high, uint32_t low, float) {
-  const bool upper = high >> 31;
-  if (upper) {
-    high = ~high;
-    low = ~low;
-  }
-  float u = (float)high * 0x1p-32f + ((float)low + 0.5f) * 0x1p-64f;
-  return upper ? -::logf(u) : -::log1pf(-u);
-}
-INLINE double exponential(uint32_t high, uint32_t low, double) {
-  const bool upper = high >> 31;
-  if (upper) {
-    high = ~high;
-    low = ~low;
-  }
-  double u = (double)high * 0x1p-32 + ((double)low + 0.5) * 0x1p-64;
-  return upper ? -::log(u) : -::log1p(-u);
-}
 INLINE float natural_log(float x) { return ::logf(x); }
 INLINE double natural_log(double x) { return ::log(x); }
+INLINE float log_one_plus(float x) { return ::log1pf(x); }
+INLINE double log_one_plus(double x) { return ::log1p(x); }
+template <typename A>
+INLINE A exponential(uint32_t high, uint32_t low) {
+  const bool upper = high >> 31;
+  if (upper) {
+    high = ~high;
+    low = ~low;
+  }
+  const A u = (A)high * (A)0x1p-32 + ((A)low + (A)0.5) * (A)0x1p-64;
+  return upper ? -natural_log(u) : -log_one_plus(-u);
+}
 
 // The exponential race over the kept entries. An entry can only win if its uniform is below exp(shifted - best), since
 // E >= u: that bound costs one exp, the logarithm is taken for the few that pass it.
@@ -391,7 +385,7 @@ static int64_t race(const SampleJob& job, const Entries<T>& e, T threshold_, dou
         const int lane = shared ? j >> 1 : j - half, odd = (int)(token & 1) * 2;
         const uint32_t high = (uint32_t)words[odd][lane], low = (uint32_t)words[odd + 1][lane];
         if ((A)high * (A)0x1p-32 > bound[j]) continue;
-        const A score = shifted[j] - natural_log(exponential(high, low, (A)0));
+        const A score = shifted[j] - natural_log(exponential<A>(high, low));
         if (score > best || (score == best && token < winner)) {
           best = score;
           winner = token;

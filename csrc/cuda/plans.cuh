@@ -1,5 +1,5 @@
 // Block sizes and shared memory of each kernel: chosen without a GPU, from what the compiler says and a count of bytes.
-// tests/backends/test_cuda_compile.py holds them against ptxas; none has been timed yet.
+// tests/backends/cuda/test_cuda_compile.py holds them against ptxas; none has been timed yet.
 #pragma once
 
 namespace entrgi::cuda {
