@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from entrgi_kernels.models.modules import accepted_arguments
+from entrgi_kernels.rewards.attention import IN_PLACE_OF, products_in
 
 # Attention implementations that take a prepared 4-D mask, and the kinds of layer such a mask is known for.
 _IMPLEMENTATIONS = ("sdpa", "eager")
@@ -111,6 +112,7 @@ class CachedDecoder:
     Attributes:
         why_not: why this network cannot be run in parts at all; None when it may be tried.
         why_no_prefix: why its keys and values cannot be kept from one forward to another, None when they may.
+        why_no_products: why its attention cannot be given to others, None when it can.
         last_layer: the last decoder layer, None where none is found.
         window: the attention window of its sliding layers, None without any.
     """
@@ -128,6 +130,7 @@ class CachedDecoder:
         self.last_layer = self._last_layer()
         self.why_not = self._why_not()
         self.why_no_prefix = self._why_no_prefix()
+        self.why_no_products = self._why_no_products()
 
     def serves(self, columns: int) -> bool:
         """Whether sequences of this many positions are covered: elsewhere than in known families, below the window."""
@@ -151,6 +154,7 @@ class CachedDecoder:
         past: Past | None = None,
         *,
         last_layer_at: Tensor | int | None = None,
+        products: bool = False,
     ) -> Tensor:
         """Final hidden states [B, T, D]; with ``last_layer_at``, those of some positions of each row alone.
 
@@ -161,6 +165,7 @@ class CachedDecoder:
             past: what is held, A positions; None when nothing is.
             last_layer_at: where the last layer is run: [B] int64, one place among the T of each row; or an int, that
                 many places at the end of all rows.
+            products: run attention with gradients by :mod:`entrgi_kernels.rewards.attention`.
 
         Raises:
             RuntimeError: the last layer cannot be run at some positions alone.
@@ -175,7 +180,7 @@ class CachedDecoder:
         if "use_cache" in self._accepts:
             arguments["use_cache"] = past is not None
         narrowed = nullcontext([True]) if last_layer_at is None else _at_places(self.last_layer, last_layer_at)
-        with narrowed as applied:
+        with narrowed as applied, products_in(self.config) if products else nullcontext():
             output = self.backbone(**arguments)
         if not applied:
             raise RuntimeError("the last layer did not ask a cache for keys and values")
@@ -225,6 +230,10 @@ class CachedDecoder:
             return f"{type(self.backbone).__name__} takes no {', '.join(sorted(wanted - self._accepts))}"
         strange = self._types - set(_LAYER_TYPES)
         return f"layers of type {', '.join(sorted(strange))}" if strange else None
+
+    def _why_no_products(self) -> str | None:
+        implementation = getattr(self.config, "_attn_implementation", None)
+        return None if implementation == IN_PLACE_OF else f"attention implementation {implementation!r} is kept"
 
     def _why_no_prefix(self) -> str | None:
         parameters = getattr(self.config, "rope_parameters", None) or {}

@@ -44,7 +44,7 @@ class NetworkReward(EmbeddingReward):
         unmatched: what stands for tokens it does not know, see :class:`VocabularyMap`.
         chat_template: a template to use instead of the tokenizer's own.
         exact_savings: "all", "none", or a set of "reward_prefix", "reward_committed", "reward_dead",
-            "reward_last_layer".
+            "reward_last_layer", "reward_attention".
 
     Attributes:
         pooling: ``"last"`` (backbone and head apart) or ``"whole"`` (the model's own forward).

@@ -10,6 +10,8 @@ name                   what is saved
                        how many are left must be known on the host, and an accelerator would be waited for each time
 ``reward_last_layer``  the last layer (but for its keys and values), the final norm and the head are run where they are
                        read: at the one position of a score, or from the response on for a likelihood
+``reward_attention``   attention with gradients on a CPU is two batched products, see
+                       :mod:`entrgi_kernels.rewards.attention`
 =====================  =================================================================================================
 
 Which of them a model can be served with is found out by trying (:meth:`ExactSavings.probe`), not read off its name.
@@ -26,7 +28,13 @@ from torch import Tensor
 from entrgi_kernels.rewards.base import PreparedPrompts, Sequences
 from entrgi_kernels.rewards.decoder import CachedDecoder, KeyValues, Past, Rows
 
-PREFIX, COMMITTED, DEAD, LAST_LAYER = NAMES = ("reward_prefix", "reward_committed", "reward_dead", "reward_last_layer")
+PREFIX, COMMITTED, DEAD, LAST_LAYER, ATTENTION = NAMES = (
+    "reward_prefix",
+    "reward_committed",
+    "reward_dead",
+    "reward_last_layer",
+    "reward_attention",
+)
 
 # Relative difference (of rewards, largest; of gradients, in norm) below which two ways through one network are the
 # same: far below what a wrong position or mask makes of random tokens, above what rounding does.
@@ -165,12 +173,16 @@ class ExactSavings:
             self.refused |= dict.fromkeys((PREFIX, COMMITTED), decoder.why_no_prefix)
         if decoder.last_layer is None:
             self.refused[LAST_LAYER] = "no list of decoder layers was found in the network"
+        if decoder.why_no_products is not None:
+            self.refused[ATTENTION] = decoder.why_no_products
 
     def reasons(self, device: torch.device) -> dict[str, str]:
         """Why each saving that is not in use on a device is not."""
         off = {name: "switched off" for name in NAMES if name not in self.requested} | self.refused
         if not _reads_are_free(device):
             off.setdefault(DEAD, f"on {device.type}, counting the live slots would mean waiting for the device")
+        if device.type != "cpu":
+            off.setdefault(ATTENTION, f"on {device.type}, torch's own kernels are made for it")
         if PREFIX in off:
             off.setdefault(COMMITTED, f"it builds on {PREFIX}, which is not in use ({off[PREFIX]})")
         return {name: off[name] for name in NAMES if name in off}
@@ -237,7 +249,9 @@ class ExactSavings:
                 at = 1 if last is None else last
             elif not start and prefix_width > 1:
                 at = tokens.shape[1] - prefix_width + 1
-        hidden = self.decoder.hidden(tokens, places, valid, key_places, key_valid, past, last_layer_at=at)
+        hidden = self.decoder.hidden(
+            tokens, places, valid, key_places, key_valid, past, last_layer_at=at, products=ATTENTION in use
+        )
         if not everywhere and at is None:
             hidden = hidden[:, -1:] if last is None else hidden.take_along_dim(last[:, None, None], 1)
         if not everywhere:

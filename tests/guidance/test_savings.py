@@ -72,7 +72,10 @@ def test_the_configurations_reach_every_case():
 def test_the_sampler_says_which_savings_are_in_use(diffusion, reward, tokenizer, caplog):
     with caplog.at_level(logging.INFO, logger="entrgi_kernels"):
         GuidedSampler(diffusion, reward, tokenizer, shift=True)
-    assert "savings in use: reward_prefix, reward_committed, reward_dead, reward_last_layer" in caplog.text
+    assert (
+        "savings in use: reward_prefix, reward_committed, reward_dead, reward_last_layer, reward_attention"
+        in caplog.text
+    )
     caplog.clear()
     reward.set_attn_implementation("eager")
     reward.config._attn_implementation = "flex_attention"

@@ -7,7 +7,7 @@ import torch
 
 from entrgi_kernels import rewards
 from entrgi_kernels.rewards import LikelihoodReward, Targets, causal, template
-from entrgi_kernels.rewards.savings import COMMITTED, DEAD, LAST_LAYER, NAMES, PREFIX
+from entrgi_kernels.rewards.savings import ATTENTION, COMMITTED, DEAD, LAST_LAYER, NAMES, PREFIX
 
 SHORT = [{"role": "user", "content": "Hello"}]
 LONG = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why is the food tasty? " * 3}]
@@ -121,7 +121,7 @@ FAMILIES = {
     "Gemma3Text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "Gemma2": {"attn_implementation": "eager", "final_logit_softcapping": 3.0},
 }  # fmt: skip
-SUBSETS = [{PREFIX}, {DEAD}, {LAST_LAYER}, {PREFIX, COMMITTED}, set(NAMES) - {PREFIX}, set(NAMES)]
+SUBSETS = [{PREFIX}, {DEAD}, {LAST_LAYER}, {ATTENTION}, {PREFIX, COMMITTED}, set(NAMES) - {PREFIX}, set(NAMES)]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -129,7 +129,7 @@ def test_savings_change_nothing(tokenizer, causal_lm, in_double, name):
     size, module = len(tokenizer), causal_lm(len(tokenizer), name, dtype=torch.float64, **FAMILIES[name])
     in_double(module)
     reward = LikelihoodReward(module, tokenizer)
-    assert reward.savings == NAMES and reward.savings_off == {}
+    assert set(reward.savings) == set(NAMES) - ({ATTENTION} if name == "Gemma2" else set())
     generator = torch.Generator().manual_seed(1)
     index = torch.tensor([0, 0, 1, 1])
     response = torch.randn(4, SLOTS, 32, generator=generator, dtype=torch.float64)
@@ -154,7 +154,8 @@ def test_savings_change_nothing(tokenizer, causal_lm, in_double, name):
             given = given.clone().requires_grad_()
             value = reward.score_embeddings(prepared, index, given, alive, committed=count, targets=targets)
             found += [value.detach(), torch.autograd.grad(value.sum(), given)[0][:, count:]]
-            assert reward.last_savings == (set(names) if PREFIX in names else set(names) - {COMMITTED})
+            served = set(names) & set(reward.savings)
+            assert reward.last_savings == (served if PREFIX in names else served - {COMMITTED})
         return found
 
     plain = measure(set())

@@ -12,7 +12,7 @@ import torch
 from entrgi_kernels import rewards
 from entrgi_kernels.rewards import savings
 from entrgi_kernels.rewards.decoder import CachedDecoder
-from entrgi_kernels.rewards.savings import COMMITTED, DEAD, LAST_LAYER, NAMES, PREFIX
+from entrgi_kernels.rewards.savings import ATTENTION, COMMITTED, DEAD, LAST_LAYER, NAMES, PREFIX
 
 SHORT = [{"role": "user", "content": "Hello"}]
 LONG = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why is the food tasty? " * 3}]
@@ -38,7 +38,7 @@ CASES = [
     for family, attention in itertools.product(FAMILIES, ("sdpa", "eager"))
     if not (family.startswith("Gemma2") and attention == "sdpa")  # which transformers does not offer
 ]
-SUBSETS = [{PREFIX}, {DEAD}, {LAST_LAYER}, {PREFIX, COMMITTED}, set(NAMES) - {PREFIX}, set(NAMES)]
+SUBSETS = [{PREFIX}, {DEAD}, {LAST_LAYER}, {ATTENTION}, {PREFIX, COMMITTED}, set(NAMES) - {PREFIX}, set(NAMES)]
 
 
 @pytest.fixture
@@ -117,7 +117,10 @@ def test_rewards_and_gradients_are_those_of_the_plain_forward(make, family, atte
     # A dead slot whose window holds none but dead ones sees nothing: plainly NaN in float64 under eager attention.
     dtype = torch.float32 if attention == "eager" and "window" in family else torch.float64
     reward = make(name, attention, dtype, **changes)
-    assert reward.savings == NAMES and reward.savings_off == {}
+    if attention == "sdpa":
+        assert reward.savings == NAMES and reward.savings_off == {}
+    else:
+        assert reward.savings == NAMES[:-1] and "'eager'" in reward.savings_off[ATTENTION]
     # Eager attention takes its softmax in float32 whatever the network's dtype.
     tolerance = 1e-10 if attention == "sdpa" else 1e-5 if dtype == torch.float32 else 2e-6
     for samples in (1, 4):
@@ -130,7 +133,8 @@ def test_rewards_and_gradients_are_those_of_the_plain_forward(make, family, atte
             reward.exact_savings = subset
             prepared = reward.prepare([SHORT, LONG])
             assert_same(measure(reward, prepared, index, calls), expected, tolerance)
-            assert reward.last_savings == (subset if PREFIX in subset else subset - {COMMITTED})
+            served = subset & set(reward.savings)
+            assert reward.last_savings == (served if PREFIX in subset else served - {COMMITTED})
             assert_same(measure(reward, prepared, index, calls), expected, tolerance)  # again, with what was kept
 
 
@@ -333,7 +337,7 @@ def test_suffixes_of_different_lengths_and_empty_ones(make, family, tokenizer):
         reward.exact_savings = "all"
         rows = torch.arange(len(chosen))
         saved = reward.score_embeddings(prepared, rows, response[chosen], alive[chosen], committed=1)
-        assert reward.last_savings == (set(NAMES) if chosen == [0, 1] else {DEAD, LAST_LAYER})
+        assert reward.last_savings == (set(NAMES) if chosen == [0, 1] else {DEAD, LAST_LAYER, ATTENTION})
         reward.exact_savings = None
         plain = reward.score_embeddings(prepared, rows, response[chosen], alive[chosen])
         alone = [
@@ -362,7 +366,7 @@ def test_an_accelerator_is_not_waited_for(make, monkeypatch):
     """Its rules, tried here: one look at each new tensor of counts and at each new index, none in between."""
     reward = make()
     monkeypatch.setattr(savings, "_reads_are_free", lambda device: False)
-    assert reward.savings == (PREFIX, COMMITTED, LAST_LAYER) and "waiting" in reward.savings_off[DEAD]
+    assert reward.savings == (PREFIX, COMMITTED, LAST_LAYER, ATTENTION) and "waiting" in reward.savings_off[DEAD]
     prepared, index = reward.prepare([SHORT, LONG]), torch.arange(2).repeat_interleave(2)
     response, alive = torch.randn(4, SLOTS, 32, dtype=torch.float64), torch.ones(4, SLOTS, dtype=torch.bool)
     looks = []
@@ -425,7 +429,7 @@ def test_a_saving_that_is_not_exact_is_left_out_alone(make, tokenizer):
 
     last.forward = forward
     reward = rewards.wrap(module, tokenizer)
-    assert reward.savings == (PREFIX, COMMITTED, DEAD)
+    assert reward.savings == (PREFIX, COMMITTED, DEAD, ATTENTION)
     assert "rewards differ by" in reward.savings_off[LAST_LAYER]
     index, calls = torch.tensor([0, 1]), steps(1, torch.float64)
     saved = measure(reward, reward.prepare([SHORT, LONG]), index, calls)
@@ -435,7 +439,7 @@ def test_a_saving_that_is_not_exact_is_left_out_alone(make, tokenizer):
 
 def test_frequencies_that_depend_on_the_length_keep_no_prefix(make):
     reward = make("Llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
-    assert reward.savings == (DEAD, LAST_LAYER)
+    assert reward.savings == (DEAD, LAST_LAYER, ATTENTION)
     assert "'dynamic'" in reward.savings_off[PREFIX] and "'dynamic'" in reward.savings_off[COMMITTED]
 
 
