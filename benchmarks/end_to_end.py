@@ -115,7 +115,6 @@ def measure_end_to_end(
         [*made[:-1], without, made[-1]],
         budget=budget,
         rounds=rounds,
-        warmup=1 if device != "cpu" or preset == "quick" else 0,
         device=device,
         memory=device != "cpu",
     )
