@@ -1,7 +1,8 @@
 """A whole guided generation at a real vocabulary's size: the published loop, the same with batched steps, ours, floor.
 
 The floor is what the two models alone cost: the very forwards of the diffusion LM and forwards and backwards of the
-reward model that our sampler's run makes, nothing between them. :mod:`benchmarks.end_to_end` measures it.
+reward model that our sampler's run makes, the final scoring among them, with nothing between. It is measured by
+:mod:`benchmarks.end_to_end`.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ PRESETS = {
     "small": Size(
         num_samples=4,
         max_new_tokens=8,
-        diffusion=Network(512, 28, 2048, 8, 8, 64),
+        diffusion=Network(512, 28, 2688, 8, 8, 64),
         reward=Network(256, 28, 2048, 4, 2, 64),
     ),
     "quick": Size(d=256, max_new_tokens=8, steps=4),
@@ -154,6 +155,8 @@ class Recording:
     its other savings are at work as in the run.
     """
 
+    _OF_THE_REWARD = ("prepare", "score_embeddings", "score_texts")
+
     def __init__(self, sampler: Any, prompts: list[str]) -> None:
         self._model, self._reward = sampler.model, sampler.reward
         self._calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
@@ -162,7 +165,7 @@ class Recording:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        watched = [(self._model, "masked_logits"), *((self._reward, n) for n in ("prepare", "score_embeddings"))]
+        watched = [(self._model, "masked_logits"), *((self._reward, n) for n in self._OF_THE_REWARD)]
         for owner, name in watched:
             setattr(owner, name, self._watch(getattr(owner, name)))
         try:
@@ -196,6 +199,8 @@ class Recording:
                 self._model.masked_logits(*args, **kwargs)
             elif name == "prepare":
                 prepared = self._reward.prepare(*args, **kwargs)
+            elif name == "score_texts":
+                self._reward.score_texts(*args, **kwargs)
             else:
                 index, response, alive = args
                 with torch.enable_grad():
