@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,8 @@ TINY = {
     "save_steps": 15,
     "max_prompts": 1500,
 }
-# A rollout serves diffu-GRPO for 12 steps: as many more of them, cheaper ones.
-TINY_GRPO = TINY | {"max_steps": 240, "eval_steps": 60, "save_steps": 60}
+# diffu-GRPO takes 12 steps on each rollout: more of them, cheaper ones.
+TINY_GRPO = TINY | {"max_steps": 120, "eval_steps": 40, "save_steps": 40}
 _PUBLISHED = {
     "learning_rate": 5e-6,
     "max_steps": 500,
@@ -79,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-prompt-tokens", type=int, default=512, metavar="N", help="leave longer ones out (512)")
     group.add_argument("--eval-prompts", type=int, default=48, metavar="N", help="held-out prompts; 0: none (48)")
     group = parser.add_argument_group("training (defaults: the published ones; in brackets, with the tiny models)")
-    group.add_argument("--max-steps", type=int, metavar="N", help="optimiser steps: 500 [60; diffu-grpo 240]")
+    group.add_argument("--max-steps", type=int, metavar="N", help="optimiser steps: 500 [60; diffu-grpo 120]")
     group.add_argument("--learning-rate", type=float, metavar="LR", help="AdamW's, decayed linearly: 5e-6 [1e-4]")
     group.add_argument("--prompts", type=int, metavar="N", help="prompts a step and process: 1 [8]")
     group.add_argument("--gradient-accumulation-steps", type=int, default=1, metavar="N", help="default: 1")
@@ -90,9 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--load-in-4bit", action="store_true", help="quantise the frozen weights (needs bitsandbytes)")
     group.add_argument("--seed", type=int, default=42, help="default: 42")
     group.add_argument(
-        "--eval-steps", type=int, metavar="N", help="unguided held-out rewards every N steps: 50 [15; 60]"
+        "--eval-steps", type=int, metavar="N", help="unguided held-out rewards every N steps: 50 [15; 40]"
     )
-    group.add_argument("--save-steps", type=int, metavar="N", help="a checkpoint every N steps: 50 [15; 60]")
+    group.add_argument("--save-steps", type=int, metavar="N", help="a checkpoint every N steps: 50 [15; 40]")
     group.add_argument("--sample-steps", type=int, default=20, metavar="N", help="show texts every N steps (20)")
     group.add_argument("--report-to", default="none", help="a Trainer reporter: tensorboard, wandb, ... (none)")
     group.add_argument(
@@ -296,7 +297,7 @@ def outcome(folder: Path) -> list[str]:
     lines = []
     for name in (name for name in last if name not in ("step", "length", "terminated")):
         change = paired_difference(last[name], first[name])
-        error = change.error or float("nan")
+        error = math.nan if change.error is None else change.error
         lines.append(
             f"held-out {name}, unguided: {estimate(first[name])} at step {first['step']}, {estimate(last[name])} at "
             f"step {last['step']}; change {change.signed()} (95% interval {change.mean - 1.96 * error:+.2f} to "
@@ -306,6 +307,10 @@ def outcome(folder: Path) -> list[str]:
 
 
 def _prompts(args: argparse.Namespace, tiny: bool, tokenizer: Any) -> tuple[list[Any], list[Any]]:
+    for name, least in (("max_prompts", 1), ("max_prompt_tokens", 1), ("eval_prompts", 0)):
+        if getattr(args, name) < least:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {getattr(args, name)}: expected an integer >= {least}")
     if args.data is None:
         if not tiny:
             raise UsageError("--data is needed: wildchat, magpie, lmsys, a file, a folder or a dataset's name")

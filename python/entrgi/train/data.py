@@ -136,10 +136,19 @@ def hold_out(prompts: Sequence[Prompt], count: int) -> tuple[list[Prompt], list[
 
 
 def tiny_prompts(count: int, held_out: int) -> tuple[list[Prompt], list[Prompt]]:
-    """(prompts of the tiny models' grammar to train on, held-out ones); no prompt is in both."""
+    """(prompts of the tiny models' grammar to train on, held-out ones); no prompt is in both.
+
+    Raises:
+        UsageError: more than the grammar has, or too few to train on.
+    """
     from .. import tiny
 
-    return hold_out(tiny.prompts(count, seed=SEED), held_out)
+    try:
+        return hold_out(tiny.prompts(count, seed=SEED), held_out)
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"the built-in models' prompts: {error}") from error
 
 
 def _load_dataset(path: str, split: str) -> Dataset:

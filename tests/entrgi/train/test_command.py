@@ -65,6 +65,8 @@ def test_data_from_a_file(entrgi, tmp_path, tiny_weights):
         (("-o", "{}", "--sampling", "heat"), ["--sampling heat", "NAME=VALUE"]),
         (("-o", "{}", "--method", "diffu-grpo", "--weighting", "best"), ["only RGRL"]),
         (("-o", "{}", "--data", "{}/none.txt"), ["cannot read"]),
+        (("-o", "{}", "--max-prompts", "5000"), ["between 0 and 2304"]),
+        (("-o", "{}", "--eval-prompts", "-1"), ["--eval-prompts -1", ">= 0"]),
         (("-o", "{}", "--report-to", "nobody"), ["nobody"]),
     ],
     ids=str,
