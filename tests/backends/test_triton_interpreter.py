@@ -376,7 +376,7 @@ def test_mixed_dtypes(dtypes):
 
 
 @inner
-@pytest.mark.parametrize("n", [3, 7, 18, 22])
+@pytest.mark.parametrize("n", [3, 7, 12, 18, 22])  # every number of parts, and the other engine
 @pytest.mark.parametrize("state", ["float32", "float16", "none"])
 def test_guidance_update(n, state):
     logits, table, grad = make(n, 150, 20, torch.float32)

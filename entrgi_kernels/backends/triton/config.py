@@ -70,7 +70,7 @@ class GemmConfig:
 
     Attributes:
         block_n, block_v, block_d: tile over rows, vocabulary, embedding width (one of them is the summed axis).
-        parts: 1, 2 or 4 parts in which the backward's epilogue works through its tile, for registers' sake.
+        parts: 1, 2, 4 or 8 parts in which the backward's epilogue works through its tile, for registers' sake.
         engine: "fused" (own kernel) or "chunked" (probabilities or products of a chunk in memory, cuBLAS between).
     """
 
@@ -158,6 +158,14 @@ _BACKWARD_16_BIT = (
     GemmConfig(64, 128, 64, 4, 3, parts=4, most_rows=256),
     GemmConfig(128, 128, 64, 8, 3, parts=4),
 )
+_BACKWARD_16_BIT_SM_90 = (
+    *_BACKWARD_16_BIT[:2],
+    GemmConfig(
+        *(128, 128, 64, 8, 3),
+        parts=8,
+        evidence="not measured yet: 122 registers, so that two programs share a multiprocessor (in quarters 142: one)",
+    ),
+)
 _BACKWARD_32_BIT = (
     GemmConfig(16, 64, 64, 4, 3, most_rows=32),
     GemmConfig(64, 64, 32, 4, 3),
@@ -179,7 +187,7 @@ _SM_90 = Architecture(
     "sm_90",
     **_ROWS,
     forward={2: _FORWARD_16_BIT, 4: _FORWARD_32_BIT},
-    backward={2: _BACKWARD_16_BIT, 4: _BACKWARD_32_BIT},
+    backward={2: _BACKWARD_16_BIT_SM_90, 4: _BACKWARD_32_BIT},
     table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
     unaligned=_UNALIGNED,
 )
@@ -213,7 +221,8 @@ _INTERPRETER = Architecture(
         s: (
             GemmConfig(16, 32, 16, 1, 1, most_rows=4),
             GemmConfig(16, 32, 16, 1, 1, parts=2, most_rows=8),
-            GemmConfig(16, 64, 16, 1, 1, parts=4, most_rows=20),
+            GemmConfig(16, 64, 16, 1, 1, parts=4, most_rows=14),
+            GemmConfig(16, 64, 16, 1, 1, parts=8, most_rows=20),
             GemmConfig(16, 32, 16, 1, 1, "chunked"),
         )
         for s in (2, 4)

@@ -154,13 +154,14 @@ def _backward_kernel(
             ADAM, STATE, BLOCK_N, BLOCK_V,
         )  # fmt: skip
     else:
-        left, right = _halves(acc, BLOCK_N, BLOCK_V)
-        if PARTS == 2:
-            parts = (left, right)
-        else:
-            a, b = _halves(left, BLOCK_N, BLOCK_V // 2)
-            c, d_ = _halves(right, BLOCK_N, BLOCK_V // 2)
-            parts = (a, b, c, d_)
+        parts = _halves(acc, BLOCK_N, BLOCK_V)
+        if PARTS >= 4:
+            a, b = parts
+            parts = _halves(a, BLOCK_N, BLOCK_V // 2) + _halves(b, BLOCK_N, BLOCK_V // 2)
+        if PARTS == 8:
+            a, b, c, d_ = parts
+            left = _halves(a, BLOCK_N, BLOCK_V // 4) + _halves(b, BLOCK_N, BLOCK_V // 4)
+            parts = left + _halves(c, BLOCK_N, BLOCK_V // 4) + _halves(d_, BLOCK_N, BLOCK_V // 4)
         for i in tl.static_range(PARTS):
             _finish(
                 parts[i], rows, inside_n, first + i * (BLOCK_V // PARTS), v, logits_ptr, stride_n, delta_ptr, lse_ptr,
