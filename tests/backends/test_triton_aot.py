@@ -21,7 +21,7 @@ from entrgi_kernels.backends.triton import aot, config, launch  # noqa: E402
 @pytest.mark.parametrize("target", aot.SHIPPED)
 def test_launches_cover_every_kernel_and_every_tile(target):
     """The gate is worth what it compiles: all kernels, and each tile that a table can choose."""
-    found = aot.launches(target, thorough=False)
+    found = aot.jobs(target)
     files = Path(aot.__file__).parent.glob("*.py")
     written = {name for file in files for name in re.findall(r"^def (_\w+_kernel)\(", file.read_text(), re.MULTILINE)}
     assert len(written) > 10 and {item.kernel for item in found} == written
@@ -70,7 +70,7 @@ def test_every_tile_fits_the_machines_that_borrow_the_tables():
 
 def test_spills_are_seen():
     """The gate can fail: a tile far too large for its warps spills, and is reported so."""
-    found = aot.launches("sm_80", thorough=False)
+    found = aot.jobs("sm_80")
     item = next(i for i in found if i.kernel == "_forward_kernel" and i.tile["BLOCK_N"] == 128)
     place = [name for name, _ in item.signature].index("BLOCK_D")
     greedy = replace(
@@ -78,7 +78,7 @@ def test_spills_are_seen():
         options=tuple((dict(item.options) | {"num_warps": 4}).items()),
         constants=tuple((where, 256 if where == place else value) for where, value in item.constants),
     )
-    report = aot.compile_launch("sm_80", greedy)
+    report = aot.compile_launch("sm_80", aot.MACHINES["sm_80"], greedy)
     assert not report.passed
     assert report.spill_bytes > 0
 

@@ -1,6 +1,7 @@
 """Ahead-of-time compilation of what this backend would launch, on a machine without a GPU.
 
     python -m entrgi_kernels.backends.triton.aot [--target sm_90 ...] [--only REGEX] [--list]
+    python -m entrgi_kernels.backends.triton.aot --here      # on a machine with a GPU: fills Triton's cache, all cores
 
 The raw functions are run on tensors without storage, and every launch goes through Triton's own dispatch for a device
 that is not there, up to the point where it would compile: so what is compiled is what a GPU of that architecture would
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
@@ -137,6 +139,7 @@ class Report:
     """What the compiler made of a launch on a target."""
 
     target: str
+    machine: Machine
     launch: Launch
     registers: int = 0
     spill_bytes: int = 0
@@ -147,8 +150,7 @@ class Report:
     @property
     def passed(self) -> bool:
         """Compiled, spills nothing, and fits the target's shared memory."""
-        limit = MACHINES[self.target].shared_limit
-        return self.error is None and self.spill_bytes == 0 and self.shared_bytes <= limit
+        return self.error is None and self.spill_bytes == 0 and self.shared_bytes <= self.machine.shared_limit
 
 
 class _Absent:
@@ -160,9 +162,9 @@ class _Absent:
     def get_current_target(self) -> GPUTarget:
         return self._gpu
 
-    def get_current_device(self) -> str:
-        # Kernels keep what they know of a device under its number; no number is this.
-        return str(self._gpu)
+    def get_current_device(self) -> Any:
+        # Kernels keep what they have compiled under the device's number: a new device each time has nothing yet.
+        return self
 
     def get_current_stream(self, device: Any) -> int:
         return 0
@@ -229,7 +231,10 @@ SHAPES = ((7, 1024), (64, 1024), (512, 1024), (1024, 2048), (4096, 2560))
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def _cases(thorough: bool) -> Iterator[tuple[int, int, int, torch.dtype, torch.dtype]]:
+Case = tuple[int, int, int, torch.dtype, torch.dtype]
+
+
+def _cases(thorough: bool) -> Iterator[Case]:
     """(N, V, D, dtype of the logits, of the table)."""
     for n, d in SHAPES:
         yield n, VOCABULARY, d, _BF16, _BF16
@@ -247,19 +252,16 @@ def _cases(thorough: bool) -> Iterator[tuple[int, int, int, torch.dtype, torch.d
         yield 512, VOCABULARY, 1024, _BF16, _FP32
 
 
-def launches(target: str, thorough: bool = True) -> dict[Launch, set[str]]:
-    """Distinct launches on a target over the canonical shapes and dtypes, and the shapes that lead to each.
-
-    `thorough` adds float16, and logits and tables of different dtypes.
-    """
+def launches(machine: Machine, cases: Iterable[Case]) -> dict[Launch, set[str]]:
+    """Distinct launches of all raw functions on a machine, and the cases that lead to each."""
     found: dict[Launch, set[str]] = {}
     label = ""
 
     def note(item: Launch) -> None:
         found.setdefault(item, set()).add(label)
 
-    with recording(MACHINES[target], note):
-        for n, v, d, logits_dtype, table_dtype in _cases(thorough):
+    with recording(machine, note):
+        for n, v, d, logits_dtype, table_dtype in cases:
             label = f"N{n} V{v} D{d} {str(logits_dtype)[6:]}/{str(table_dtype)[6:]}"
             for _ in _calls(n, v, d, logits_dtype, table_dtype):
                 pass
@@ -274,6 +276,18 @@ def launches(target: str, thorough: bool = True) -> dict[Launch, set[str]]:
     return found
 
 
+def jobs(target: str) -> dict[Launch, set[str]]:
+    """What the gate compiles: everything for H100 and H200, less for the others, each tile once for the fallbacks."""
+    found = launches(MACHINES[target], _cases(thorough=target == "sm_90"))
+    if target in SHIPPED:
+        return found
+    first: dict[tuple[Any, ...], Launch] = {}
+    for item in found:
+        sizes = tuple(size for size in item.tile.items() if size[0].startswith(("BLOCK", "PARTS")))
+        first.setdefault((item.module, item.kernel, sizes, item.options), item)
+    return {item: found[item] for item in first.values()}
+
+
 def tool(name: str) -> str:
     """Path of a program that triton's package carries."""
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
@@ -283,10 +297,9 @@ def _kernel(item: Launch) -> Any:
     return getattr(importlib.import_module(f"{__package__}.{item.module}"), item.kernel)
 
 
-def compile_launch(target: str, item: Launch) -> Report:
-    """Compile one launch for a target and read what its machine code uses. A failure is told in `error`."""
-    report = Report(target, item)
-    machine = MACHINES[target]
+def compile_launch(target: str, machine: Machine, item: Launch) -> Report:
+    """Compile one launch for a machine and read what its machine code uses. A failure is told in `error`."""
+    report = Report(target, machine, item)
     try:
         built = build(machine.gpu, item)
         report.shared_bytes = built.metadata.shared
@@ -330,36 +343,43 @@ def _read_amdgcn(report: Report, asm: Any) -> None:
     report.registers, report.spill_bytes = (int(found[1]) for found in notes.values())
 
 
-def _compile_pair(pair: tuple[str, Launch]) -> Report:
-    return compile_launch(*pair)
-
-
-def jobs(target: str) -> dict[Launch, set[str]]:
-    """What the gate compiles: everything for H100 and H200, less for the others, each tile once for the fallbacks."""
-    found = launches(target, thorough=target == "sm_90")
-    if target in SHIPPED:
-        return found
-    first: dict[tuple[Any, ...], Launch] = {}
-    for item in found:
-        sizes = tuple(size for size in item.tile.items() if size[0].startswith(("BLOCK", "PARTS")))
-        first.setdefault((item.module, item.kernel, sizes, item.options), item)
-    return {item: found[item] for item in first.values()}
+def compile_all(wanted: Iterable[tuple[str, Machine, Launch]], workers: int) -> list[Report]:
+    """:func:`compile_launch` of each, in so many processes. Triton's own cache makes a second run fast."""
+    names, machines, items = zip(*wanted, strict=True)
+    # Fresh processes: a fork of one that has threads (torch's, pytest's) may hang.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(compile_launch, names, machines, items))
 
 
 def reports(targets: Iterable[str] = tuple(SHIPPED), workers: int = 2, only: str = "") -> list[Report]:
-    """Compile every launch of the targets whose label matches `only`. Triton's own cache makes a second run fast."""
+    """Compile every launch of the targets whose label matches `only`."""
     wanted = {
-        (target, item): shapes
+        (target, MACHINES[target], item): shapes
         for target in targets
         for item, shapes in jobs(target).items()
         if re.search(only, item.label)
     }
-    # Fresh processes: a fork of one that has threads (torch's, pytest's) may hang.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        made = list(pool.map(_compile_pair, wanted))
+    made = compile_all(wanted, workers)
     for report, shapes in zip(made, wanted.values(), strict=True):
         report.shapes = shapes
     return made
+
+
+def here() -> Machine:
+    """The GPU that torch and Triton see; raises RuntimeError where there is none."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    shared = getattr(properties, "shared_memory_per_block_optin", 64 << 10)
+    return Machine(driver.active.get_current_target(), properties.multi_processor_count, shared)
+
+
+def fill_cache(cases: Iterable[Case], workers: int) -> list[Report]:
+    """Compile for the GPU at hand all that `cases` and the gate's own shapes launch there.
+
+    Triton compiles a kernel at its first call, one after the other: minutes of one core at the beginning of a session.
+    """
+    machine = here()
+    wanted = launches(machine, [*_cases(thorough=True), *cases])
+    return compile_all([("here", machine, item) for item in wanted], workers)
 
 
 def table(made: list[Report]) -> str:
@@ -380,8 +400,9 @@ def table(made: list[Report]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every launch of the Triton backend without a GPU.")
     parser.add_argument("--target", action="append", choices=sorted(MACHINES), help="default: those with tables")
+    parser.add_argument("--here", action="store_true", help="for the GPU of this machine, into Triton's cache")
     parser.add_argument("--list", action="store_true", help="list the launches, compile nothing")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, help="default: 2; with --here as many as there are cores")
     parser.add_argument("--only", default="", help="regular expression on the launch's label")
     arguments = parser.parse_args()
     targets = arguments.target or list(SHIPPED)
@@ -390,7 +411,10 @@ def main() -> int:
             for item, shapes in jobs(target).items():
                 print(target, item.label, item.num_warps, item.num_stages, len(shapes))
         return 0
-    made = reports(targets, arguments.workers, arguments.only)
+    if arguments.here:
+        made = fill_cache((), arguments.workers or os.cpu_count() or 2)
+    else:
+        made = reports(targets, arguments.workers or 2, arguments.only)
     print(table(made))
     failed = [r for r in made if not r.passed]
     print(f"\n{len(made)} launches, {len(failed)} failed")
