@@ -2,9 +2,10 @@
 
     python -m benchmarks.tune --family backward forward statistics --minutes 8
 
-For every family and row count the candidates are compiled, checked against the table's present choice (a wrong or
-spilling candidate is dropped, with its reason), timed by device events with a cold L2, and the fastest is named. The
-result is JSON (benchmarks/results/tune-<device>.json, and $OUT) and, at the end, the entries to put into
+For every family and row count the candidates are compiled first, on all cores at once (one that spills or wants more
+shared memory than there is is dropped, with its reason), then checked against the table's present choice, timed by
+device events with a cold L2, and the fastest is named. The result is JSON (benchmarks/results/tune-<device>.json, and
+$OUT) and, at the end, the entries to put into
 entrgi_kernels/backends/triton/config.py, each with the measurement that goes beside it. Nothing edits the tables
 behind anybody's back: a person, or a commit, takes the lines over.
 """
@@ -19,8 +20,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,8 +30,9 @@ import torch
 from benchmarks import measure
 from benchmarks.inputs import CANONICAL, Shape
 
+# Family, shape, and the entry of the table that is tried.
+Job = tuple[str, Shape, Any]
 FAMILIES = ("statistics", "forward", "backward", "collect")
-# Shared memory is refused by the driver when too large; registers that spill show in time.
 SPACES: dict[str, dict[str, Sequence[Any]]] = {
     "statistics": {"block": (2048, 4096, 8192), "num_warps": (4, 8, 16), "programs_per_sm": (4, 8)},
     "collect": {"block": (1024, 2048, 4096), "num_warps": (4, 8), "programs_per_sm": (4, 8)},
@@ -39,7 +42,7 @@ SPACES: dict[str, dict[str, Sequence[Any]]] = {
     },
     "backward": {
         "block_n": (64, 128), "block_v": (128, 256), "block_d": (32, 64), "num_warps": (4, 8), "num_stages": (3, 4),
-        "parts": (2, 4),
+        "parts": (4, 8),
     },
 }  # fmt: skip
 
@@ -91,19 +94,18 @@ def present_entry(target: Any, family: str, rows: int) -> Any:
     return config.pick(getattr(target.architecture, family)[2], rows)
 
 
-def workload(family: str, shape: Shape) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """A call that runs the family's kernel at a shape in bf16 and returns what it computed."""
-    from benchmarks.suite_step import Problem
+def workload(family: str, p: Any) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """A call that runs the family's kernel on a problem and returns what it computed."""
     from entrgi_kernels.backends import triton as kernels
     from entrgi_kernels.backends.triton.statistics import row_statistics
 
-    p = Problem.make(shape, torch.bfloat16, device="cuda")
     s = p.settings
     found = row_statistics(p.phi, s.temperature)
     if family == "statistics":
         return lambda: row_statistics(p.phi, 1.0, s.temperature, True)[:6]
     if family == "collect":
-        rng, rows = torch.zeros(2, dtype=torch.int64, device="cuda"), torch.arange(shape.n, device="cuda")
+        device = p.phi.device
+        rng, rows = torch.zeros(2, dtype=torch.int64, device=device), torch.arange(p.phi.shape[0], device=device)
         return lambda: (kernels.sample_tokens(p.phi, rng, rows, s.temperature, 0, s.top_p),)
     if family == "forward":
         from entrgi_kernels.backends.triton.soft_embedding import forward
@@ -121,6 +123,39 @@ def workload(family: str, shape: Shape) -> Callable[[], tuple[torch.Tensor, ...]
     return update
 
 
+def compiled(jobs: Iterable[Job], workers: int) -> dict[Job, str | None]:
+    """Compile every job's kernels on all cores, into Triton's cache: what is wrong with each, or None."""
+    from entrgi_kernels.backends.triton import aot
+
+    machine = aot.here()
+    wanted = {job: launches(job, machine) for job in jobs}
+    distinct = list(dict.fromkeys(item for items in wanted.values() for item in items))
+    made = aot.compile_all([("here", machine, item) for item in distinct], workers)
+    wrong = {
+        item: report.error or f"{report.spill_bytes} bytes spilled, {report.shared_bytes} of shared memory"
+        for item, report in zip(distinct, made, strict=True)
+        if not report.passed
+    }
+    return {job: next((wrong[item] for item in items if item in wrong), None) for job, items in wanted.items()}
+
+
+def launches(job: Job, machine: Any) -> list[Any]:
+    """What a job's workload launches on a machine."""
+    from benchmarks.baselines import StepSettings
+    from entrgi_kernels.backends.triton import aot, config
+
+    family, shape, entry = job
+    sizes = {"phi": (shape.n, shape.v), "table": (shape.v, shape.d), "grad": (shape.n, shape.d)}
+    tensors = {name: torch.empty(size, dtype=torch.bfloat16, device="meta") for name, size in sizes.items()}
+    found: list[Any] = []
+    with aot.recording(machine, found.append):
+        config.override = with_entry(machine.tables, family, entry)
+        run = workload(family, SimpleNamespace(settings=StepSettings(), **tensors))
+        found.clear()  # what prepares the call
+        run()
+    return found
+
+
 def _same(family: str, result: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> bool:
     if family == "collect":
         return bool((result[0] != expected[0]).float().mean() <= 1e-3)
@@ -128,13 +163,18 @@ def _same(family: str, result: tuple[torch.Tensor, ...], expected: tuple[torch.T
     return bool(((result[0].float() - expected[0].float()).abs() > 2e-2 * scale).float().mean() <= 1e-3)
 
 
-def tune(family: str, shape: Shape, deadline: float) -> list[dict[str, Any]]:
-    """Every candidate of a family at a shape: milliseconds, or the reason why it has none; fastest first."""
+def tune(family: str, shape: Shape, verdicts: dict[Any, str | None], deadline: float) -> list[dict[str, Any]]:
+    """Every candidate of a family at a shape: milliseconds, or the reason why it has none; fastest first.
+
+    `verdicts` has the candidates in the order in which they are tried, each with what the compiler holds against it.
+    """
     from benchmarks.gpu import timed
+    from benchmarks.suite_step import Problem
     from entrgi_kernels.backends.triton import config
 
     target = config.target(torch.device("cuda"))
-    run, scratch = workload(family, shape), torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    run = workload(family, Problem.make(shape, torch.bfloat16, device="cuda"))
+    scratch = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     made: list[dict[str, Any]] = []
     expected: tuple[torch.Tensor, ...] | None = None
 
@@ -145,10 +185,13 @@ def tune(family: str, shape: Shape, deadline: float) -> list[dict[str, Any]]:
             result[3].zero_()
 
     try:
-        for entry in candidates(family, shape.n, present_entry(target, family, shape.n)):
+        for entry, wrong in verdicts.items():
+            row: dict[str, Any] = {"family": family, "shape": shape.to_dict(), "entry": dataclasses.asdict(entry)}
+            if wrong is not None:
+                made.append(row | {"refused": wrong})
+                continue
             if time.monotonic() > deadline:
                 break
-            row: dict[str, Any] = {"family": family, "shape": shape.to_dict(), "entry": dataclasses.asdict(entry)}
             config.override = with_entry(target, family, entry)
             try:
                 result = run()
@@ -162,7 +205,7 @@ def tune(family: str, shape: Shape, deadline: float) -> list[dict[str, Any]]:
                 else:
                     row["refused"] = "its result differs from the present configuration's"
                 restore(result)
-            except Exception as error:  # too much shared memory, say: a candidate less, not the end of the run
+            except Exception as error:  # a candidate less, not the end of the run
                 row["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             made.append(row)
     finally:
@@ -199,13 +242,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     shapes = chosen.shapes or [Shape(n, d) for n, d in CANONICAL]
     path = measure.result_path("cuda")
     path = path.with_name(f"tune-{path.name}")
+    from entrgi_kernels.backends.triton import config
+
     rows: list[dict[str, Any]] = []
     lines: list[str] = []
-    end = time.monotonic() + 60 * chosen.minutes
-    jobs = [(family, shape) for shape in shapes for family in chosen.family]
-    for place, (family, shape) in enumerate(jobs):
-        share = max(0.0, end - time.monotonic()) / (len(jobs) - place)
-        made = tune(family, shape, time.monotonic() + share)
+    end, target = time.monotonic() + 60 * chosen.minutes, config.target(torch.device("cuda"))
+    pairs = [(family, shape) for shape in shapes for family in chosen.family]
+    jobs = [(f, s, entry) for f, s in pairs for entry in candidates(f, s.n, present_entry(target, f, s.n))]
+    verdicts = compiled(jobs, os.cpu_count() or 2)
+    print(f"{len(jobs)} candidates compiled, {end - time.monotonic():.0f} s left to time them", flush=True)
+    for place, (family, shape) in enumerate(pairs):
+        share = max(0.0, end - time.monotonic()) / (len(pairs) - place)
+        own = {entry: wrong for (f, s, entry), wrong in verdicts.items() if (f, s) == (family, shape)}
+        made = tune(family, shape, own, time.monotonic() + share)
         rows += made
         lines.append(advice(family, shape, made))
         print(lines[-1], flush=True)

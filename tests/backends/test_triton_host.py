@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
@@ -123,3 +124,24 @@ def test_tuning_starts_from_the_table_and_tries_the_other_engine():
     assert tune.present_entry(changed, "forward", 1).block_d == tried[2].block_d
     line = tune.advice("forward", Shape(1, 1), [{"entry": {}, "refused": "no"}])
     assert "nothing ran" in line
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
+def test_tuning_compiles_each_candidates_own_kernels_first(monkeypatch):
+    machine, shape = aot.MACHINES["sm_90"], Shape(1100, 64, 4096)
+    kernels_of = {"statistics": "_statistics_kernel", "collect": "_collect_kernel", "backward": "_backward_kernel"}
+    jobs = [(f, shape, tune.present_entry(machine.tables, f, shape.n)) for f in (*kernels_of, "forward")]
+    for family, _, entry in jobs[:3]:
+        found = tune.launches((family, shape, entry), machine)
+        assert kernels_of[family] in {item.kernel for item in found}
+    greedy = dataclasses.replace(jobs[2][2], block_v=256, parts=2)
+    assert tune.launches(("backward", shape, greedy), machine)[-1].tile["BLOCK_V"] == 256
+    monkeypatch.setattr(aot, "here", lambda: machine)
+    monkeypatch.setattr(
+        aot,
+        "compile_all",
+        lambda wanted, workers: [aot.Report(*job, spill_bytes=8 * job[2].tile.get("BLOCK_V", 0)) for job in wanted],
+    )
+    verdicts = tune.compiled([*jobs, ("backward", shape, greedy)], 1)
+    assert [wrong is None for wrong in verdicts.values()] == [True, True, False, True, False]
+    assert "2048 bytes spilled" in verdicts["backward", shape, greedy]
