@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.generation import Size
-from benchmarks.inputs import CANONICAL, Shape
+from benchmarks.inputs import CANONICAL, SMALL_N, Shape
 from benchmarks.measure import Candidate, Group
 from benchmarks.models import Network
 
@@ -26,6 +26,7 @@ class Machine:
 
     Attributes:
         copy_bytes, product: of the ceilings: far beyond any cache, and a size that fills the chip.
+        few: shapes of few rows, for kernels alone.
         preset, size: of the generation; a size replaces the preset's.
     """
 
@@ -35,6 +36,7 @@ class Machine:
     product: int = 8192
     scratch_bytes: int = 256 << 20
     shapes: tuple[Shape, ...] = tuple(Shape(n, d) for n, d in CANONICAL)
+    few: tuple[Shape, ...] = tuple(Shape(n, 1024) for n in SMALL_N)
     others: Shape = Shape(512, 64)
     preset: str = "dream"
     size: Size | None = None
@@ -60,6 +62,7 @@ REHEARSAL = Machine(
     product=64,
     scratch_bytes=1 << 10,
     shapes=(Shape(6, 16, 301), Shape(9, 8, 211)),
+    few=(Shape(1, 8, 211),),
     others=Shape(8, 8, 211),
     preset="quick",
     size=Size(v=211, d=16, max_new_tokens=4, steps=2, guidance_steps=1, diffusion=Network.plain(16, 1)),

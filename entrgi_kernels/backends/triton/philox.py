@@ -61,8 +61,9 @@ def log_exponential(high, low):
     race is decided by the relative error of small variates.
     """
     upper = high >= 0x80000000
-    high = tl.where(upper, ~high, high)
-    low = tl.where(upper, ~low, low)
+    # Not ~: the interpreter of Triton 3.6 cannot form it of unsigned words.
+    high = tl.where(upper, high ^ 0xFFFFFFFF, high)
+    low = tl.where(upper, low ^ 0xFFFFFFFF, low)
     u = high.to(tl.float32) * 2.3283064365386963e-10 + (low.to(tl.float32) + 0.5) * 5.421010862427522e-20
     s = u / (2.0 - u)
     q = s * s
