@@ -8,14 +8,14 @@ import math
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 from entrgi_kernels import ops  # noqa: E402
 from entrgi_kernels.backends import eager  # noqa: E402
 from entrgi_kernels.backends import triton as kernels  # noqa: E402
-from entrgi_kernels.backends.triton import config  # noqa: E402
+from entrgi_kernels.backends.triton import aot, config  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 V = 151_936
@@ -44,9 +44,7 @@ def error(value, exact):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("n", "v", "d"), [(1, 7, 3), (5, 50_257, 100), (64, V, 1024), (130, 32_000, 1000), (1100, 8192, 256)]
-)
+@pytest.mark.parametrize(("n", "v", "d"), aot.CHECKED)
 def test_every_operator_against_float64(n, v, d, dtype):
     logits, table, grad = make(n, v, d, dtype)
     x, e, g = logits.double(), table.double(), grad.double()
@@ -71,6 +69,41 @@ def test_every_operator_against_float64(n, v, d, dtype):
     told = exact_move.abs() > 0.05
     flips = ((moved * exact_move <= 0) & told).sum() / told.sum().clamp(min=1)
     assert float(flips) <= (1e-2 if dtype != torch.float32 else 1e-3)
+
+
+def test_float32_logits_beside_a_bfloat16_table():
+    logits, table, grad = make(130, 50_272, 576, torch.float32)
+    table, grad = table.bfloat16(), grad.bfloat16()
+    x, e, g = logits.double(), table.double(), grad.double()
+    soft, lse = kernels.soft_embedding(logits, table, 0.7)
+    exact, exact_lse = eager.soft_embedding(x, e, 0.7)
+    assert error(soft, exact) <= 1e-2 and error(lse, exact_lse) <= 1e-6
+    ours = kernels.soft_embedding_backward(logits, table, grad, soft, lse, 0.7)
+    assert error(ours, eager.soft_embedding_backward(x, e, g, exact, exact_lse, 0.7)) <= 2e-2
+    ours = kernels.soft_embedding_grad_table(logits, grad, lse, 0.7, torch.bfloat16)
+    assert error(ours, eager.soft_embedding_grad_table(x, g, exact_lse, 0.7, torch.float64)) <= 2e-2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_masked_with_the_least_finite_number(dtype):
+    logits, _, _ = make(3, V, 1, dtype)
+    logits[0, :100_000], logits[1, 300:], logits[2, 1000:150_000] = (torch.finfo(dtype).min,) * 3
+    for ours, theirs in zip(kernels.softmax_entropy(logits, 0.7), eager.softmax_entropy(logits, 0.7), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_new_number_of_rows_compiles_nothing(monkeypatch):
+    made = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **told: made.append(told["repr"]))
+    logits, table, grad = make(64, 4096, 64, torch.bfloat16)
+    rng, keys = torch.tensor([3, 4], device="cuda"), torch.arange(65, device="cuda")
+    for n in (64, 33, 34, 35, 48):
+        phi = logits[:n].clone()
+        out = kernels.entrgi_embedding(phi, table, rng, keys[1 : n + 1], None, None, "entropy", 0.7, 0, 0.9)
+        kernels.guidance_update_(phi, grad[:n], table, out[4], out[5], None, None, 1, *ADAM)
+        if n == 64:
+            made.clear()
+    assert made == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

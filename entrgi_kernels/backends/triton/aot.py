@@ -228,6 +228,8 @@ def _calls(n: int, v: int, d: int, logits_dtype: torch.dtype, table_dtype: torch
 
 
 SHAPES = ((7, 1024), (64, 1024), (512, 1024), (1024, 2048), (4096, 2560))
+# (N, V, D) at which tests/backends/test_triton_gpu.py checks every operator.
+CHECKED = ((1, 7, 3), (5, 50_257, 100), (64, VOCABULARY, 1024), (130, 32_000, 1000), (1100, 8192, 256))
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -372,13 +374,14 @@ def here() -> Machine:
     return Machine(driver.active.get_current_target(), properties.multi_processor_count, shared)
 
 
-def fill_cache(cases: Iterable[Case], workers: int) -> list[Report]:
-    """Compile for the GPU at hand all that `cases` and the gate's own shapes launch there.
+def fill_cache(workers: int) -> list[Report]:
+    """Compile for the GPU at hand all that the gate's own shapes and those of the GPU's tests launch there.
 
     Triton compiles a kernel at its first call, one after the other: minutes of one core at the beginning of a session.
     """
     machine = here()
-    wanted = launches(machine, [*_cases(thorough=True), *cases])
+    checked = [(*shape, dtype, dtype) for shape in CHECKED for dtype in (_BF16, _FP16, _FP32)]
+    wanted = launches(machine, [*_cases(thorough=True), *checked])
     return compile_all([("here", machine, item) for item in wanted], workers)
 
 
@@ -412,7 +415,7 @@ def main() -> int:
                 print(target, item.label, item.num_warps, item.num_stages, len(shapes))
         return 0
     if arguments.here:
-        made = fill_cache((), arguments.workers or os.cpu_count() or 2)
+        made = fill_cache(arguments.workers or os.cpu_count() or 2)
     else:
         made = reports(targets, arguments.workers or 2, arguments.only)
     print(table(made))
