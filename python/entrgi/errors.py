@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,15 @@ def read_text(path: Path) -> str:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Lines that say where two sets of settings, both of JSON values, differ."""
+    return [
+        f"  {name}: {json.dumps(stored.get(name))} there, {json.dumps(given.get(name))} now"
+        for name in sorted({*stored, *given})
+        if stored.get(name) != given.get(name)
+    ]
 
 
 def require(module: str, what: str, extra: str) -> Any:

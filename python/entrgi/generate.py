@@ -25,9 +25,6 @@ from .prompts import add_arguments as add_prompt_arguments
 if TYPE_CHECKING:
     from entrgi_kernels.guidance.results import GenerationResult
 
-# Settings that change speed, not texts (kernels agree on every backend but for ties within rounding).
-_NOT_IN_KEY = ("backend", "batch_size", "exact_savings")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``entrgi generate``."""
@@ -69,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         "reward": args.reward or loading.TINY,
         "dtype": args.dtype,
         "samples": "best" if args.best_only else "all",
-        **{name: value for name, value in config.to_dict().items() if name not in _NOT_IN_KEY},
+        **{name: value for name, value in config.to_dict().items() if name not in loading.SPEED_ONLY},
     }
     items = keyed(prompts, identity)
     done = repair(Path(args.output)) if args.resume and Path(args.output).exists() else set()

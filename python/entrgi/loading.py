@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from entrgi_kernels.guidance.results import GenerationResult
 
 METHODS = ("none", "expectation", "aps", "entrgi")
+# Settings that change speed, not texts (kernels agree on every backend but for ties within rounding).
+SPEED_ONLY = ("backend", "batch_size", "exact_savings")
 ALGS = ("entropy", "maskgit_plus", "topk_margin", "anchor", "origin")
 # Fields of GuidanceConfig that flags of the same name set.
 _OPTIONS = (

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, read_text, require
+from ..loading import SPEED_ONLY
 from ..tables import LABELS, SYMBOLS
 
 if TYPE_CHECKING:
     from entrgi_kernels.guidance.config import GuidanceConfig
 
 TINY = "tiny"  # stands for the built-in models, their prompts and their judge
-# Settings that change speed, not texts (kernels agree on every backend but for ties within rounding).
-SPEED_ONLY = ("backend", "batch_size", "exact_savings")
 # Settings that are axes of the grid, or set elsewhere.
 _AXES = ("method", "weight", "temperature", "seed")
 # Without guidance these mean nothing: two configurations that differ in them alone are one.
@@ -300,15 +299,6 @@ def cells_of(config: EvaluationConfig, best_of: int | None = None) -> list[Cell]
 def digest(value: Any) -> str:
     """SHA-256 of a JSON value, in hexadecimal."""
     return hashlib.sha256(json.dumps(value, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
-
-
-def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Lines that say where two identities differ."""
-    lines = []
-    for name in sorted({*stored, *given}):
-        if stored.get(name) != given.get(name):
-            lines.append(f"  {name}: {json.dumps(stored.get(name))} there, {json.dumps(given.get(name))} now")
-    return lines
 
 
 def _dataset(entry: Any, where: str) -> Dataset:

@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import jsonl
-from ..errors import UsageError
-from .config import differences
+from ..errors import UsageError, differences
 
 FORMAT = 1
 STREAMS = ("samples", "batches", "judgements", "traces")

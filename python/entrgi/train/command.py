@@ -10,8 +10,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import loading
-from ..errors import UsageError
+from .. import jsonl, loading
+from ..errors import UsageError, differences, read_text
 from . import data, records
 
 if TYPE_CHECKING:
@@ -51,6 +51,22 @@ _PUBLISHED = {
     "save_steps": 50,
     "max_prompts": data.COUNT,
 }
+
+
+# Training arguments that a run keeps when it goes on.
+_KEPT = (
+    "weighting",
+    "p_mask_prompt",
+    "num_iterations",
+    "epsilon",
+    "beta",
+    "scale_rewards",
+    "ref_model_sync_steps",
+    "ref_model_mixup_alpha",
+    "learning_rate",
+    "lr_scheduler_type",
+    "seed",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,8 +154,6 @@ def run(args: argparse.Namespace) -> int:
     if not args.output_dir:
         raise UsageError("--output-dir is needed: expected a folder for checkpoints, records and the model")
     tiny = fill_defaults(args)
-    if args.eval_prompts < 0:
-        raise UsageError(f"--eval-prompts {args.eval_prompts}: expected at least 0")
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output-dir {output} is no folder: expected one, or a name for a new one")
@@ -154,9 +168,13 @@ def run(args: argparse.Namespace) -> int:
     trainer = make_trainer(args, settings, guidance, tiny)
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
-        described = {"method": args.method, "model": args.model or loading.TINY, "arguments": settings.to_dict()}
-        described |= {"sampling": trainer.sampler.config.to_dict(), "train_prompts": len(trainer.train_dataset.prompts)}
-        (output / "run.json").write_text(json.dumps(described, indent=2, default=str) + "\n", encoding="utf-8")
+        described = {"method": args.method, "model": args.model or loading.TINY, "reward": args.reward or loading.TINY}
+        described |= {"arguments": settings.to_dict(), "sampling": trainer.sampler.config.to_dict()}
+        described["train_prompts"] = len(trainer.train_dataset.prompts)
+        text = json.dumps(described, indent=2, default=str) + "\n"
+        if args.resume:
+            _check_same_run(output, json.loads(text))
+        jsonl.write_atomically(output / "run.json", [text])
     trainer.train(resume_from_checkpoint=args.resume)
     trainer.save_model()
     trainer.save_state()
@@ -284,6 +302,35 @@ def make_trainer(
     if not args.quiet:
         trainer.add_callback(Progress())
     return trainer
+
+
+def _check_same_run(output: Path, described: dict[str, Any]) -> None:
+    """Refuse to go on with a run under settings that it was not begun with; its length may change, and what is shown.
+
+    Raises:
+        UsageError: the message names the settings.
+    """
+    path = output / "run.json"
+    if not path.exists():
+        return
+    try:
+        stored = json.loads(read_text(path))
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON ({error}): restore it, or choose another folder") from None
+
+    def identity(run: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: run["arguments"].get(name) for name in _KEPT}
+        drawn = {
+            f"sampling.{name}": run["sampling"][name] for name in run["sampling"] if name not in loading.SPEED_ONLY
+        }
+        return {**kept, **drawn, **{name: value for name, value in run.items() if not isinstance(value, dict)}}
+
+    before, now = identity(stored), identity(described)
+    lines = differences(before, {name: now.get(name) for name in before})
+    if lines:
+        raise UsageError(
+            "\n".join([f"{output} holds a run of other settings:", *lines, "give those, or another folder"])
+        )
 
 
 def outcome(folder: Path) -> list[str]:

@@ -38,6 +38,12 @@ def test_a_run_and_what_it_leaves(entrgi, tmp_path, tiny_weights, capsys):
     assert [r["step"] for r in records.read(folder, records.EVALUATIONS)] == [0, 1, 2]
     assert _train(entrgi, folder) == 2
     assert "is not empty: --resume" in capsys.readouterr().err
+    before = (folder / "run.json").read_bytes()
+    other = ("--method", "rgrl-aps", "--learning-rate", 0.5, "--sampling", "temperature=0.9")
+    assert _train(entrgi, folder, *more, "--resume", *other) == 2
+    error = capsys.readouterr().err
+    assert 'method: "rgrl-entrgi" there, "rgrl-aps" now' in error and "learning_rate: 0.0001 there, 0.5 now" in error
+    assert "sampling.temperature: 0.8 there, 0.9 now" in error and (folder / "run.json").read_bytes() == before
 
 
 def test_data_from_a_file(entrgi, tmp_path, tiny_weights):
