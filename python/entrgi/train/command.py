@@ -315,7 +315,7 @@ def _check_same_run(output: Path, described: dict[str, Any]) -> None:
         return
     try:
         stored = json.loads(read_text(path))
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise UsageError(f"{path} is not JSON ({error}): restore it, or choose another folder") from None
 
     def identity(run: dict[str, Any]) -> dict[str, Any]:
