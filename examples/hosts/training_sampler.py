@@ -4,7 +4,7 @@
     python examples/hosts/training_sampler.py --sampler dllm.pipelines.rl.rgrl.sampler:RgrlDreamSampler
 
 Both calls are guided, the first by the sampler's own loop: the texts are the same but for their random draws, the time
-is not. `Trainer(...)` of the published code holds its sampler as an attribute; guide that one.
+is not. In the published trainer it is `entrgi_kernels.guide(trainer.sampler)`.
 """
 
 import importlib
