@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import loading
-from .errors import UsageError, check_writable
+from .errors import UsageError, check_writable, write_text
 from .prompts import Prompt, prompt_text, read_prompts
 from .prompts import add_arguments as add_prompt_arguments
 from .statistics import Estimate, estimate, paired_difference
@@ -192,11 +192,7 @@ def run(args: argparse.Namespace) -> int:
     print(render(comparison, texts=args.texts))
     print()
     if args.json:
-        text = json.dumps(comparison.to_dict(), ensure_ascii=False, indent=1)
-        try:
-            Path(args.json).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"cannot write {args.json}: {error.strerror or error}") from None
+        write_text(Path(args.json), json.dumps(comparison.to_dict(), ensure_ascii=False, indent=1))
         print(f"wrote {args.json}")
     if args.report:
         from .report import write_report

@@ -43,6 +43,18 @@ def read_text(path: Path) -> str:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file with Unix line ends.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+
+
 def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """Lines that say where two sets of settings, both of JSON values, differ."""
     return [

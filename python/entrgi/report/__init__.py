@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compare import EXPLAINED, METRICS, TINY_NOTE, Comparison, MethodRun
-from ..errors import UsageError
+from ..errors import write_text
 from ..prompts import prompt_text
 
 # Replays grow with steps x slots; beyond this many numbers only the best samples are replayed, then fewer prompts.
@@ -36,12 +36,9 @@ def write_report(path: Path, comparison: Comparison, tokenizer: Any) -> int:
     Raises:
         UsageError: when the file cannot be written.
     """
-    page = build_page(payload(comparison, tokenizer)).encode("utf-8")
-    try:
-        path.write_bytes(page)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
-    return len(page)
+    page = build_page(payload(comparison, tokenizer))
+    write_text(path, page)
+    return len(page.encode())
 
 
 def build_page(data: dict[str, Any], section: str = "") -> str:

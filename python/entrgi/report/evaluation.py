@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..compare import Comparison, MethodRun
-from ..errors import UsageError, check_writable
+from ..errors import UsageError, check_writable, write_text
 from ..evaluate.analysis import Results, Row
 from ..evaluate.render import INTERVALS, as_latex, as_markdown, tables_of
 from ..tables import LABELS, latex
@@ -39,11 +39,7 @@ def write_reports(results: Results, paths: Sequence[Path]) -> list[Path]:
             raise UsageError(f"cannot write {path}: a report's name ends in one of {', '.join(FORMS)}")
         check_writable(path)
     for path in paths:
-        text = {".html": _page, ".md": _markdown, ".tex": _tex}[path.suffix](results, path)
-        try:
-            path.write_text(text, encoding="utf-8", newline="\n")
-        except OSError as error:
-            raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+        write_text(path, {".html": _page, ".md": _markdown, ".tex": _tex}[path.suffix](results, path))
     return list(paths)
 
 
