@@ -21,7 +21,8 @@ def _train(entrgi, folder, *more) -> int:
 def test_a_run_and_what_it_leaves(entrgi, tmp_path, tiny_weights, capsys):
     folder = tmp_path / "run"
     more = ("--lora-r", 2, "--save-merged", "--eval-steps", 1, "--save-steps", 1, "--sample-steps", 1)
-    assert _train(entrgi, folder, *more, "--sampling", "temperature=0.8", "--set", "weight_decay=0.1") == 0
+    more += ("--sampling", "temperature=0.8", "--set", "weight_decay=0.1")
+    assert _train(entrgi, folder, *more) == 0
     out, err = capsys.readouterr()
     assert "held-out reward, unguided:" in out and "95% interval" in out and "step 1/2" in err
     described = json.loads((folder / "run.json").read_text())
