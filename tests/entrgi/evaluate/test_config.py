@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from entrgi.errors import UsageError
+from entrgi.errors import UsageError, differences
 from entrgi.evaluate import config as module
 from entrgi.evaluate.config import cells_of, from_dict, methods_of, presets, read_config
 
@@ -136,7 +136,7 @@ def test_files_that_are_none(tmp_path, monkeypatch, name, text, message) -> None
 
 
 def test_differences_name_what_changed() -> None:
-    lines = module.differences({"seeds": [1], "model": "tiny"}, {"seeds": [1, 2], "model": "tiny"})
+    lines = differences({"seeds": [1], "model": "tiny"}, {"seeds": [1, 2], "model": "tiny"})
     assert lines == ["  seeds: [1] there, [1, 2] now"]
 
 
