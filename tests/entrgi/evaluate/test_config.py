@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from entrgi.errors import UsageError, differences
-from entrgi.evaluate import config as module
 from entrgi.evaluate.config import cells_of, from_dict, methods_of, presets, read_config
 
 
