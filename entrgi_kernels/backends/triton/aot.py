@@ -213,8 +213,9 @@ def _calls(n: int, v: int, d: int, logits_dtype: torch.dtype, table_dtype: torch
     grad, soft, lse = empty(n, d, dtype=table_dtype), empty(n, d), empty(n)
     rng, rows = empty(2, dtype=torch.int64), empty(n, dtype=torch.int64)
     yield entrgi_embedding(logits, table, rng, rows, None, None, "entropy", 0.7, 0, 0.95)
-    moments = torch.empty_like(logits), torch.empty_like(logits)
-    yield guidance_update_(logits, grad, table, soft, lse, *moments, 2, 0.7, 0.5, 0.9, 0.999, 1e-8)
+    for dtype in dict.fromkeys((logits_dtype, torch.float32)):
+        moments = torch.empty_like(logits, dtype=dtype), torch.empty_like(logits, dtype=dtype)
+        yield guidance_update_(logits, grad, table, soft, lse, *moments, 2, 0.7, 0.5, 0.9, 0.999, 1e-8)
     yield soft_embedding_backward(logits, table, grad, soft, lse, 0.7)
     yield guidance_update_(logits, grad, table, soft, lse, None, None, 1, 0.7, 0.5, 0.9, 0.999, 1e-8)
     yield soft_embedding_grad_table(logits, grad, lse, 0.7, table_dtype)

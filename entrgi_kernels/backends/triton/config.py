@@ -133,7 +133,7 @@ _ROWS = dict(
         capacity_slice=2048,
         block=1024,
         pivots=4,
-        num_warps=8,  # with 4, Triton 3.6 and 3.7 spilled 16 bytes of the draw
+        num_warps=4,
     ),
     confidence=RowConfig(2048, 4, 8192, 4),
     elementwise=RowConfig(1024, 4, 1024, 4),
