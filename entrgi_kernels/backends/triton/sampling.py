@@ -104,12 +104,9 @@ def _search(
     the length of the one row.
     """
     lanes = tl.arange(0, BLOCK)
-    steps = tl.arange(1, PIVOTS + 1).to(tl.uint32)
-    # Distances are unsigned: two keys may lie 2^32 apart, and a division of 64 bits would be a call, with a stack.
-    span = hi.to(tl.uint32) - lo.to(tl.uint32)
-    while span > 1:
-        offsets = tl.minimum((span + PIVOTS) // (PIVOTS + 1) * steps, span - 1)
-        pivots = (lo.to(tl.uint32) + offsets).to(tl.int32)
+    steps = tl.arange(1, PIVOTS + 1)
+    while hi - lo > 1:
+        pivots = tl.maximum(lo + ((hi - lo) * steps) // (PIVOTS + 1), lo + 1)
         mass = tl.zeros([PIVOTS], tl.float32)
         number = tl.zeros([PIVOTS], tl.int32)
         lists = segments if LISTED else 1
@@ -120,12 +117,11 @@ def _search(
                 index = tile + lanes
                 x = tl.load(base + index, mask=index < length, other=float("-inf")).to(tl.float32)
                 e = tl.exp2((x - m) * c)
-                above = ordered_key(x, SHIFT)[None, :] > pivots[:, None]
+                above = ordered_key(x, SHIFT)[None, :] > pivots.to(tl.int32)[:, None]
                 mass += tl.sum(tl.where(above, e[None, :], 0.0), axis=1)
                 number += tl.sum(above.to(tl.int32), axis=1)
         good = (mass <= limit) & (number < top_k)
         lo, hi = tl.max(tl.where(good, lo, pivots), axis=0), tl.min(tl.where(good, pivots, hi), axis=0)
-        span = hi.to(tl.uint32) - lo.to(tl.uint32)
     return hi
 
 
@@ -213,11 +209,11 @@ def _pick_kernel(
         found = tl.load(counts + split, mask=split < splits, other=0)
         complete = (tl.max(found, axis=0) <= capacity) & (tl.sum(found, axis=0) >= need)
         cut = m + temperature * (logsum + log_cut)
-        hi = ordered_key(m, SHIFT)
-        lowest = ordered_key(cut, SHIFT)
+        hi = ordered_key(m, SHIFT).to(tl.int64)
+        lowest = ordered_key(cut, SHIFT).to(tl.int64)
         if tl.sum(found, axis=0) < need:
-            # top-k reaches below the cut-off: search from below the smallest key that the dtype has.
-            lowest = lowest * 0 - (2147483647 >> SHIFT)
+            # top-k reaches below the cut-off: search from the smallest key that the dtype has.
+            lowest = lowest * 0 - (2147483647 >> SHIFT) - 1
         lo = tl.minimum(lowest, hi) - 1
         key = 0
         if DRAW:
@@ -226,7 +222,7 @@ def _pick_kernel(
             listed = row * splits * capacity
             threshold = _search(
                 values_ptr + listed, capacity, counts, splits, m, c, limit, top_k, lo, hi, True, SHIFT, PIVOTS, BLOCK
-            )
+            ).to(tl.int32)
             if DRAW:
                 token = _race(
                     values_ptr + listed,
@@ -245,7 +241,9 @@ def _pick_kernel(
                 )
         else:
             base = logits_ptr + row * stride_n
-            threshold = _search(base, 0, counts, v, m, c, limit, top_k, lo, hi, False, SHIFT, PIVOTS, BLOCK)
+            threshold = _search(base, 0, counts, v, m, c, limit, top_k, lo, hi, False, SHIFT, PIVOTS, BLOCK).to(
+                tl.int32
+            )
             if DRAW:
                 token = _race(base, index_ptr, 0, counts, v, m, inverse, threshold, rng_ptr, key, False, SHIFT, BLOCK)
     if DRAW:
