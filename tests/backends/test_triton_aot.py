@@ -69,6 +69,15 @@ def test_every_tile_fits_the_machines_that_borrow_the_tables():
     assert all(8 <= r.registers <= 512 for r in made)
 
 
+def test_float32_logits_beside_a_narrow_table_fit_half_of_the_shared_memory():
+    """Their tiles are twice as large as those that the tables were made for."""
+    machine = aot.MACHINES["sm_86"]
+    found = aot.launches(machine, [(n, aot.VOCABULARY, 1024, torch.float32, torch.bfloat16) for n in (64, 512)])
+    products = [i for i in found if i.kernel == "_forward_kernel" and i.dtypes == "fp32/bf16"]
+    assert {i.tile["BLOCK_N"] for i in products} == {64, 128}
+    assert failures([aot.compile_launch("sm_86", machine, item) for item in products]) == ""
+
+
 def test_spills_are_seen():
     """The gate can fail: a tile far too large for its warps spills, and is reported so."""
     found = aot.jobs("sm_80")

@@ -220,7 +220,8 @@ def forward(
             scale,
             2.0**-scale,
             num_warps=entry.num_warps,
-            num_stages=entry.num_stages,
+            # Logits wider than the table: a stage less, or GPUs with 99 KiB of shared memory refuse the launch.
+            num_stages=max(1, entry.num_stages - (logits.element_size() > embedding.element_size())),
             BLEND=blending and splits == 1,
             EVEN_V=v % entry.block_v == 0,
             EVEN_D=d % entry.block_d == 0,
