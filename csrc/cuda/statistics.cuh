@@ -20,11 +20,15 @@ struct Scales {  // of exponents, to base 2
       : c(LOG2E / temperature), c2(temperature2 > 0 ? LOG2E / temperature2 : 0) {}
 };
 
+// How far down a raised maximum moves what was summed below it. Of rows masked with the least finite number that overflows
+// float; times a factor of zero it would be NaN.
+DEVICE float moved(float from, float to) { return fmaxf(from - to, -1e30f); }
+
 DEVICE Moments merge(const Moments& a, const Moments& b, const Scales& k) {
   Moments r;
   r.m = fmaxf(a.m, b.m);
   // A part without a finite entry has sums of zero (or NaN, which has to stay): any finite factor will do.
-  const float da = a.m == -INFINITY ? 0.0f : a.m - r.m, db = b.m == -INFINITY ? 0.0f : b.m - r.m;
+  const float da = a.m == -INFINITY ? 0.0f : moved(a.m, r.m), db = b.m == -INFINITY ? 0.0f : moved(b.m, r.m);
   const float fa = exp2_fast(da * k.c), fb = exp2_fast(db * k.c);
   r.s = a.s * fa + b.s * fb;
   r.t = (a.t + (a.s > 0 ? a.s * da : 0.0f)) * fa + (b.t + (b.s > 0 ? b.s * db : 0.0f)) * fb;
@@ -48,7 +52,7 @@ DEVICE Moments thread_moments(const T* row, int32_t begin, int32_t end, const Sc
 #pragma unroll
       for (int i = W - 1; i >= 0; i--) place = x[i] == top ? index + i : place;
       if (top > r.m) {
-        const float d = r.m == -INFINITY ? 0.0f : r.m - top, f = exp2_fast(d * k.c);
+        const float d = r.m == -INFINITY ? 0.0f : moved(r.m, top), f = exp2_fast(d * k.c);
         if (MOMENT) r.t = (r.t + (r.s > 0 ? r.s * d : 0.0f)) * f;
         r.s *= f;
         if (SECOND) r.s2 *= exp2_fast(d * k.c2);

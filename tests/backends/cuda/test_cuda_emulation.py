@@ -154,6 +154,18 @@ def test_many_draws_equal_eager(emulated):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_masked_with_the_least_finite_number(emulated, dtype):
+    """As attention and vocabularies are masked; its distance from the maximum overflows float32."""
+    x = peaked(3, 40_000, dtype)
+    x[0, :39_000] = x[1, 700:] = x[2, 5_000:39_990] = torch.finfo(dtype).min
+    expected = eager.softmax_entropy(x, 0.7)
+    assert expected[1].isfinite().all()
+    torch.testing.assert_close(cuda.softmax_entropy(x, 0.7), expected, rtol=3e-6, atol=3e-6)
+    rows = keys(3)
+    assert torch.equal(cuda.sample_tokens(x, RNG, rows, 0.7, 0, 0.9), eager.sample_tokens(x, RNG, rows, 0.7, 0, 0.9))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_alignment_and_nothing_read_beyond_a_row(emulated, dtype):
     """Rows that begin at any entry, between NaN: one that were read would make the row bad."""
     for v in (1, 9, 40, 2051):
