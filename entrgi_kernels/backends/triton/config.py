@@ -163,8 +163,8 @@ _BACKWARD_16_BIT_SM_90 = (
     GemmConfig(
         *(128, 128, 64, 8, 3),
         parts=8,
-        evidence="not measured yet: 116 to 123 registers, so that two programs share a multiprocessor (in quarters 142: one); "
-        "138 where Adam's moments are float32 beside 16-bit logits",
+        evidence="not measured yet: 116 to 123 registers, so that two programs share a multiprocessor (in quarters "
+        "142: one); 138 where Adam's moments are float32 beside 16-bit logits",
     ),
 )
 _BACKWARD_32_BIT = (
