@@ -125,11 +125,15 @@ def token_log_prob_backward(
         pulled[part] = kernels.soft_embedding_grad_table(logits, weighted.to(dtype), lse, 1.0, dtype)
     legal = targets.clamp(0, v - 1)
     grad_hidden = g * (rest[:, None] * head[legal].to(acc) - mean)
-    pushed = torch.zeros(v, weighted.shape[1], dtype=acc, device=head.device)
-    change = pushed.index_add_(0, legal, rest[:, None] * weighted).sub_(pulled)
-    # Memory of their own: outputs of an operator may not be views of one tensor.
-    grad_head = torch.empty(head.shape, dtype=head.dtype, device=head.device).copy_(change[:, : head.shape[1]])
-    grad_bias = grad_head.new_empty(0)
-    if bias is not None:
-        grad_bias = torch.empty(v, dtype=bias.dtype, device=head.device).copy_(change[:, -1])
+    # Rows of one target are summed at the first of them, in the wide dtype; duplicates then write the same.
+    numbers = torch.arange(len(legal), device=legal.device)
+    first = numbers.new_zeros(v).scatter_reduce_(0, legal, numbers, "amin", include_self=False)[legal]
+    pushed = torch.zeros_like(weighted).index_add_(0, first, rest[:, None] * weighted)[first]
+    at_targets = (pushed - pulled[legal].to(acc)).to(dtype)
+    change = pulled.neg_()
+    change[legal] = at_targets
+    grad_head, grad_bias = change.to(head.dtype), change.new_empty(0, dtype=head.dtype)
+    if bias is not None:  # memory of their own: outputs of an operator may not be views of one tensor
+        grad_bias = change[:, -1].to(bias.dtype, copy=True)
+        grad_head = torch.empty(head.shape, dtype=head.dtype, device=head.device).copy_(change[:, :-1])
     return grad_hidden.to(hidden.dtype), grad_head, grad_bias
