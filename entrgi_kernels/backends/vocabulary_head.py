@@ -125,10 +125,11 @@ def token_log_prob_backward(
         pulled[part] = kernels.soft_embedding_grad_table(logits, weighted.to(dtype), lse, 1.0, dtype)
     legal = targets.clamp(0, v - 1)
     grad_hidden = g * (rest[:, None] * head[legal].to(acc) - mean)
-    # Rows of one target are summed at the first of them, in the wide dtype; duplicates then write the same.
+    # Rows of one target are summed at the first of them, in the wide dtype; duplicates then write the same. Not by
+    # index_add_, whose order of sums changes from run to run on GPUs.
     numbers = torch.arange(len(legal), device=legal.device)
     first = numbers.new_zeros(v).scatter_reduce_(0, legal, numbers, "amin", include_self=False)[legal]
-    pushed = torch.zeros_like(weighted).index_add_(0, first, rest[:, None] * weighted)[first]
+    pushed = torch.zeros_like(weighted).index_put_((first,), rest[:, None] * weighted, accumulate=True)[first]
     at_targets = (pushed - pulled[legal].to(acc)).to(dtype)
     change = pulled.neg_()
     change[legal] = at_targets

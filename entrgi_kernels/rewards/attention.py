@@ -7,6 +7,7 @@ query heads that share keys are rows of one product, so that no keys are repeate
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -102,6 +103,15 @@ def _attention(
     return _Products.apply(query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None
 
 
+@functools.cache
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
 @contextmanager
 def products_in(config: Any) -> Iterator[None]:
     """Let a network of transformers whose attention is "sdpa" use the products inside, where they are faster.
@@ -109,14 +119,10 @@ def products_in(config: Any) -> Iterator[None]:
     Args:
         config: its configuration, changed for as long as the block runs.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     if config._attn_implementation != IN_PLACE_OF:
         yield
         return
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    _register()
     config._attn_implementation_internal = NAME
     try:
         yield

@@ -71,6 +71,21 @@ def test_values_and_gradients(backend, pair, shape, learns, bias):
         ref.assert_accurate(ours, exact, plain, ulps=64, floor=1.0)
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", ref.DTYPES, ids=str)
+def test_rows_of_one_target_add_up(backend, dtype, bias):
+    hidden, head, _, b = case(6, 40, 8, (dtype, dtype), bias)
+    ref.served(backend, hidden)
+    targets, g = torch.tensor([3, 3, 7, 3, 39, 7]), torch.linspace(-1, 1, 6, dtype=torch.float64)
+    given = [tensor.requires_grad_() for tensor in (hidden, head, b) if tensor is not None]
+    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    expected = torch.autograd.grad(truth(*exact[:2], targets, *exact[2:]), exact, g)
+    out = ops.token_log_prob(hidden, head, targets, bias=b, backend=backend)
+    for ours, slope in zip(torch.autograd.grad(out, given, g.to(out.dtype)), expected, strict=True):
+        error = (ours.double() - slope).abs().max() / slope.abs().max()
+        assert error <= 8 * torch.finfo(dtype).eps, f"relative error {error:.1e}"
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 3), (3, 7, 4), (2, 63, 5)], ids=str)
 def test_gradcheck(backend, shape):
     hidden, head, targets, bias = case(*shape)
