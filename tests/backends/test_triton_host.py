@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
 from benchmarks import profile, run_gpu, tune  # noqa: E402
-from benchmarks.inputs import Shape  # noqa: E402
+from benchmarks.inputs import CANONICAL, VOCABULARY, Shape  # noqa: E402
 from entrgi_kernels import backends  # noqa: E402
 from entrgi_kernels.backends import triton as kernels  # noqa: E402
 from entrgi_kernels.backends.triton import aot, chunked, config  # noqa: E402
@@ -72,6 +74,61 @@ def test_chunks_cover_the_vocabulary_once_within_the_budget(n, v, budget):
     assert all(a + length == b for (a, length), (b, _) in zip(parts, parts[1:], strict=False))
     longest = max(length for _, length in parts)
     assert longest <= 256 or n * longest * 2 <= budget + n * 2 * 256
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the tensors that were made inside and are still held, and their largest sum; works without storage."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.sizes, self.peak = 0, {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        before = {
+            t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)
+        }
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in before | self.sizes.keys():
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.held += storage.nbytes()
+                self.peak = max(self.peak, self.held)
+                weakref.finalize(storage, self._free, storage._cdata)
+        return result
+
+    def _free(self, place):
+        self.held -= self.sizes.pop(place)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
+@pytest.mark.parametrize("engine", ["of the table", "fused", "chunked"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("n", "d"), [pytest.param(*CANONICAL[0], marks=pytest.mark.xfail(reason="the lists of split rows")), *CANONICAL[1:]]
+)
+def test_a_step_takes_a_tenth_of_the_logits_bytes_at_most(n, d, dtype, engine, monkeypatch):
+    """The memory row of the design, beyond logits and moments: outputs, statistics, lists, partial sums and chunks."""
+    monkeypatch.setattr(chunked, "_product", lambda a, b, out, add: None)  # cuBLAS, into memory that is there
+    machine = aot.MACHINES["sm_90"]
+    architecture = machine.tables.architecture
+    if engine != "of the table":
+        tables = {
+            family: {w: tuple(dataclasses.replace(e, engine=engine) for e in entries) for w, entries in table.items()}
+            for family, table in (("forward", architecture.forward), ("backward", architecture.backward))
+        }
+        architecture = dataclasses.replace(architecture, **tables)
+    logits, table, grad = (
+        torch.empty(shape, dtype=dtype, device="meta") for shape in ((n, VOCABULARY), (VOCABULARY, d), (n, d))
+    )
+    moments = torch.empty_like(logits), torch.empty_like(logits)
+    rng, keys = torch.empty(2, dtype=torch.int64, device="meta"), torch.empty(n, dtype=torch.int64, device="meta")
+    with aot.recording(machine, lambda item: None), Memory() as memory:
+        config.override = dataclasses.replace(machine.tables, architecture=architecture)
+        held = kernels.entrgi_embedding(logits, table, rng, keys, None, None, "entropy", 0.7, 0, 0.95)
+        kernels.guidance_update_(logits, grad, table, *held[4:6], *moments, 1, 0.7, 0.5, 0.9, 0.999, 1e-8)
+    assert n * d * (4 + dtype.itemsize) < memory.held < memory.peak
+    assert memory.peak <= n * VOCABULARY * dtype.itemsize // 10
 
 
 def test_splits_fill_the_machine_and_no_more():

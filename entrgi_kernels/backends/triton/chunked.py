@@ -2,8 +2,8 @@
 
 Forward: probabilities of a chunk in the table's dtype, then torch.addmm into float32. Backward: torch.mm of the
 gradient with a chunk of the table into float32, then one elementwise kernel that forms the softmax gradient and takes
-the Adam step. Chunks are sized by a byte budget, a share of the logits' own bytes, so that the memory beyond the logits
-and Adam's state stays under it.
+the Adam step. Chunks are sized by a byte budget (:meth:`.config.Architecture.spare_bytes`), so that the memory beyond
+the logits and Adam's state stays under a share of the logits' own.
 """
 
 from __future__ import annotations
@@ -106,11 +106,6 @@ def chunks(n: int, v: int, bytes_per_entry: int, budget: int) -> Iterator[tuple[
     return ((first, min(length, v - first)) for first in range(0, v, length))
 
 
-def _budget(architecture: config.Architecture, logits: torch.Tensor) -> int:
-    share = architecture.chunk_share * logits.shape[0] * logits.shape[1] * logits.element_size()
-    return max(architecture.chunk_least_bytes, int(share))
-
-
 def _on_gpu(tensor: torch.Tensor) -> bool:
     # "meta" counts: the ahead-of-time gate runs the host code on tensors without storage.
     return tensor.device.type == "cuda"
@@ -142,7 +137,8 @@ def forward(
     (n, v), d = logits.shape, embedding.shape[1]
     architecture = config.target(logits.device).architecture
     block = architecture.elementwise
-    parts = list(chunks(n, v, embedding.element_size(), _budget(architecture, logits)))
+    width = embedding.element_size()
+    parts = list(chunks(n, v, width, architecture.spare_bytes(logits, d, width)))
     scratch = torch.empty(n * parts[0][1], dtype=embedding.dtype, device=logits.device)
     soft = torch.empty((n, d), dtype=torch.float32, device=logits.device)
     for first, length in parts:
@@ -183,10 +179,10 @@ def backward(
         grad: [N, D] of the product's dtype. delta: [N] float32, g . soft.
         adam_scalars: (lr / correction1, 1 / sqrt(correction2), beta1, beta2, eps).
     """
-    n, v = logits.shape
+    (n, v), d = logits.shape, embedding.shape[1]
     architecture = config.target(logits.device).architecture
     block = architecture.elementwise
-    parts = list(chunks(n, v, 4, _budget(architecture, logits)))
+    parts = list(chunks(n, v, 4, architecture.spare_bytes(logits, d, embedding.element_size())))
     scratch = torch.empty(n * parts[0][1], dtype=torch.float32, device=logits.device)
     exp_avg, exp_avg_sq = moments or (out, out)
     for first, length in parts:

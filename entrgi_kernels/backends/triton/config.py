@@ -103,8 +103,18 @@ class Architecture:
     table: dict[int, tuple[GemmConfig, ...]]
     unaligned: dict[int, GemmConfig] = field(default_factory=dict)
     merge_block: tuple[int, int] = (4, 256)
-    chunk_share: float = 0.1
-    chunk_least_bytes: int = 32 << 20
+    spare_share: float = 0.1
+    spare_least_bytes: int = 1 << 20
+
+    def spare_bytes(self, logits: torch.Tensor, d: int, width: int) -> int:
+        """Bytes that a product over `logits` [N, V] may take for partial sums or chunks.
+
+        A step may take a tenth of the logits' bytes beyond logits and moments. The soft embedding [N, d] in float32 and
+        the blend, of `width` bytes an entry, are part of that and live as long. A few rows may take a megabyte.
+        """
+        n, v = logits.shape
+        held = n * d * (4 + width)
+        return max(self.spare_least_bytes, int(self.spare_share * n * v * logits.element_size()) - held)
 
 
 def pick(entries, rows: int):
@@ -143,6 +153,8 @@ _ROWS = dict(
 # from 1,024 rows p recomputed for every block of D costs more exponentials than writing it once costs bytes.
 _FORWARD_16_BIT = (
     GemmConfig(16, 128, 64, 4, 4, most_rows=32),
+    # Narrow, for a few partial sums are all that the memory allows: 96 programs at N = 64, D = 1024.
+    GemmConfig(64, 64, 64, 4, 4, most_rows=64),
     GemmConfig(64, 64, 128, 4, 4, most_rows=256),
     GemmConfig(128, 64, 128, 8, 3, most_rows=1023),
     GemmConfig(128, 64, 128, 8, 3, engine="chunked"),
@@ -230,7 +242,7 @@ _INTERPRETER = Architecture(
     },
     table={s: (GemmConfig(16, 32, 16, 1, 1),) for s in (2, 4)},
     merge_block=(2, 16),
-    chunk_least_bytes=1 << 12,
+    spare_least_bytes=1 << 12,
 )
 
 ARCHITECTURES = {a.name: a for a in (_SM_80, _SM_90, _SM_100, _INTERPRETER)}

@@ -47,6 +47,7 @@ def _forward_kernel(
     tokens_ptr,
     weight_ptr,
     soft_ptr,
+    parts_ptr,
     out_ptr,
     n,
     v,
@@ -99,7 +100,10 @@ def _forward_kernel(
     acc *= scale_back
     mask = inside_n[:, None] & inside_d[None, :]
     place = rows[:, None] * d + columns[None, :]
-    tl.store(soft_ptr + split.to(tl.int64) * n * d + place, acc, mask=mask)
+    if split == 0:
+        tl.store(soft_ptr + place, acc, mask=mask)
+    else:
+        tl.store(parts_ptr + (split - 1).to(tl.int64) * n * d + place, acc, mask=mask)
     if BLEND:
         mixed = blend(acc, table_ptr, stride_e, tokens_ptr, weight_ptr, rows, columns, mask, v)
         tl.store(out_ptr + place, mixed.to(out_ptr.dtype.element_ty), mask=mask)
@@ -122,16 +126,16 @@ def _merge_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Adds the partial products of the slices in order, then blends."""
+    """Adds the partial products of the slices in order to the first, which is in `soft`, then blends."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = (rows < n)[:, None] & (columns < d)[None, :]
     rows = tl.minimum(rows, n - 1)
     place = rows[:, None] * d + columns[None, :]
-    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    acc = tl.load(soft_ptr + place, mask=mask, other=0.0)
     stride = tl.cast(n, tl.int64) * d
-    for split in range(0, splits):
-        acc += tl.load(parts_ptr + split * stride + place, mask=mask, other=0.0)
+    for part in range(0, splits - 1):
+        acc += tl.load(parts_ptr + part * stride + place, mask=mask, other=0.0)
     tl.store(soft_ptr + place, acc, mask=mask)
     if BLEND:
         mixed = blend(acc, table_ptr, stride_e, tokens_ptr, weight_ptr, rows, columns, mask, v)
@@ -182,24 +186,26 @@ def forward(
     target = config.target(device)
     even = aligned(logits, embedding)
     entry = config.pick_product(target.architecture, "forward", embedding.element_size(), n, even)
-    soft = torch.empty((n, d), dtype=torch.float32, device=device)
     blending = mix and tokens is not None and weight is not None
     out = torch.empty((n, d), dtype=embedding.dtype, device=device) if blending else None
     scale = scale_of(embedding.dtype)
     if n == 0:
+        soft = torch.empty((0, d), dtype=torch.float32, device=device)
         return soft, out if blending else (soft.to(embedding.dtype) if mix else None)
-    hard = (vector(tokens), vector(weight)) if tokens is not None and weight is not None else (soft, soft)
+    # Without a blend the kernels are given pointers that they do not follow.
+    hard = (vector(tokens), vector(weight)) if tokens is not None and weight is not None else (maximum, maximum)
     if entry.engine == "chunked":
-        parts, splits = chunked.forward(logits, embedding, maximum, logsum, temperature, scale), 1
+        soft = parts = chunked.forward(logits, embedding, maximum, logsum, temperature, scale)
+        splits = 1
     else:
         blocks_v = cdiv(v, entry.block_v)
         tiles = cdiv(n, entry.block_n) * cdiv(d, entry.block_d)
-        # Partial products may take a tenth of the logits' bytes, or 32 MB where that is more.
-        most = max(32 << 20, n * v * logits.element_size() // 10) // (4 * n * d)
-        splits = split_count(tiles, blocks_v, target.sms * max(1, 8 // entry.num_warps), max(1, min(64, most)))
+        spare = target.architecture.spare_bytes(logits, d, embedding.element_size()) // (4 * n * d)
+        splits = split_count(tiles, blocks_v, target.sms * max(1, 8 // entry.num_warps), min(64, 1 + spare))
         length = cdiv(blocks_v, splits) * entry.block_v
         splits = cdiv(v, length)
-        parts = soft if splits == 1 else torch.empty((splits, n, d), dtype=torch.float32, device=device)
+        soft = torch.empty((n, d), dtype=torch.float32, device=device)
+        parts = soft if splits == 1 else torch.empty((splits - 1, n, d), dtype=torch.float32, device=device)
         launch(
             _forward_kernel,
             (tiles * splits,),
@@ -210,6 +216,7 @@ def forward(
             maximum,
             logsum,
             *hard,
+            soft,
             parts,
             out if out is not None else soft,
             n,
@@ -250,8 +257,6 @@ def forward(
             BLOCK_N=block_n,
             BLOCK_D=block_d,
         )
-    elif entry.engine == "chunked":
-        soft = parts
     if mix and out is None:
         out = soft.to(embedding.dtype, copy=True)
     return soft, out
