@@ -1,8 +1,10 @@
-"""softmax(logits / temperature) @ E with the probabilities formed inside the product, and the blend in its epilogue.
+"""softmax(logits / temperature) @ E with the probabilities formed inside the product, and the blend after it.
 
 The left operand of every tile product is exp((logit - maximum) / tau - logsum), computed in registers from the logits
 and the row statistics that the pass before left; N x V probabilities never exist. When rows are few the vocabulary is
-split over programs: since p is already normalised, the partial products simply add, in a fixed order.
+split over programs: since p is already normalised, the partial products simply add, in a fixed order. The pass over
+[N, D] that adds them blends too. Inside the product the blend would cost half of the registers again: one program a
+multiprocessor in place of two on sm_90.
 
 In float16 the probabilities are scaled by 2^10 inside the product (and back after it), so that p down to 6e-11 is not
 flushed to zero; bfloat16 and float32 need no scale.
@@ -44,11 +46,8 @@ def _forward_kernel(
     stride_e,
     maximum_ptr,
     logsum_ptr,
-    tokens_ptr,
-    weight_ptr,
     soft_ptr,
     parts_ptr,
-    out_ptr,
     n,
     v,
     d,
@@ -56,7 +55,6 @@ def _forward_kernel(
     inverse,
     log2_scale,
     scale_back,
-    BLEND: tl.constexpr,
     EVEN_V: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -100,13 +98,10 @@ def _forward_kernel(
     acc *= scale_back
     mask = inside_n[:, None] & inside_d[None, :]
     place = rows[:, None] * d + columns[None, :]
-    if split == 0:
-        tl.store(soft_ptr + place, acc, mask=mask)
-    else:
-        tl.store(parts_ptr + (split - 1).to(tl.int64) * n * d + place, acc, mask=mask)
-    if BLEND:
-        mixed = blend(acc, table_ptr, stride_e, tokens_ptr, weight_ptr, rows, columns, mask, v)
-        tl.store(out_ptr + place, mixed.to(out_ptr.dtype.element_ty), mask=mask)
+    base = soft_ptr
+    if split > 0:
+        base = parts_ptr + (split - 1).to(tl.int64) * n * d
+    tl.store(base + place, acc, mask=mask)
 
 
 @kernel("n", "splits")
@@ -215,10 +210,8 @@ def forward(
             embedding.stride(0),
             maximum,
             logsum,
-            *hard,
             soft,
             parts,
-            out if out is not None else soft,
             n,
             v,
             d,
@@ -229,7 +222,6 @@ def forward(
             num_warps=entry.num_warps,
             # Logits wider than the table: a stage less, or GPUs with 99 KiB of shared memory refuse the launch.
             num_stages=max(1, entry.num_stages - (logits.element_size() > embedding.element_size())),
-            BLEND=blending and splits == 1,
             EVEN_V=v % entry.block_v == 0,
             EVEN_D=d % entry.block_d == 0,
             PRECISION=target.precision,
@@ -237,7 +229,7 @@ def forward(
             BLOCK_V=entry.block_v,
             BLOCK_D=entry.block_d,
         )
-    if splits > 1 or (entry.engine == "chunked" and blending):
+    if splits > 1 or blending:
         block_n, block_d = target.architecture.merge_block
         launch(
             _merge_kernel,
