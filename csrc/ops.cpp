@@ -196,12 +196,15 @@ int64_t choose_splits(const entrgi::ForwardJob& job, int64_t accumulator_bytes) 
   return splits;
 }
 
-struct Forward {
-  Tensor soft, mixed;
+// Where the blend with the hard tokens goes, and what it is made of.
+struct Blend {
+  const Tensor &tokens, &weight, &out;
+  const int64_t* places;
 };
 
-Forward forward(const Tensor& logits, const Tensor& embedding, const Stats& s, double temperature,
-                const Tensor* tokens, const Tensor* weight) {
+// The soft embedding [n, d] in acc; writes the blend where one is wanted.
+Tensor forward(const Tensor& logits, const Tensor& embedding, const Stats& s, double temperature,
+               const Blend* blend = nullptr) {
   entrgi::ForwardJob job;
   job.logits = matrix(logits);
   job.embedding = matrix(embedding);
@@ -212,28 +215,27 @@ Forward forward(const Tensor& logits, const Tensor& embedding, const Stats& s, d
   job.maximum = s.maximum.data_ptr();
   job.total = s.total.data_ptr();
   const auto acc = acc_of(logits);
-  Forward out;
-  out.soft = at::empty({job.n, job.d}, logits.options().dtype(acc));
-  job.soft = out.soft.data_ptr();
-  if (tokens) {
-    out.mixed = at::empty({job.n, job.d}, embedding.options());
-    job.mixed = matrix(out.mixed);
-    job.tokens = longs(*tokens);
-    job.weight = weight->data_ptr();
+  Tensor soft = at::empty({job.n, job.d}, logits.options().dtype(acc));
+  job.soft = soft.data_ptr();
+  if (blend) {
+    job.mixed = matrix(blend->out);
+    job.places = blend->places;
+    job.tokens = longs(blend->tokens);
+    job.weight = blend->weight.data_ptr();
   }
-  if (job.n == 0 || job.d == 0) return out;
+  if (job.n == 0 || job.d == 0) return soft;
   const Kernels& k = entrgi::kernels();
   int64_t rows = 0, columns = 0;
   k.forward_padding(job, &rows, &columns);
-  job.splits = choose_splits(job, rows * columns * static_cast<int64_t>(out.soft.element_size()));
+  job.splits = choose_splits(job, rows * columns * static_cast<int64_t>(soft.element_size()));
   // Columns are independent of each other: their groups may follow the number of threads.
   job.groups = std::max<int64_t>(1, std::min(ceil_div(at::get_num_threads(), job.splits), job.d / 128));
-  Tensor accumulators = at::empty({job.splits * rows * columns}, out.soft.options());
+  Tensor accumulators = at::empty({job.splits * rows * columns}, soft.options());
   job.accumulators = accumulators.data_ptr();
   run_units(job.splits * job.groups, k.forward_scratch(job),
             [&](int64_t unit, void* scratch) { k.forward_unit(job, unit, scratch); });
   run_rows(job.n, job.d, 0, [&](int64_t begin, int64_t end, void*) { k.forward_combine(job, begin, end); });
-  return out;
+  return soft;
 }
 
 // Logits in float64 when the table is: the kernels accumulate in the logits' precision.
@@ -244,13 +246,13 @@ Tensor prepared_logits(const Tensor& logits, const Tensor& embedding) {
 std::tuple<Tensor, Tensor> soft_embedding(const Tensor& logits_, const Tensor& embedding_, double temperature) {
   const Tensor logits = prepared_logits(logits_, embedding_), embedding = with_plain_rows(embedding_);
   Stats s = row_stats(logits, temperature, MAXIMUM | TOTAL | LSE);
-  return {forward(logits, embedding, s, temperature, nullptr, nullptr).soft, s.lse};
+  return {forward(logits, embedding, s, temperature), s.lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> entrgi_embedding(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> entrgi_embedding(
     const Tensor& logits_, const Tensor& embedding_, const Tensor& rng, const Tensor& rows,
     const OptionalTensor& tokens_, const OptionalTensor& weight_, c10::string_view mode, double temperature,
-    int64_t top_k, double top_p) {
+    int64_t top_k, double top_p, const Tensor& out, const OptionalTensor& index_) {
   const Tensor logits = prepared_logits(logits_, embedding_), embedding = with_plain_rows(embedding_);
   const int64_t n = logits.size(0), v = logits.size(1);
   const auto acc = acc_of(logits);
@@ -274,8 +276,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> entrgi_embedd
   } else {
     tokens = draw(logits, s, rng, rows, temperature, top_k, top_p);
   }
-  Forward f = forward(logits, embedding, s, temperature, &tokens, &weight);
-  return {f.mixed, tokens, weight, s.entropy_unit, f.soft, s.lse, s.argmax};
+  Tensor index;  // kept for as long as its entries are read
+  if (index_.has_value()) {
+    index = index_->contiguous();
+    for (int64_t i = 0; i < n; i++)
+      TORCH_CHECK_INDEX(longs(index)[i] >= 0 && longs(index)[i] < out.size(0), "index ", longs(index)[i],
+                        ": expected a row of out, which has ", out.size(0));
+  }
+  const Blend blend{tokens, weight, out, index_.has_value() ? longs(index) : nullptr};
+  const Tensor soft = forward(logits, embedding, s, temperature, &blend);
+  return {tokens, weight, s.entropy_unit, soft, s.lse, s.argmax};
 }
 
 // --- backward of the logits -------------------------------------------------------------------------------------------
@@ -448,8 +458,8 @@ TORCH_LIBRARY(entrgi_native, m) {
       "Tensor");
   m.def(
       "entrgi_embedding(Tensor logits, Tensor embedding, Tensor rng, Tensor rows, Tensor? tokens, Tensor? weight, "
-      "str weight_mode, float temperature, int top_k, float top_p) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "str weight_mode, float temperature, int top_k, float top_p, Tensor(a!) out, Tensor? index) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "guidance_update_(Tensor(a!) logits, Tensor grad, Tensor embedding, Tensor soft, Tensor lse, "
       "Tensor(b!)? exp_avg, Tensor(c!)? exp_avg_sq, int step, float temperature, float lr, float beta1, float beta2, "

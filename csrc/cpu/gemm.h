@@ -328,7 +328,7 @@ static void combine_rows(const ForwardJob& job, int64_t begin, int64_t end, int6
     if (!job.tokens) continue;
     const int64_t token = job.tokens[n] < 0 ? 0 : job.tokens[n];
     const T* hard = (const T*)job.embedding.data + token * job.embedding.stride;
-    T* mixed = (T*)job.mixed.data + n * job.mixed.stride;
+    T* mixed = (T*)job.mixed.data + (job.places ? job.places[n] : n) * job.mixed.stride;
     const A w = ((const A*)job.weight)[n];
     for (int64_t d = 0; d < job.d; d++) {
       const A h = (A)to_acc(hard[d]), difference = h - soft[d];

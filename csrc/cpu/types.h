@@ -80,7 +80,8 @@ struct ForwardJob {
   void* soft = nullptr;            // [n, d] acc
   const int64_t* tokens = nullptr;  // null: no interpolation wanted
   const void* weight = nullptr;     // [n] acc
-  Matrix mixed;                     // [n, d]
+  Matrix mixed;                     // [n, d], or more rows where `places` tells
+  const int64_t* places = nullptr;  // [n], each row's place in `mixed`; null: in order
 };
 
 struct Adam {

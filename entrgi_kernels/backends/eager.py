@@ -204,16 +204,20 @@ def entrgi_embedding(
     temperature: float,
     top_k: int,
     top_p: float,
+    out: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The whole forward: soft + weight (E[token] - soft).
 
     Args:
         weight_mode: "entropy" (H / log V), "one", "zero" or "given" (reads `weight`). With "zero" nothing is drawn:
             tokens are -1 unless they are given.
+        out, index: [M, D] of the table's dtype with dense rows, and int64 [N]: row i of the blend is written to
+            out[index[i]], the rest of `out` is left alone. Both or neither.
 
     Returns:
-        (embedding [N, D] of the table's dtype, tokens [N] int64, weight [N] acc, entropy [N] acc at temperature 1,
-        soft [N, D] acc, log-sum-exp [N] acc at `temperature`, argmax [N] int64).
+        (embedding [N, D] of the table's dtype, or `out` itself, tokens [N] int64, weight [N] acc, entropy [N] acc at
+        temperature 1, soft [N, D] acc, log-sum-exp [N] acc at `temperature`, argmax [N] int64).
     """
     acc = accumulation_dtype(logits, embedding)
     x = logits.to(acc)
@@ -234,8 +238,10 @@ def entrgi_embedding(
     else:
         tokens = sample_tokens(logits, rng, rows, temperature, top_k, top_p)
     hard = embedding[tokens.clamp(min=0)].to(acc)
-    mixed = torch.lerp(soft, hard, weight[:, None])
-    return mixed.to(embedding.dtype), tokens, weight, entropy, soft, lse, x.argmax(dim=-1)
+    mixed = torch.lerp(soft, hard, weight[:, None]).to(embedding.dtype)
+    if out is not None and index is not None:
+        mixed = out.index_copy_(0, index, mixed)
+    return mixed, tokens, weight, entropy, soft, lse, x.argmax(dim=-1)
 
 
 def guidance_update_(

@@ -117,10 +117,14 @@ def entrgi_embedding(
     temperature: float,
     top_k: int,
     top_p: float,
+    out: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The whole forward: soft + weight (E[token] - soft); see the eager twin for arguments and returns."""
-    return torch.ops.entrgi_native.entrgi_embedding(
-        logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p
+    if out is None:
+        out = torch.empty(logits.shape[0], embedding.shape[1], dtype=embedding.dtype, device=embedding.device)
+    return out, *torch.ops.entrgi_native.entrgi_embedding(
+        logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p, out, index
     )
 
 

@@ -176,19 +176,24 @@ class InnerLoop:
         count, length = response.shape
         # One row more than there are trajectories, for rows of phi that belong to none.
         tokens = torch.nn.functional.pad(response, (0, 0, 0, 1))
-        embedded = self._buffers.rows("response", self._table, tokens.flatten()).view(count + 1, length, -1)
+        embedded = self._buffers.rows("response", self._table, tokens.flatten())
+        index = rows * length + slots
+        # Such rows take another's gradient: they have none, and nobody reads what becomes of them.
+        source = index.clamp(max=count * length - 1)
         weights, values, grad = [], [], None
         for inner in range(config.guidance_steps):
             with ranges.scope(ranges.EMBED):
-                blend = optimizer.embed()
+                blend = optimizer.embed(out=embedded, index=index)
             with torch.enable_grad():
                 with ranges.scope(ranges.REWARD):
                     best = tokens.index_put((rows, slots), optimizer.argmax)[:count]
-                    filled = embedded.index_put((rows, slots), blend.embedding)[:count]
+                    # The reward reads the very rows that were written; the next inner step writes them again.
+                    filled = embedded[: count * length].view(count, length, -1).detach().requires_grad_()
                     value = self._score(filled, best, settled, (rows, slots, optimizer.phi))
                 # The loss is minus the sum: a mean would change Adam's steps where gradients are near eps.
                 with ranges.scope(ranges.REWARD_BACKWARD):
-                    (grad,) = torch.autograd.grad(-value.sum(), blend.embedding)
+                    (grad,) = torch.autograd.grad(-value.sum(), filled)
+                    grad = grad.flatten(0, 1)[source]
             if not (defer and inner == config.guidance_steps - 1):
                 with ranges.scope(ranges.UPDATE):
                     optimizer.step(grad)

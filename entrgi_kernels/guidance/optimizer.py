@@ -91,18 +91,36 @@ class LogitOptimizer:
             raise RuntimeError("argmax is known after embed()")
         return self._context.argmax
 
-    def embed(self, tokens: torch.Tensor | None = None) -> EntrgiEmbedding:
+    def embed(
+        self,
+        tokens: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
+        index: torch.Tensor | None = None,
+    ) -> EntrgiEmbedding:
         """The blend at the present logits; its `.embedding` [N, D] is a leaf that collects a gradient.
+
+        With `out` and `index` the blend's rows are written into a reward's input where it lies, nothing is copied::
+
+            inputs = table[tokens]                                  # [R, L, D], once a denoising step
+            index = rows * L + slots                                # [N], the masked ones
+            blend = optimizer.embed(out=inputs.view(-1, D), index=index)
+            (-reward(blend.embedding.view(R, L, D)).sum()).backward()
+            optimizer.step(blend.embedding.grad[index])
 
         Args:
             tokens: int64 [N] hard tokens; None draws them.
+            out, index: [M, D] and int64 [N], see :func:`entrgi_kernels.ops.entrgi_embedding`. `.embedding` is then a
+                leaf on the memory of `out`, of its shape: good until that is written to again.
         """
         listed = isinstance(self._seed, torch.Tensor) and self._seed.dim() == 2
         rng = dict(seed=self._seed[self._draws]) if listed else dict(seed=self._seed, step=self._step + self._draws)
         with torch.no_grad():
-            result, self._context = forward(self.phi, self.embedding, tokens=tokens, **rng, **self._forward)
+            result, self._context = forward(
+                self.phi, self.embedding, tokens=tokens, out=out, index=index, **rng, **self._forward
+            )
         self._draws += 1
-        return result._replace(embedding=result.embedding.requires_grad_())
+        return result._replace(embedding=result.embedding.detach().requires_grad_())
 
     @torch.no_grad()
     def step(self, grad: torch.Tensor) -> None:

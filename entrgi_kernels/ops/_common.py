@@ -58,6 +58,23 @@ def check_same_device(logits: torch.Tensor, called: str = "logits", /, **others:
             )
 
 
+def check_apart(out: torch.Tensor, called: str, /, **others: torch.Tensor) -> None:
+    """Raise if what is written overlaps, from first to last byte, a tensor that is read. For tensors with storage."""
+    first, last = _bytes(out)
+    for name, tensor in others.items():
+        begin, end = _bytes(tensor)
+        if first < end and begin < last:
+            raise ValueError(f"{called} shares memory with {name}, which is read while it is written: expected its own")
+
+
+def _bytes(tensor: torch.Tensor) -> tuple[int, int]:
+    """Addresses of a tensor's first byte and of the one behind its last."""
+    if tensor.numel() == 0:
+        return 0, 0
+    entries = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + entries * tensor.element_size()
+
+
 def check_vector(
     logits: torch.Tensor,
     tensor: torch.Tensor,

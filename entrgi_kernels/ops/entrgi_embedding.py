@@ -7,6 +7,10 @@
 The value is (1 - w) soft + w E[x]; the gradient is that of `soft`, unscaled: d phi_v = p_v (g . E_v - g . soft) / tau.
 w and x carry no gradient.
 
+With `out` and `index` the rows of the blend are written to their places among others: a reward model's input holds them
+and the embeddings of committed tokens. That form is not differentiable, as torch's own `out=` is not: the gradient of
+the rows written is what :func:`guidance_update_` takes.
+
 Source: arXiv 2602.05000, the method's interpolation; w = 1 is APS, w = 0 the continuous relaxation (Expectation).
 """
 
@@ -28,7 +32,7 @@ class EntrgiEmbedding(NamedTuple):
     """What :func:`entrgi_embedding` returns.
 
     Attributes:
-        embedding: [N, D] of the table's dtype, the blend.
+        embedding: [N, D] of the table's dtype, the blend; `out` itself where it was given.
         tokens: [N] int64, the hard tokens; -1 where none was drawn (weight "zero") or the row is bad.
         weight: [N] float32 or float64, the hard token's share.
         entropy: [N] float32 or float64, nats, at temperature 1 and unfiltered.
@@ -68,20 +72,16 @@ def _entrgi_embedding(
 
 @_entrgi_embedding.register_fake
 def _(logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p, backend):
+    return embedding.new_empty((logits.shape[0], embedding.shape[1])), *_beside_the_blend(logits, embedding)
+
+
+def _beside_the_blend(logits: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Tokens, weight, entropy, soft, log-sum-exp and argmax, without content."""
     n, acc = logits.shape[0], _common.accumulation_dtype(logits, embedding)
-    out = embedding.new_empty((n, embedding.shape[1]))
     statistic = logits.new_empty((n,), dtype=acc)
     index = logits.new_empty((n,), dtype=torch.int64)
-    soft = torch.empty_like(out, dtype=acc)
-    return (
-        out,
-        index,
-        statistic,
-        torch.empty_like(statistic),
-        soft,
-        torch.empty_like(statistic),
-        torch.empty_like(index),
-    )
+    soft = embedding.new_empty((n, embedding.shape[1]), dtype=acc)
+    return index, statistic, torch.empty_like(statistic), soft, torch.empty_like(statistic), torch.empty_like(index)
 
 
 def _setup_context(ctx, inputs, output):
@@ -101,6 +101,32 @@ def _backward(ctx, grad, *_):
 _entrgi_embedding.register_autograd(_backward, setup_context=_setup_context)
 
 
+@torch.library.custom_op("entrgi::entrgi_embedding_out", mutates_args=("out",))
+def _entrgi_embedding_out(
+    logits: torch.Tensor,
+    embedding: torch.Tensor,
+    rng: torch.Tensor,
+    rows: torch.Tensor,
+    tokens: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    weight_mode: str,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    out: torch.Tensor,
+    index: torch.Tensor,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    _common.check_apart(out, "out", logits=logits, embedding=embedding)
+    run = _common.run("entrgi_embedding", backend, logits)
+    return run(logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p, out, index)[1:]
+
+
+@_entrgi_embedding_out.register_fake
+def _(logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p, out, index, backend):
+    return _beside_the_blend(logits, embedding)
+
+
 def forward(
     logits: torch.Tensor,
     embedding: torch.Tensor,
@@ -113,6 +139,8 @@ def forward(
     seed: int | torch.Tensor = 0,
     step: int | torch.Tensor = 0,
     rows: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[EntrgiEmbedding, ForwardState]:
     """:func:`entrgi_embedding` with what a following :func:`guidance_update_` needs; same arguments."""
@@ -125,13 +153,45 @@ def forward(
     rng, keys = _common.make_rng(logits, seed, step), _common.make_rows(logits, rows)
     if tokens is not None:
         _common.check_vector(logits, tokens, "tokens", torch.int64)
+    if out is not None or index is not None:
+        _check_destination(logits, embedding, out, index)
     mode, given = _weight(logits, weight, backend)
     if tokens is None and mode != "zero" and draw_temperature == 0:
         # The draw's temperature is 0 while the distribution's is 1: the tokens have to come from outside.
         tokens = torch.ops.entrgi.sample_tokens(logits, rng, keys, 0.0, k, p, backend)
     # Detached: a table that requires grad would otherwise start a backward that has nothing to give it.
-    outputs = _entrgi_embedding(logits, embedding.detach(), rng, keys, tokens, given, mode, tau, k, p, backend)
-    return EntrgiEmbedding(*outputs[:4]), ForwardState(*outputs[4:])
+    arguments = logits, embedding.detach(), rng, keys, tokens, given, mode, tau, k, p
+    if out is None or index is None:
+        out, *others = _entrgi_embedding(*arguments, backend)
+    else:
+        others = _entrgi_embedding_out(*arguments, out, index, backend)
+    return EntrgiEmbedding(out, *others[:3]), ForwardState(*others[3:])
+
+
+def _check_destination(
+    logits: torch.Tensor, embedding: torch.Tensor, out: torch.Tensor | None, index: torch.Tensor | None
+) -> None:
+    """Raise unless rows of the blend can be written to `out` at `index`."""
+    if out is None or index is None:
+        given, lacking = ("index", "out") if out is None else ("out", "index")
+        raise ValueError(f"{given} is given and {lacking}=None: expected both, out [M, D] and index [N], or neither")
+    expected = f"[M, {embedding.shape[1]}], as wide as the embedding"
+    _common.check_matrix(out, "out", expected)
+    if out.shape[1] != embedding.shape[1]:
+        raise ValueError(f"out has shape {list(out.shape)}: expected {expected}")
+    if out.dtype != embedding.dtype:
+        raise TypeError(f"out is {out.dtype}: expected {embedding.dtype}, as the embedding")
+    (rows, columns), (stride, inner) = out.shape, out.stride()
+    if (columns > 1 and inner != 1) or (rows > 1 and stride < columns):
+        raise ValueError(f"out has strides {list(out.stride())}: expected dense rows that do not overlap")
+    _common.check_same_device(logits, out=out)
+    _common.check_vector(logits, index, "index", torch.int64)
+    for name, tensor in (("logits", logits), ("out", out)):
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}.requires_grad is True, but with out= nothing is differentiable: expected {name}.detach(), or "
+                "a call under torch.no_grad()"
+            )
 
 
 def _weight(logits: torch.Tensor, weight: Weight, backend: str) -> tuple[str, torch.Tensor | None]:
@@ -165,6 +225,8 @@ def entrgi_embedding(
     seed: int | torch.Tensor = 0,
     step: int | torch.Tensor = 0,
     rows: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> EntrgiEmbedding:
     """The entropy-weighted blend of soft and hard embeddings. Differentiable once, in `logits` alone.
@@ -178,6 +240,12 @@ def entrgi_embedding(
             nats, V) that returns one. No gradient flows through it.
         tokens: int64 [N], the hard tokens; None draws them.
         top_k, top_p, seed, step, rows: of the draw, as in :func:`sample_tokens`.
+        out: [M, D] of the embedding's dtype, dense rows at any distance: row i of the blend is written to
+            ``out[index[i]]`` and the rest of it is left alone. Not differentiable: neither it nor the logits may
+            require grad, unless under torch.no_grad(). It shares no memory with logits or embedding.
+        index: int64 [N], different rows of `out`. Of rows with the same index one stays, it is not said which. One
+            outside of [0, M) raises an IndexError on a CPU; on a GPU nobody looks (that would mean waiting for it): the
+            Triton backend leaves such a row out, the eager one fails in torch's own assertion.
         backend: "auto" or the name of a backend.
 
     Returns:
@@ -185,7 +253,8 @@ def entrgi_embedding(
         finite entry.
 
     Raises:
-        ValueError, TypeError: bad shape, dtype, device, temperature, filter, weight, seed or keys.
+        ValueError, TypeError: bad shape, dtype, device, temperature, filter, weight, seed or keys; `out` without
+            `index` or the reverse; an `out` whose rows overlap, or that shares memory with what is read.
         BackendUnavailableError: an explicit backend that cannot serve.
     """
     return forward(
@@ -199,5 +268,7 @@ def entrgi_embedding(
         seed=seed,
         step=step,
         rows=rows,
+        out=out,
+        index=index,
         backend=backend,
     )[0]

@@ -97,9 +97,13 @@ def test_a_new_number_of_rows_compiles_nothing(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **told: made.append(told["repr"]))
     logits, table, grad = make(64, 4096, 64, torch.bfloat16)
     rng, keys = torch.tensor([3, 4], device="cuda"), torch.arange(65, device="cuda")
+    inputs = torch.empty(65, 64, dtype=torch.bfloat16, device="cuda")
     for n in (64, 33, 34, 35, 48):
         phi = logits[:n].clone()
-        out = kernels.entrgi_embedding(phi, table, rng, keys[1 : n + 1], None, None, "entropy", 0.7, 0, 0.9)
+        own = keys[1 : n + 1]
+        out = kernels.entrgi_embedding(phi, table, rng, own, None, None, "entropy", 0.7, 0, 0.9)
+        kernels.entrgi_embedding(phi, table, rng, own, None, None, "entropy", 0.7, 0, 0.9, inputs, own)
+        assert torch.equal(inputs[own], out[0])
         kernels.guidance_update_(phi, grad[:n], table, out[4], out[5], None, None, 1, *ADAM)
         if n == 64:
             made.clear()

@@ -283,6 +283,11 @@ def test_draws_at_temperature_zero_and_of_empty_batches():
     assert torch.equal(ours, eager.sample_tokens(logits, rng, rows, 0.0, 0, 1.0))
     none = kernels.entrgi_embedding(logits[:0], table, rng, rows[:0], None, None, "entropy", 0.7, 0, 0.9)
     assert [tuple(t.shape) for t in none] == [(0, 4), (0,), (0,), (0,), (0, 4), (0,), (0,)]
+    out = torch.full((3, 4), math.nan)
+    kernels.entrgi_embedding(logits[:0], table, rng, rows[:0], None, None, "one", 0.7, 0, 0.9, out, rows[:0])
+    outside = torch.tensor([3, 1, -1, 1 << 40])
+    kernels.entrgi_embedding(logits[:4], table, rng, rows[:4], None, None, "zero", 0.7, 0, 1.0, out, outside)
+    assert out.isnan().all(dim=-1).tolist() == [True, False, True]  # what has no place there is left out
     embedding, tokens, _, entropy, soft, lse, _ = none
     kernels.guidance_update_(logits[:0], embedding, table, soft, lse, None, None, 1, *ADAM)
     assert [t.shape[0] for t in kernels.soft_embedding(logits[:0], table, 0.7)] == [0, 0]
@@ -301,8 +306,15 @@ def test_the_whole_forward(shape, dtype):
     logits, table, _ = make(*shape, dtype)
     n = shape[0]
     rng, rows, given = torch.tensor([5, 6]), torch.arange(n), torch.linspace(0, 1, n)
+    wide, index = torch.full((n + 4, shape[2] + 7), math.nan).to(dtype), torch.randperm(n + 2).repeat(2)[n + 2 :][:n]
+    out = wide[1:-1, 3:-4]
     for weight, mode, filters in ((None, "entropy", (0, 0.9)), (None, "zero", (0, 1.0)), (given, "given", (3, 1.0))):
-        ours = kernels.entrgi_embedding(logits, table, rng, rows, None, weight, mode, 0.7, *filters)
+        placed = () if mode == "entropy" else (out, index)
+        ours = kernels.entrgi_embedding(logits, table, rng, rows, None, weight, mode, 0.7, *filters, *placed)
+        if placed:
+            ours = out[index], *ours[1:]
+            out[index] = math.nan
+            assert wide.isnan().all(), f"{mode}: written elsewhere"
         theirs = eager.entrgi_embedding(logits, table, rng, rows, None, weight, mode, 0.7, *filters)
         names = ("embedding", "tokens", "weight", "entropy", "soft", "lse", "argmax")
         for name, a, b in zip(names, ours, theirs, strict=True):

@@ -11,6 +11,7 @@ import torch
 from entrgi_kernels import ops
 
 X, E, TOKENS = ref.peaked(3, 7), ref.table(7, 4), torch.zeros(3, dtype=torch.int64)
+OUT = torch.zeros(5, 4, dtype=torch.float64)
 SOFT, LSE = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
 
 
@@ -114,6 +115,19 @@ ENTRGI = [
     ({"weight": lambda h, v: 0.5}, TypeError, ["weight is float"]),
     ({"tokens": TOKENS[:2]}, ValueError, ["tokens has shape [2]", "[3]"]),
     ({"tokens": TOKENS.int()}, TypeError, ["tokens is torch.int32", "torch.int64"]),
+    ({"out": OUT}, ValueError, ["out is given", "index=None", "both"]),
+    ({"index": TOKENS}, ValueError, ["index is given", "out=None", "both"]),
+    ({"out": OUT[:, :3], "index": TOKENS}, ValueError, ["out has shape [5, 3]", "[M, 4]"]),
+    ({"out": OUT[0], "index": TOKENS}, ValueError, ["out has shape [4]", "[M, 4]"]),
+    ({"out": OUT.float(), "index": TOKENS}, TypeError, ["out is torch.float32", "torch.float64"]),
+    ({"out": OUT.to("meta"), "index": TOKENS}, ValueError, ["out is on meta", "cpu"]),
+    ({"out": OUT[:1].expand(5, 4), "index": TOKENS}, ValueError, ["out has strides [0, 1]", "dense rows"]),
+    ({"out": OUT.T.contiguous().T, "index": TOKENS}, ValueError, ["out has strides [1, 5]", "dense rows"]),
+    ({"out": OUT, "index": TOKENS[:2]}, ValueError, ["index has shape [2]", "[3]"]),
+    ({"out": OUT, "index": TOKENS.int()}, TypeError, ["index is torch.int32", "torch.int64"]),
+    ({"out": E[2:], "index": TOKENS}, ValueError, ["out shares memory with embedding"]),
+    ({"out": OUT.clone().requires_grad_(), "index": TOKENS}, ValueError, ["out.requires_grad", "detach()"]),
+    ({"x": X.clone().requires_grad_(), "out": OUT, "index": TOKENS}, ValueError, ["logits.requires_grad"]),
 ]
 UPDATE = [
     ({"grad_embedding": E}, ValueError, ["grad_embedding has shape [7, 4]", "[3, 4]"]),

@@ -187,6 +187,45 @@ def test_strides(backend, dtype, layout):
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("weight", ["entropy", "one", "zero", "given"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_rows_go_to_their_places(backend, dtype, weight):
+    """The very bits of the blend by itself, in a slice of something wider; whatever lies around them stays."""
+    e, wide = ref.table(63, 17, dtype), torch.full((14, 40), torch.nan, dtype=dtype)
+    for n in (9, 1, 0):
+        x = ref.peaked(n, 63, dtype)
+        ref.served(backend, x)
+        mode = torch.linspace(-0.5, 1.5, n) if weight == "given" else weight
+        settings = dict(temperature=TAU, weight=mode, top_p=0.9, seed=3, backend=backend)
+        out, index = wide[1:13, 5:22], torch.randperm(12).repeat_interleave(2)[: 2 * n : 2]
+        placed, kept = forward(x, e, out=out, index=index, **settings)
+        alone, expected = forward(x, e, **settings)
+        assert placed.embedding is out and torch.equal(out[index], alone.embedding)
+        assert all(torch.equal(a, b) for a, b in zip((*placed[1:], *kept), (*alone[1:], *expected), strict=True))
+        out[index] = torch.nan
+        assert wide.isnan().all()
+
+
+def test_places_outside_are_an_error_on_a_cpu(backend):
+    x, e, out = ref.peaked(2, 7), ref.table(7, 4), torch.zeros(3, 4, dtype=torch.float64)
+    ref.served(backend, x)
+    if backend == "triton":
+        pytest.skip("on a GPU nobody looks at indices")
+    for outside in (3, -1):
+        with pytest.raises(IndexError):
+            ops.entrgi_embedding(x, e, out=out, index=torch.tensor([1, outside]), backend=backend)
+
+
+def test_phi_that_requires_grad_is_written_out_under_no_grad(backend):
+    x, e = ref.peaked(2, 7).requires_grad_(), ref.table(7, 4)
+    ref.served(backend, x)
+    out = torch.zeros(3, 4, dtype=torch.float64)
+    version = out._version
+    with torch.no_grad():
+        ops.entrgi_embedding(x, e, out=out, index=torch.tensor([2, 0]), backend=backend)
+    assert out[[0, 2]].any() and out._version > version  # autograd is told
+
+
 def test_large_vocabulary(backend):
     x, e = ref.peaked(2, 151_936, torch.bfloat16), ref.table(151_936, 8, torch.bfloat16)
     ref.served(backend, x, e)

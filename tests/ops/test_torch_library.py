@@ -32,6 +32,7 @@ def _case(name: str, x: torch.Tensor, backend: str) -> tuple:
     bias = ref.table(6, 1, x.dtype, seed=7)[:, 0].contiguous().requires_grad_()
     own = x.clone()
     moments = torch.zeros_like(own), torch.zeros_like(own)
+    placed = torch.zeros(n + 2, D, dtype=x.dtype), rows + 1
     adam = (0.7, 0.5, 0.9, 0.999, 1e-3, backend)
     return {
         "softmax_entropy": (OPS.softmax_entropy, (grad_x, 0.7, backend)),
@@ -55,6 +56,10 @@ def _case(name: str, x: torch.Tensor, backend: str) -> tuple:
             OPS.entrgi_embedding,
             (grad_x, e, rng, rows, None, None, "zero", 0.7, 0, 1.0, backend),
         ),
+        "entrgi_embedding_out": (
+            OPS.entrgi_embedding_out,
+            (x, e, rng, rows, None, None, "entropy", 0.7, 2, 0.9, *placed, backend),
+        ),
         "guidance_update_": (OPS.guidance_update_, (own, g, e, soft, lse, *moments, 2, *adam)),
         "guidance_update_ without state": (OPS.guidance_update_, (own, g, e, soft, lse, None, None, 1, *adam)),
         "unmask_confidence": (OPS.unmask_confidence, (x, tokens, "topk_margin", 0.7, 2, 0.9, backend)),
@@ -74,6 +79,7 @@ def _case(name: str, x: torch.Tensor, backend: str) -> tuple:
 NAMES = [
     "softmax_entropy", "softmax_entropy_backward", "sample_tokens", "soft_embedding", "soft_embedding_backward",
     "soft_embedding_grad_table", "entrgi_embedding", "entrgi_embedding given", "entrgi_embedding zero",
+    "entrgi_embedding_out",
     "guidance_update_", "guidance_update_ without state", "unmask_confidence",
     "token_log_prob", "token_log_prob without bias", "token_log_prob_backward", "token_log_prob_backward without bias",
 ]  # fmt: skip
@@ -104,9 +110,9 @@ def test_opcheck(backend, kind, name):
 
 def one_step(phi: torch.Tensor, e: torch.Tensor, seed: int, state: ops.AdamState, backend: str):
     """A guidance step as a user would write it, with a draw and a confidence at its end."""
-    out, kept = forward(phi, e, temperature=0.7, top_p=0.9, seed=seed, backend=backend)
-    leaf = out.embedding.detach().requires_grad_()
-    grad = torch.cos(leaf.detach())
+    inputs, index = phi.new_zeros(2 * len(phi), D), 2 * torch.arange(len(phi))
+    _, kept = forward(phi, e, temperature=0.7, top_p=0.9, seed=seed, out=inputs, index=index, backend=backend)
+    grad = torch.cos(inputs)[index]
     ops.guidance_update_(
         phi, grad, e, kept.soft, kept.logsumexp, temperature=0.7, lr=0.5, eps=1e-3, state=state, backend=backend
     )

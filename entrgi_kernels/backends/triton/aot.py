@@ -39,6 +39,7 @@ from . import (
     guidance_update_,
     launch,
     sample_tokens,
+    soft_embedding,
     soft_embedding_backward,
     soft_embedding_grad_table,
     softmax_entropy,
@@ -219,7 +220,9 @@ def _calls(n: int, v: int, d: int, logits_dtype: torch.dtype, table_dtype: torch
     yield soft_embedding_backward(logits, table, grad, soft, lse, 0.7)
     yield guidance_update_(logits, grad, table, soft, lse, None, None, 1, 0.7, 0.5, 0.9, 0.999, 1e-8)
     yield soft_embedding_grad_table(logits, grad, lse, 0.7, table_dtype)
-    yield entrgi_embedding(logits, table, rng, rows, None, None, "zero", 1.0, 0, 1.0)
+    inputs = empty(2 * n, d, dtype=table_dtype)
+    yield entrgi_embedding(logits, table, rng, rows, None, None, "zero", 1.0, 0, 1.0, inputs, rows)
+    yield soft_embedding(logits, table, 0.7)
     yield softmax_entropy(logits, 0.7)
     yield softmax_entropy_backward(logits, lse, lse, lse, lse, 0.7)
     yield sample_tokens(logits, rng, rows, 0.7, 0, 1.0)

@@ -23,6 +23,7 @@ _VECTORS = (
     "tokens_ptr",
     "thresholds_ptr",
     "rows_ptr",
+    "index_ptr",
     "rng_ptr",
 )
 

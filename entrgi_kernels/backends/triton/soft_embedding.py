@@ -104,7 +104,7 @@ def _forward_kernel(
     tl.store(base + place, acc, mask=mask)
 
 
-@kernel("n", "splits")
+@kernel("n", "splits", "places")
 def _merge_kernel(
     parts_ptr,
     table_ptr,
@@ -113,11 +113,15 @@ def _merge_kernel(
     weight_ptr,
     soft_ptr,
     out_ptr,
+    stride_o,
+    index_ptr,
+    places,
     n,
     v,
     d,
     splits,
     BLEND: tl.constexpr,
+    PLACED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -134,7 +138,11 @@ def _merge_kernel(
     tl.store(soft_ptr + place, acc, mask=mask)
     if BLEND:
         mixed = blend(acc, table_ptr, stride_e, tokens_ptr, weight_ptr, rows, columns, mask, v)
-        tl.store(out_ptr + place, mixed.to(out_ptr.dtype.element_ty), mask=mask)
+        if PLACED:
+            rows = tl.load(index_ptr + rows)
+            mask &= ((rows >= 0) & (rows < places))[:, None]  # what has no place there is left out
+        to = out_ptr + rows[:, None] * stride_o + columns[None, :]
+        tl.store(to, mixed.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def split_count(tiles: int, blocks_v: int, slots: int, most: int) -> int:
@@ -164,16 +172,15 @@ def forward(
     maximum: torch.Tensor,
     logsum: torch.Tensor,
     temperature: float,
-    tokens: torch.Tensor | None = None,
-    weight: torch.Tensor | None = None,
-    mix: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(soft [N, D] float32, blend [N, D] of the table's dtype or None).
+    mixed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    index: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """soft [N, D] float32; where a blend with hard tokens is wanted, it is written.
 
     Args:
         maximum, logsum: [N] float32, from the row statistics at `temperature`.
-        tokens, weight: int64 [N] and float32 [N]; without them the blend is the soft embedding, rounded.
-        mix: whether the blend is wanted.
+        mixed: (int64 tokens [N], float32 weight [N], [M, D] with dense rows, which the blend goes to).
+        index: int64 [N], the place of each row there; None keeps their order.
     """
     logits, embedding = rows_of(logits), rows_of(embedding)
     (n, v), d = logits.shape, embedding.shape[1]
@@ -181,14 +188,9 @@ def forward(
     target = config.target(device)
     even = aligned(logits, embedding)
     entry = config.pick_product(target.architecture, "forward", embedding.element_size(), n, even)
-    blending = mix and tokens is not None and weight is not None
-    out = torch.empty((n, d), dtype=embedding.dtype, device=device) if blending else None
     scale = scale_of(embedding.dtype)
     if n == 0:
-        soft = torch.empty((0, d), dtype=torch.float32, device=device)
-        return soft, out if blending else (soft.to(embedding.dtype) if mix else None)
-    # Without a blend the kernels are given pointers that they do not follow.
-    hard = (vector(tokens), vector(weight)) if tokens is not None and weight is not None else (maximum, maximum)
+        return torch.empty((0, d), dtype=torch.float32, device=device)
     if entry.engine == "chunked":
         soft = parts = chunked.forward(logits, embedding, maximum, logsum, temperature, scale)
         splits = 1
@@ -229,7 +231,9 @@ def forward(
             BLOCK_V=entry.block_v,
             BLOCK_D=entry.block_d,
         )
-    if splits > 1 or blending:
+    if splits > 1 or mixed is not None:
+        # Without a blend, or places, the kernel is given pointers that it does not follow.
+        tokens, weight, out = mixed or (maximum, maximum, soft)
         block_n, block_d = target.architecture.merge_block
         launch(
             _merge_kernel,
@@ -237,21 +241,24 @@ def forward(
             parts,
             embedding,
             embedding.stride(0),
-            *hard,
+            vector(tokens),
+            vector(weight),
             soft,
-            out if out is not None else soft,
+            out,
+            out.stride(0),
+            vector(tokens if index is None else index),
+            out.shape[0],
             n,
             v,
             d,
             splits,
             num_warps=4,
-            BLEND=blending,
+            BLEND=mixed is not None,
+            PLACED=index is not None,
             BLOCK_N=block_n,
             BLOCK_D=block_d,
         )
-    if mix and out is None:
-        out = soft.to(embedding.dtype, copy=True)
-    return soft, out
+    return soft
 
 
 @ranged
@@ -264,8 +271,7 @@ def soft_embedding(
         return eager.soft_embedding(logits, embedding, temperature)
     logits = rows_of(logits)
     rows = row_statistics(logits, temperature)
-    soft, _ = forward(logits, embedding, rows.maximum, rows.logsum, temperature)
-    return soft, rows.lse.clone()
+    return forward(logits, embedding, rows.maximum, rows.logsum, temperature), rows.lse.clone()
 
 
 @ranged
@@ -280,11 +286,13 @@ def entrgi_embedding(
     temperature: float,
     top_k: int,
     top_p: float,
+    out: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The whole forward: one pass of statistics, a draw, one product; see the eager backend for the outputs."""
     if embedding.dtype == torch.float64:
         return eager.entrgi_embedding(
-            logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p
+            logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p, out, index
         )
     logits = rows_of(logits)
     v = logits.shape[1]
@@ -303,7 +311,7 @@ def entrgi_embedding(
         tokens = torch.full_like(rows, -1)
     else:
         tokens = draw(logits, found.maximum, found.logsum2, rng.contiguous(), rows, temperature, top_k, top_p)
-    hard = (None, None) if weight_mode == "zero" else (tokens, weight)
-    soft, mixed = forward(logits, embedding, found.maximum, found.logsum2, temperature, *hard, mix=True)
-    assert mixed is not None
-    return mixed, tokens, weight, entropy, soft, found.lse2.clone(), found.argmax
+    if out is None:
+        out = torch.empty((logits.shape[0], embedding.shape[1]), dtype=embedding.dtype, device=logits.device)
+    soft = forward(logits, embedding, found.maximum, found.logsum2, temperature, (tokens, weight, out), index)
+    return out, tokens, weight, entropy, soft, found.lse2.clone(), found.argmax
