@@ -115,6 +115,7 @@ def _own_formulas() -> dict[Any, Any]:
         own.soft_embedding: _product,
         own.soft_embedding_backward: _product,
         own.entrgi_embedding: _product,
+        own.entrgi_embedding_out: _product,
         own.guidance_update_: _backward,
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,

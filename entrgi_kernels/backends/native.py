@@ -15,6 +15,7 @@ import torch
 from . import extension, vocabulary_head
 
 _MODULE = "entrgi_kernels._C"
+_INTERFACE = 2  # that of csrc/bindings.cpp; a checkout may be newer than what was built from it
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -23,6 +24,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     module = extension.load(_MODULE)
     if isinstance(module, str):
         return module
+    if getattr(module, "INTERFACE", 1) != _INTERFACE:
+        return f"{_MODULE} was built from other sources: run 'python setup.py build_ext --inplace', or install again"
     if device.type != "cpu":
         return f"it runs on CPU tensors, not on {device.type}"
     if dtype not in _DTYPES:

@@ -239,13 +239,15 @@ def test_memory_of_a_step(dtype: str) -> None:
     assert 0 < share <= 0.10, f"a step grew the process by {share:.1%} of the logits"
 
 
-def test_reasons() -> None:
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.why_not(torch.device("cpu"), torch.bfloat16) is None
     assert "CPU" in str(native.why_not(torch.device("cuda"), torch.float32))
     assert "int64" in str(native.why_not(torch.device("cpu"), torch.int64))
     with pytest.raises(ValueError, match="cannot run"):
         native.set_isa("mmx")
     assert native.build_info()["isa"] in ISAS
+    monkeypatch.setattr(native, "_INTERFACE", 0)
+    assert "other sources" in str(native.why_not(torch.device("cpu"), torch.float32))
 
 
 def test_reason_when_not_built() -> None:
