@@ -93,14 +93,37 @@ def test_spills_are_seen():
     assert report.spill_bytes > 0
 
 
+@pytest.mark.slow
+def test_products_on_hopper_copy_in_bulk_and_keep_the_tensor_cores_busy():
+    """The copy engine brings the tiles; a warp group's product is still running when the next tile is waited for."""
+    machine = aot.MACHINES["sm_90"]
+    found = aot.launches(machine, [(512, aot.VOCABULARY, 1024, torch.bfloat16, torch.bfloat16)])
+    moments = [i for i in found if i.kernel == "_backward_kernel" and i.tile.get("STATE")]
+    for item in (next(i for i in found if i.kernel == "_forward_kernel"), moments[0]):
+        ptx = aot.build(machine.gpu, item).asm["ptx"]
+        assert "cp.async.bulk.tensor.2d" in ptx and "cp.async.cg" not in ptx
+        assert "wgmma.mma_async" in ptx and "mma.sync" not in ptx
+        assert "wgmma.wait_group.sync.aligned 1;" in ptx
+        # The left operand goes to the product from where it was copied to, or from registers: not by way of shared
+        # memory a second time.
+        assert "st.shared" not in ptx[: ptx.index("wgmma.mma_async")]
+
+
 def test_what_is_compiled_here_is_what_a_gpu_finds_in_its_cache(tmp_path, monkeypatch):
     """The same key as Triton's own dispatch forms: compiled ahead, a launch compiles nothing."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     machine, found = aot.MACHINES["sm_90"], []
-    logits = torch.empty(5, 300, dtype=torch.bfloat16, device="meta")
-    with aot.recording(machine, found.append):
+    logits, table, grad = (torch.empty(*s, dtype=torch.bfloat16, device="meta") for s in ((5, 304), (304, 64), (5, 64)))
+    lse = torch.empty(5, device="meta")
+
+    def calls():
         kernels.softmax_entropy(logits, 0.7)
-    assert [item.kernel for item in found] == ["_statistics_kernel", "_merge_kernel"]
+        kernels.soft_embedding_backward(logits, table, grad, grad.float(), lse, 0.7)
+
+    with aot.recording(machine, found.append):
+        calls()
+    assert [i.kernel for i in found] == ["_statistics_kernel", "_merge_kernel", "_rowdot_kernel", "_backward_kernel"]
+    assert dict(found[-1].signature)["table"].startswith("tensordesc<")
     for item in found:
         aot.build(machine.gpu, item)
     made = set(os.listdir(tmp_path))
@@ -108,5 +131,5 @@ def test_what_is_compiled_here_is_what_a_gpu_finds_in_its_cache(tmp_path, monkey
     monkeypatch.setattr(launch, "recorder", lambda kernel, args, options: kernel.warmup(*args, grid=(1,), **options))
     monkeypatch.setattr(config, "override", machine.tables)
     monkeypatch.setattr(aot.driver, "_active", aot._Absent(machine.gpu))
-    kernels.softmax_entropy(logits, 0.7)
+    calls()
     assert set(os.listdir(tmp_path)) == made

@@ -17,7 +17,7 @@ from benchmarks.inputs import CANONICAL, VOCABULARY, Shape  # noqa: E402
 from entrgi_kernels import backends  # noqa: E402
 from entrgi_kernels.backends import triton as kernels  # noqa: E402
 from entrgi_kernels.backends.triton import aot, chunked, config  # noqa: E402
-from entrgi_kernels.backends.triton.launch import aligned  # noqa: E402
+from entrgi_kernels.backends.triton.launch import aligned, bulk  # noqa: E402
 from entrgi_kernels.backends.triton.soft_embedding import split_count  # noqa: E402
 
 
@@ -54,15 +54,19 @@ def test_every_table_serves_every_number_of_rows(name):
     assert all(entry.evidence for entries in tables for entry in entries)
 
 
-def test_unaligned_rows_get_the_small_tile_unless_the_engine_is_cublas():
+def test_what_cannot_be_copied_in_bulk_is_read_by_pointers_and_unaligned_rows_in_small_tiles():
     architecture = config.ARCHITECTURES["sm_90"]
-    small = architecture.unaligned[2]
-    assert config.pick_product(architecture, "backward", 2, 5000, aligned=False) == small
-    assert config.pick_product(architecture, "backward", 2, 5000, aligned=True) != small
-    assert config.pick_product(architecture, "forward", 2, 5000, aligned=False).engine == "chunked"
+    whole = config.pick_product(architecture, "backward", 2, 5000, aligned=True, bulk=True)
+    assert whole.loads == "descriptor"
+    pointers = config.pick_product(architecture, "backward", 2, 5000, aligned=True, bulk=False)
+    assert pointers == dataclasses.replace(whole, loads="pointer")
+    assert config.pick_product(architecture, "backward", 2, 5000, aligned=False, bulk=True) == architecture.unaligned[2]
+    assert config.pick_product(architecture, "forward", 2, 5000, aligned=False, bulk=False).engine == "chunked"
     odd, even = torch.zeros(4, 50_257), torch.zeros(4, 64)
     assert aligned(even) and not aligned(even, odd)
-    assert not aligned(torch.zeros(4 * 64 + 1)[1:].view(4, 64))
+    shifted = torch.zeros(4 * 64 + 1)[1:].view(4, 64)
+    assert not aligned(shifted) and not bulk(shifted)
+    assert bulk(even, torch.zeros(3, 20)) and not bulk(even, odd) and not bulk(even[:1].expand(4, -1))
 
 
 @pytest.mark.parametrize(

@@ -125,8 +125,8 @@ class Launch:
     @property
     def dtypes(self) -> str:
         """The distinct types of floating-point tensors, in the arguments' order."""
-        pointers = (t[1:] for _, t in self.signature if t.startswith(("*bf", "*fp")))
-        return "/".join(dict.fromkeys(pointers))
+        kinds = (re.match(r"(?:\*|tensordesc<)([bf]\w+)", kind) for _, kind in self.signature)
+        return "/".join(dict.fromkeys(found[1] for found in kinds if found))
 
     @property
     def label(self) -> str:
@@ -231,7 +231,7 @@ def _calls(n: int, v: int, d: int, logits_dtype: torch.dtype, table_dtype: torch
         yield unmask_confidence(logits, rows, alg, 0.7, 0, 0.95)
 
 
-SHAPES = ((7, 1024), (64, 1024), (512, 1024), (1024, 2048), (4096, 2560))
+SHAPES = ((7, 1024), (64, 1024), (200, 1024), (512, 1024), (1024, 2048), (4096, 2560))
 # (N, V, D) at which tests/backends/test_triton_gpu.py checks every operator.
 CHECKED = ((1, 7, 3), (5, 50_257, 100), (64, VOCABULARY, 1024), (130, 32_000, 1000), (1100, 8192, 256))
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -252,7 +252,7 @@ def _cases(thorough: bool) -> Iterator[Case]:
     yield 64, 50272, 576, _BF16, _BF16
     if thorough:
         yield 512, VOCABULARY, 1024, _FP16, _FP16
-        for n, d in SHAPES[:4]:
+        for n, d in SHAPES[:5]:
             # A model that gives float32 logits beside a reward model in bfloat16; and the other way round.
             yield n, VOCABULARY, d, _FP32, _BF16
         yield 512, VOCABULARY, 1024, _BF16, _FP32

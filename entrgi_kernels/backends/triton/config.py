@@ -9,7 +9,7 @@ table in docs/gpu.md) and from a count of bytes and operations. None has been ti
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -70,6 +70,8 @@ class GemmConfig:
 
     Attributes:
         block_n, block_v, block_d: tile over rows, vocabulary, embedding width (one of them is the summed axis).
+        loads: "pointer" (each thread copies its own entries) or "descriptor" (the copy engine, TMA, brings whole tiles:
+            sm_90 and later), in the fused engine. Tensors that :func:`.launch.bulk` refuses are read by pointers.
         parts: 1, 2, 4 or 8 parts in which the backward's epilogue works through its tile, for registers' sake.
         engine: "fused" (own kernel) or "chunked" (probabilities or products of a chunk in memory, cuBLAS between).
     """
@@ -80,6 +82,7 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     engine: str = "fused"
+    loads: str = "pointer"
     parts: int = 1
     most_rows: int | None = None
     evidence: str = UNMEASURED
@@ -125,13 +128,20 @@ def pick(entries, rows: int):
     return entries[-1]
 
 
-def pick_product(architecture: Architecture, family: str, width: int, rows: int, aligned: bool) -> GemmConfig:
+def pick_product(
+    architecture: Architecture, family: str, width: int, rows: int, aligned: bool, bulk: bool
+) -> GemmConfig:
     """:func:`pick` for the "forward" or "backward" product of operands of `width` bytes.
 
-    The architecture's small tile is taken where rows are not aligned and the engine is fused.
+    In the fused engine the architecture's small tile is taken where rows are not `aligned`, and an entry with
+    descriptors becomes one with pointers where tiles cannot be copied in `bulk`.
     """
     entry = pick(getattr(architecture, family)[width], rows)
-    return entry if aligned or entry.engine != "fused" else architecture.unaligned.get(width, entry)
+    if entry.engine != "fused":
+        return entry
+    if not aligned:
+        entry = architecture.unaligned.get(width, entry)
+    return replace(entry, loads="pointer") if entry.loads == "descriptor" and not bulk else entry
 
 
 _ROWS = dict(
@@ -170,14 +180,18 @@ _BACKWARD_16_BIT = (
     GemmConfig(64, 128, 64, 4, 3, parts=4, most_rows=256),
     GemmConfig(128, 128, 64, 8, 3, parts=4),
 )
-_BACKWARD_16_BIT_SM_90 = (
-    *_BACKWARD_16_BIT[:2],
-    GemmConfig(
-        *(128, 128, 64, 8, 3),
-        parts=8,
-        evidence="not measured yet: 116 to 123 registers, so that two programs share a multiprocessor (in quarters "
-        "142: one); 138 where Adam's moments are float32 beside 16-bit logits",
-    ),
+# With the copy engine (sm_90 and later).
+_FORWARD_16_BIT_BULK = (
+    GemmConfig(16, 128, 64, 4, 4, loads="descriptor", most_rows=32),
+    GemmConfig(64, 64, 64, 4, 4, loads="descriptor", most_rows=64),
+    GemmConfig(64, 64, 128, 4, 4, loads="descriptor", most_rows=256),
+    GemmConfig(128, 64, 256, 8, 3, loads="descriptor", most_rows=1023),
+    GemmConfig(128, 64, 128, 8, 3, engine="chunked"),
+)
+_BACKWARD_16_BIT_BULK = (
+    GemmConfig(16, 128, 64, 4, 4, loads="descriptor", most_rows=32),
+    GemmConfig(64, 128, 64, 4, 3, loads="descriptor", parts=4, most_rows=256),
+    GemmConfig(128, 128, 64, 8, 3, loads="descriptor", parts=8),
 )
 _BACKWARD_32_BIT = (
     GemmConfig(16, 64, 64, 4, 3, most_rows=32),
@@ -199,16 +213,16 @@ _SM_80 = Architecture(
 _SM_90 = Architecture(
     "sm_90",
     **_ROWS,
-    forward={2: _FORWARD_16_BIT, 4: _FORWARD_32_BIT},
-    backward={2: _BACKWARD_16_BIT_SM_90, 4: _BACKWARD_32_BIT},
+    forward={2: _FORWARD_16_BIT_BULK, 4: _FORWARD_32_BIT},
+    backward={2: _BACKWARD_16_BIT_BULK, 4: _BACKWARD_32_BIT},
     table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
     unaligned=_UNALIGNED,
 )
 _SM_100 = Architecture(
     "sm_100",
     **_ROWS,
-    forward={2: _FORWARD_16_BIT, 4: _FORWARD_32_BIT},
-    backward={2: _BACKWARD_16_BIT, 4: _BACKWARD_32_BIT},
+    forward={2: _FORWARD_16_BIT_BULK, 4: _FORWARD_32_BIT},
+    backward={2: _BACKWARD_16_BIT_BULK, 4: _BACKWARD_32_BIT},
     table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
     unaligned=_UNALIGNED,
 )
@@ -229,12 +243,19 @@ _INTERPRETER = Architecture(
     ),
     confidence=RowConfig(128, 1, 128, 1),
     elementwise=RowConfig(128, 1, 64, 1),
-    forward={s: (GemmConfig(16, 32, 16, 1, 1, most_rows=20), GemmConfig(16, 32, 16, 1, 1, "chunked")) for s in (2, 4)},
+    forward={
+        s: (
+            GemmConfig(16, 32, 16, 1, 1, most_rows=4),
+            GemmConfig(16, 32, 16, 1, 1, loads="descriptor", most_rows=20),
+            GemmConfig(16, 32, 16, 1, 1, "chunked"),
+        )
+        for s in (2, 4)
+    },
     backward={
         s: (
             GemmConfig(16, 32, 16, 1, 1, most_rows=4),
-            GemmConfig(16, 32, 16, 1, 1, parts=2, most_rows=8),
-            GemmConfig(16, 64, 16, 1, 1, parts=4, most_rows=14),
+            GemmConfig(16, 32, 16, 1, 1, loads="descriptor", parts=2, most_rows=8),
+            GemmConfig(16, 64, 16, 1, 1, loads="descriptor", parts=4, most_rows=14),
             GemmConfig(16, 64, 16, 1, 1, parts=8, most_rows=20),
             GemmConfig(16, 32, 16, 1, 1, "chunked"),
         )

@@ -18,7 +18,7 @@ from .. import eager
 from ..ranges import ranged
 from . import chunked, config
 from .chunked import adam
-from .launch import aligned, cdiv, kernel, launch, rows_of, vector
+from .launch import aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
 
 
 @kernel()
@@ -95,9 +95,9 @@ def _finish(
 def _backward_kernel(
     logits_ptr,
     stride_n,
-    grad_ptr,
+    grad,
     stride_g,
-    table_ptr,
+    table,
     stride_e,
     delta_ptr,
     lse_ptr,
@@ -118,6 +118,7 @@ def _backward_kernel(
     eps,
     ADAM: tl.constexpr,
     STATE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     EVEN_D: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -134,11 +135,15 @@ def _backward_kernel(
     first = (pid // blocks_n) * BLOCK_V
     columns = first + tl.arange(0, BLOCK_V)
     lanes = tl.arange(0, BLOCK_D)
-    g_ptrs = grad_ptr + rows[:, None] * stride_g + lanes[None, :]
-    e_ptrs = table_ptr + tl.minimum(columns, v - 1).to(tl.int64)[None, :] * stride_e + lanes[:, None]
+    if not DESCRIPTORS:
+        g_ptrs = grad + rows[:, None] * stride_g + lanes[None, :]
+        e_ptrs = table + tl.minimum(columns, v - 1).to(tl.int64)[None, :] * stride_e + lanes[:, None]
     acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for d0 in range(0, d, BLOCK_D):
-        if EVEN_D:
+        if DESCRIPTORS:
+            g = grad.load([(pid % blocks_n) * BLOCK_N, d0])
+            e = table.load([first, d0]).T
+        elif EVEN_D:
             g = tl.load(g_ptrs + d0)
             e = tl.load(e_ptrs + d0)
         else:
@@ -196,19 +201,21 @@ def _backward(
     delta = torch.empty(n, dtype=torch.float32, device=logits.device)
     launch(_rowdot_kernel, (n,), grad, soft, delta, d, grad.stride(0), soft.stride(0), num_warps=4, BLOCK=512)
     even = aligned(logits, embedding, grad, out, *(moments or ()))
-    entry = config.pick_product(target.architecture, "backward", grad.element_size(), n, even)
+    whole = bulk(grad, embedding)
+    entry = config.pick_product(target.architecture, "backward", grad.element_size(), n, even, whole)
     if entry.engine == "chunked":
         chunked.backward(logits, grad, embedding, delta, lse, temperature, out, moments, adam_scalars)
         return
     exp_avg, exp_avg_sq = moments or (out, out)
+    descriptors = entry.loads == "descriptor"
     launch(
         _backward_kernel,
         (cdiv(n, entry.block_n) * cdiv(v, entry.block_v),),
         logits,
         logits.stride(0),
-        grad,
+        tiles(grad, entry.block_n, entry.block_d) if descriptors else grad,
         grad.stride(0),
-        embedding,
+        tiles(embedding, entry.block_v, entry.block_d) if descriptors else embedding,
         embedding.stride(0),
         delta,
         lse,
@@ -227,7 +234,8 @@ def _backward(
         num_stages=entry.num_stages,
         ADAM=adam_scalars is not None,
         STATE=moments is not None,
-        EVEN_D=d % entry.block_d == 0,
+        DESCRIPTORS=descriptors,
+        EVEN_D=descriptors or d % entry.block_d == 0,
         PARTS=entry.parts,
         PRECISION=target.precision,
         BLOCK_N=entry.block_n,

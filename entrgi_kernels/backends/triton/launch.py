@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Pointers to vectors over rows (and to the random state), as all kernels name them. Many are views into a buffer, at a
 # place that depends on N: whether that is a multiple of 16 bytes must not decide what is compiled, and since a program
@@ -50,7 +51,7 @@ def launch(function: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num
     if recorder is not None:
         recorder(function, args, options | meta)
         return
-    device = args[0].device
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
     if device.type == "cuda":
         with torch.cuda.device(device):
             function[grid](*args, **options, **meta)
@@ -71,6 +72,26 @@ def vector(tensor: torch.Tensor) -> torch.Tensor:
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up."""
     return -(-a // b)
+
+
+def bulk(*tensors: torch.Tensor) -> bool:
+    """Whether tiles of every [N, X] tensor can be copied in bulk: base and rows on 16 bytes, rows apart."""
+    return all(
+        tensor.numel() > 0
+        and tensor.stride(0) >= tensor.shape[1]
+        and tensor.stride(0) * tensor.element_size() % 16 == 0
+        and tensor.data_ptr() % 16 == 0
+        for tensor in tensors
+    )
+
+
+def tiles(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor by which a kernel reads [rows, columns] of a tensor that :func:`bulk` lets pass; zeros outside it.
+
+    It is made on the host at every launch and goes to the kernel by value, so that a captured graph holds it. Its
+    sizes are ordinary arguments of what is compiled.
+    """
+    return TensorDescriptor(tensor, list(tensor.shape), [tensor.stride(0), 1], [rows, columns])
 
 
 def aligned(*tensors: torch.Tensor) -> bool:

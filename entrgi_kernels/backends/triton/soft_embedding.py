@@ -21,7 +21,7 @@ import triton.language as tl
 from .. import eager
 from ..ranges import ranged
 from . import chunked, config
-from .launch import aligned, cdiv, kernel, launch, rows_of, vector
+from .launch import aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
 from .sampling import draw
 from .statistics import row_statistics
 
@@ -40,9 +40,9 @@ def blend(soft, table_ptr, stride_e, tokens_ptr, weight_ptr, rows, columns, mask
 
 @kernel("n")
 def _forward_kernel(
-    logits_ptr,
+    logits,
     stride_n,
-    table_ptr,
+    table,
     stride_e,
     maximum_ptr,
     logsum_ptr,
@@ -55,6 +55,7 @@ def _forward_kernel(
     inverse,
     log2_scale,
     scale_back,
+    DESCRIPTORS: tl.constexpr,
     EVEN_V: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -76,24 +77,37 @@ def _forward_kernel(
     inside_d = columns < d
     lanes = tl.arange(0, BLOCK_V)
     m = tl.load(maximum_ptr + rows)
+    # A tile of logits goes from shared memory straight into the layout of a left operand if all that p is formed of
+    # has been loaded; else p's tile passes through shared memory once more, behind a barrier. So the scalars become
+    # vectors by way of loads that are masked off.
+    never = rows < 0
+    c = tl.load(maximum_ptr + rows, mask=never, other=inverse * 1.4426950408889634)
     offset = log2_scale - tl.load(logsum_ptr + rows) * 1.4426950408889634
-    c = inverse * 1.4426950408889634
-    x_ptrs = logits_ptr + rows[:, None] * stride_n + lanes[None, :]
-    e_ptrs = table_ptr + lanes.to(tl.int64)[:, None] * stride_e + columns[None, :]
+    offset = tl.load(logsum_ptr + rows, mask=never, other=offset)
+    if not DESCRIPTORS:
+        x_ptrs = logits + rows[:, None] * stride_n + lanes[None, :]
+        e_ptrs = table + lanes.to(tl.int64)[:, None] * stride_e + columns[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     start = split * slice_length
     end = tl.minimum(start + slice_length, v)
     for v0 in range(start, end, BLOCK_V):
         far = tl.cast(v0, tl.int64)
-        if EVEN_V:
-            x = tl.load(x_ptrs + far)
+        if DESCRIPTORS:
+            x = logits.load([block_n * BLOCK_N, v0])
+            e = table.load([v0, block_d * BLOCK_D])
         else:
-            x = tl.load(x_ptrs + far, mask=(v0 + lanes)[None, :] < end, other=float("-inf"))
-        if EVEN_V and EVEN_D:
-            e = tl.load(e_ptrs + far * stride_e)
-        else:
-            e = tl.load(e_ptrs + far * stride_e, mask=((v0 + lanes) < end)[:, None] & inside_d[None, :], other=0.0)
-        p = tl.exp2((x.to(tl.float32) - m[:, None]) * c + offset[:, None])
+            if EVEN_V:
+                x = tl.load(x_ptrs + far)
+            else:
+                x = tl.load(x_ptrs + far, mask=(v0 + lanes)[None, :] < end, other=float("-inf"))
+            if EVEN_V and EVEN_D:
+                e = tl.load(e_ptrs + far * stride_e)
+            else:
+                e = tl.load(e_ptrs + far * stride_e, mask=((v0 + lanes) < end)[:, None] & inside_d[None, :], other=0.0)
+        below = x.to(tl.float32) - m[:, None]
+        if DESCRIPTORS and not EVEN_V:
+            below = tl.minimum(below, 0.0)  # beyond the row x is 0, and so is E: a finite p adds nothing there
+        p = tl.exp2(below * c[:, None] + offset[:, None])
         acc = tl.dot(p.to(e.dtype), e, acc, input_precision=PRECISION)
     acc *= scale_back
     mask = inside_n[:, None] & inside_d[None, :]
@@ -186,8 +200,9 @@ def forward(
     (n, v), d = logits.shape, embedding.shape[1]
     device = logits.device
     target = config.target(device)
+    whole = bulk(logits, embedding)
     even = aligned(logits, embedding)
-    entry = config.pick_product(target.architecture, "forward", embedding.element_size(), n, even)
+    entry = config.pick_product(target.architecture, "forward", embedding.element_size(), n, even, whole)
     scale = scale_of(embedding.dtype)
     if n == 0:
         return torch.empty((0, d), dtype=torch.float32, device=device)
@@ -196,19 +211,20 @@ def forward(
         splits = 1
     else:
         blocks_v = cdiv(v, entry.block_v)
-        tiles = cdiv(n, entry.block_n) * cdiv(d, entry.block_d)
+        programs = cdiv(n, entry.block_n) * cdiv(d, entry.block_d)
         spare = target.architecture.spare_bytes(logits, d, embedding.element_size()) // (4 * n * d)
-        splits = split_count(tiles, blocks_v, target.sms * max(1, 8 // entry.num_warps), min(64, 1 + spare))
+        splits = split_count(programs, blocks_v, target.sms * max(1, 8 // entry.num_warps), min(64, 1 + spare))
         length = cdiv(blocks_v, splits) * entry.block_v
         splits = cdiv(v, length)
         soft = torch.empty((n, d), dtype=torch.float32, device=device)
         parts = soft if splits == 1 else torch.empty((splits - 1, n, d), dtype=torch.float32, device=device)
+        descriptors = entry.loads == "descriptor"
         launch(
             _forward_kernel,
-            (tiles * splits,),
-            logits,
+            (programs * splits,),
+            tiles(logits, entry.block_n, entry.block_v) if descriptors else logits,
             logits.stride(0),
-            embedding,
+            tiles(embedding, entry.block_v, entry.block_d) if descriptors else embedding,
             embedding.stride(0),
             maximum,
             logsum,
@@ -224,8 +240,9 @@ def forward(
             num_warps=entry.num_warps,
             # Logits wider than the table: a stage less, or GPUs with 99 KiB of shared memory refuse the launch.
             num_stages=max(1, entry.num_stages - (logits.element_size() > embedding.element_size())),
+            DESCRIPTORS=descriptors,
             EVEN_V=v % entry.block_v == 0,
-            EVEN_D=d % entry.block_d == 0,
+            EVEN_D=descriptors or d % entry.block_d == 0,
             PRECISION=target.precision,
             BLOCK_N=entry.block_n,
             BLOCK_V=entry.block_v,
