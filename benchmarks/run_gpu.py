@@ -34,6 +34,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,13 +174,14 @@ def environment() -> str:
     return "\n".join(lines)
 
 
-def numerics(clock: Clock, seconds: float, dry: bool = False, triton: str | None = None) -> bool:
+def numerics(clock: Clock, seconds: float, dry: bool = False, triton: str | None = None, only: str = "") -> bool:
     """The GPU tests in a process of their own (dry: collected only); True when they passed.
 
     Args:
         triton: a folder with another release of Triton, which is then the one that is imported.
+        only: names of tests, as pytest's -k takes them; all where it is empty.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-k", only]
     command += ["tests", f"--ignore={cuda_engine.TESTS}", *(["--collect-only"] if dry else [])]
     search = os.pathsep.join(filter(None, [triton, str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH")]))
     try:
@@ -299,6 +301,7 @@ class Run:
         shapes = self.chosen.shapes
         if self.machine.device == "cuda":
             self.part("cache", self.cache, 60)
+            self.part("numerics (tiles copied in bulk)", self.bulk_copies, 30)
         self.part("numerics", self.numerics, 30)
         self.part("ceilings", self.ceilings, 20)
         for shape in [*shapes, *self.machine.few]:
@@ -331,6 +334,15 @@ class Run:
         print(*done.stdout.splitlines()[-1:], end="\n\n", flush=True)
         if done.returncode:
             self.report.red.append(f"cache: {(done.stderr.splitlines() or done.stdout.splitlines() or ['?'])[-1]}")
+
+    def bulk_copies(self) -> None:
+        """The products by descriptors, in a process of their own; where they fail, what follows loads by pointers."""
+        from entrgi_kernels.backends.triton import config
+
+        target = config.target(torch.device(self.machine.device))
+        if target.architecture.bulk and not numerics(self.clock, 60, only="every_tile and descriptor"):
+            config.override = replace(target, architecture=replace(target.architecture, bulk=False))
+            self.report.red.append("the products by descriptors: figures below are of the products by pointers")
 
     def numerics(self) -> None:
         seconds = 0.35 * 60 * self.chosen.minutes / (1 + len(self.chosen.triton))

@@ -36,37 +36,50 @@ FAMILIES = ("statistics", "forward", "backward", "collect")
 SPACES: dict[str, dict[str, Sequence[Any]]] = {
     "statistics": {"block": (2048, 4096, 8192), "num_warps": (4, 8, 16), "programs_per_sm": (4, 8)},
     "collect": {"block": (1024, 2048, 4096), "num_warps": (4, 8), "programs_per_sm": (4, 8)},
+}
+# Tiles of the products, most promising first: those that keep off the stack on sm_90 (docs/gpu.md has their registers).
+TILES: dict[str, dict[str, Sequence[tuple[int, ...]]]] = {
     "forward": {
-        "block_n": (64, 128), "block_v": (32, 64, 128), "block_d": (128, 256), "num_warps": (4, 8),
-        "num_stages": (2, 3, 4),
+        "names": ("block_n", "block_v", "block_d", "num_warps", "num_stages"),
+        "few": ((16, 128, 64, 4, 4), (16, 128, 128, 4, 4), (16, 64, 128, 4, 4), (16, 256, 64, 4, 3)),
+        "many": (
+            (128, 64, 256, 8, 3), (64, 64, 256, 4, 3), (128, 32, 128, 8, 4), (128, 64, 128, 8, 3), (64, 64, 256, 4, 2),
+            (64, 64, 128, 4, 4), (64, 64, 64, 4, 4), (128, 32, 256, 8, 4), (64, 32, 256, 4, 4), (128, 128, 128, 8, 2),
+            (64, 128, 128, 4, 3), (128, 64, 256, 8, 2), (64, 128, 64, 4, 4),
+        ),
     },
     "backward": {
-        "block_n": (64, 128), "block_v": (128, 256), "block_d": (32, 64), "num_warps": (4, 8), "num_stages": (3, 4),
-        "parts": (4, 8),
+        "names": ("block_n", "block_v", "block_d", "num_warps", "num_stages", "parts"),
+        "few": ((16, 128, 64, 4, 4, 1), (16, 256, 64, 4, 4, 2), (16, 128, 128, 4, 3, 1), (16, 64, 128, 4, 4, 1)),
+        "many": (
+            (128, 128, 64, 8, 3, 8), (128, 256, 64, 8, 4, 8), (128, 128, 64, 4, 3, 8), (128, 256, 64, 8, 3, 8),
+            (64, 256, 64, 4, 2, 8), (64, 128, 64, 4, 3, 4), (128, 128, 32, 8, 4, 8), (64, 256, 32, 4, 4, 8),
+            (128, 128, 64, 8, 3, 4), (64, 128, 64, 4, 4, 8), (128, 128, 64, 4, 2, 8), (256, 128, 64, 8, 3, 8),
+            (64, 64, 64, 4, 4, 2),
+        ),
     },
 }  # fmt: skip
+LOADS = ("descriptor", "pointer")
 
 
-def candidates(family: str, rows: int, present: Any) -> Iterator[Any]:
-    """The present entry first, the other engine, then the family's space around it; each once."""
-    first = [present]
-    if family in ("forward", "backward"):
-        first.append(dataclasses.replace(present, engine="fused" if present.engine == "chunked" else "chunked"))
-    yield from first
-    seen = set(first)
-    space = SPACES[family]
-    for values in itertools.product(*space.values()):
-        chosen = dict(zip(space, values, strict=True))
-        if family in ("forward", "backward"):
-            if rows <= 32:
-                chosen["block_n"] = 16
-            if chosen["block_n"] == 128 and chosen["num_warps"] == 4:
-                continue  # more than 128 accumulators a thread
-            chosen["engine"] = "fused"
-        entry = dataclasses.replace(present, **chosen)
-        if entry not in seen:
-            seen.add(entry)
-            yield entry
+def candidates(family: str, rows: int, present: Any, loads: Sequence[str] = LOADS) -> Iterator[Any]:
+    """The present entry first, the other engine, then what the family may choose from; each once.
+
+    Args:
+        rows: of the problem; few have their own tiles.
+        loads: the forms of loads that the machine has.
+    """
+    chosen: list[dict[str, Any]] = [{}]
+    if family in TILES:
+        tiles = TILES[family]
+        chosen.append({"engine": "fused" if present.engine == "chunked" else "chunked"})
+        for form, tile in itertools.product(loads, tiles["few" if rows <= 32 else "many"]):
+            if tile[0] < 2 * rows:  # no tile of which half is beyond the last row
+                chosen.append(dict(zip(tiles["names"], tile, strict=True)) | {"loads": form, "engine": "fused"})
+    else:
+        space = SPACES[family]
+        chosen += [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+    yield from dict.fromkeys(dataclasses.replace(present, **changes) for changes in chosen)
 
 
 def with_entry(target: Any, family: str, entry: Any) -> Any:
@@ -248,7 +261,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines: list[str] = []
     end, target = time.monotonic() + 60 * chosen.minutes, config.target(torch.device("cuda"))
     pairs = [(family, shape) for shape in shapes for family in chosen.family]
-    jobs = [(f, s, entry) for f, s in pairs for entry in candidates(f, s.n, present_entry(target, f, s.n))]
+    loads = LOADS if target.architecture.bulk else LOADS[1:]
+    jobs = [(f, s, entry) for f, s in pairs for entry in candidates(f, s.n, present_entry(target, f, s.n), loads)]
     verdicts = compiled(jobs, os.cpu_count() or 2)
     print(f"{len(jobs)} candidates compiled, {end - time.monotonic():.0f} s left to time them", flush=True)
     for place, (family, shape) in enumerate(pairs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import types
 import weakref
 
 import pytest
@@ -41,6 +42,15 @@ def test_profile_without_a_gpu_says_so_and_fails(monkeypatch, capsys):
     assert "there is none here" in capsys.readouterr().err
 
 
+def test_products_by_descriptors_that_fail_on_a_gpu_give_way_to_pointers_for_the_figures(monkeypatch):
+    for passed in (True, False):
+        monkeypatch.setattr(config, "override", aot.MACHINES["sm_90"].tables)
+        monkeypatch.setattr(run_gpu, "numerics", lambda clock, seconds, only, passed=passed: passed)
+        machine, report = types.SimpleNamespace(device="cuda"), types.SimpleNamespace(red=[])
+        run_gpu.Run.bulk_copies(types.SimpleNamespace(machine=machine, clock=None, report=report))
+        assert config.override.architecture.bulk == passed and len(report.red) == (not passed)
+
+
 @pytest.mark.parametrize("name", sorted(config.ARCHITECTURES))
 def test_every_table_serves_every_number_of_rows(name):
     architecture = config.ARCHITECTURES[name]
@@ -60,6 +70,8 @@ def test_what_cannot_be_copied_in_bulk_is_read_by_pointers_and_unaligned_rows_in
     assert whole.loads == "descriptor"
     pointers = config.pick_product(architecture, "backward", 2, 5000, aligned=True, bulk=False)
     assert pointers == dataclasses.replace(whole, loads="pointer")
+    without = dataclasses.replace(architecture, bulk=False)
+    assert config.pick_product(without, "backward", 2, 5000, aligned=True, bulk=True) == pointers
     assert config.pick_product(architecture, "backward", 2, 5000, aligned=False, bulk=True) == architecture.unaligned[2]
     assert config.pick_product(architecture, "forward", 2, 5000, aligned=False, bulk=False).engine == "chunked"
     odd, even = torch.zeros(4, 50_257), torch.zeros(4, 64)
@@ -182,6 +194,12 @@ def test_tuning_starts_from_the_table_and_tries_the_other_engine():
     tried = list(tune.candidates("forward", 2048, present))
     assert tried[0] == present and tried[1].engine != present.engine
     assert len(tried) == len(set(tried)) > 10
+    assert {entry.loads for entry in tried} == {"descriptor", "pointer"}
+    assert all(entry.loads == "pointer" for entry in tune.candidates("forward", 2048, present, ["pointer"]))
+    assert all(
+        entry.block_n == 16
+        for entry in tune.candidates("backward", 16, config.pick(target.architecture.backward[2], 16))
+    )
     changed = tune.with_entry(target, "forward", tried[2])
     assert tune.present_entry(changed, "forward", 1).block_d == tried[2].block_d
     line = tune.advice("forward", Shape(1, 1), [{"entry": {}, "refused": "no"}])

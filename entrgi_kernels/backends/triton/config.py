@@ -93,7 +93,8 @@ class Architecture:
     """Everything chosen for one architecture. GEMM tables are by operand width in bytes: 2 (bf16, fp16) or 4 (fp32).
 
     `unaligned` is the fused tile of both products where a row does not start on a multiple of 16 entries (V = 50257,
-    say): loads are then of single entries, pass through registers, and the tables' tiles would spill.
+    say): loads are then of single entries, pass through registers, and the tables' tiles would spill. `bulk` says that
+    an engine copies whole tiles (TMA): without it entries with descriptors are served by pointers.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Architecture:
     backward: dict[int, tuple[GemmConfig, ...]]
     table: dict[int, tuple[GemmConfig, ...]]
     unaligned: dict[int, GemmConfig] = field(default_factory=dict)
+    bulk: bool = False
     merge_block: tuple[int, int] = (4, 256)
     spare_share: float = 0.1
     spare_least_bytes: int = 1 << 20
@@ -141,7 +143,9 @@ def pick_product(
         return entry
     if not aligned:
         entry = architecture.unaligned.get(width, entry)
-    return replace(entry, loads="pointer") if entry.loads == "descriptor" and not bulk else entry
+    if entry.loads == "descriptor" and not (bulk and architecture.bulk):
+        return replace(entry, loads="pointer")
+    return entry
 
 
 _ROWS = dict(
@@ -217,6 +221,7 @@ _SM_90 = Architecture(
     backward={2: _BACKWARD_16_BIT_BULK, 4: _BACKWARD_32_BIT},
     table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
     unaligned=_UNALIGNED,
+    bulk=True,
 )
 _SM_100 = Architecture(
     "sm_100",
@@ -225,6 +230,7 @@ _SM_100 = Architecture(
     backward={2: _BACKWARD_16_BIT_BULK, 4: _BACKWARD_32_BIT},
     table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
     unaligned=_UNALIGNED,
+    bulk=True,
 )
 
 # The interpreter runs one program at a time on a CPU; its tiles are small so that toy shapes reach every branch: split
@@ -262,6 +268,7 @@ _INTERPRETER = Architecture(
         for s in (2, 4)
     },
     table={s: (GemmConfig(16, 32, 16, 1, 1),) for s in (2, 4)},
+    bulk=True,
     merge_block=(2, 16),
     spare_least_bytes=1 << 12,
 )
