@@ -170,11 +170,11 @@ def test_a_new_number_of_rows_compiles_nothing(rows):
         # Keys and statistics as a caller has them: views into something larger, wherever that puts them.
         keys, lse = torch.arange(n + 1)[1:], torch.zeros(2, n)[1]
         moments = torch.zeros_like(logits), torch.zeros_like(logits)
-        inputs = torch.zeros(n + 3, d, dtype=torch.bfloat16)
+        inputs, places = torch.zeros(2 * n, d, dtype=torch.bfloat16), torch.arange(2 * n)[n:]
         found = wanted.setdefault(n, set())
         with aot.recording(aot.MACHINES["sm_90"], found.add):
             kernels.entrgi_embedding(logits, table, rng, keys, None, None, "entropy", 0.7, 0, 0.95)
-            kernels.entrgi_embedding(logits, table, rng, keys, keys, lse, "given", 0.7, 0, 1.0, inputs, keys)
+            kernels.entrgi_embedding(logits, table, rng, keys, keys, lse, "given", 0.7, 0, 1.0, inputs, places)
             kernels.guidance_update_(logits, grad, table, grad.float(), lse, *moments, 2, 0.7, 0.5, 0.9, 0.999, 1e-8)
             kernels.soft_embedding_grad_table(logits, grad, lse, 0.7, torch.bfloat16)
             kernels.softmax_entropy_backward(logits, lse, lse, lse, lse, 0.7)

@@ -85,6 +85,26 @@ def test_phi_is_moved_in_place_and_without_state_the_first_step_is_the_same():
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
+def test_a_blend_written_into_a_rewards_input_is_the_blend():
+    phi, table, tokens, probe = problem()
+    results = []
+    for index in (None, torch.tensor([3, 9, 0, 7, 4, 5])):
+        optimizer = LogitOptimizer(phi.clone(), table, lr=LR, temperature=TAU)
+        inputs = torch.zeros(10, 5, dtype=torch.float64)
+        for hard_tokens in tokens:
+            if index is None:
+                blend = optimizer.embed(hard_tokens)
+                rows = blend.embedding
+            else:
+                blend = optimizer.embed(hard_tokens, out=inputs, index=index)
+                assert blend.embedding.data_ptr() == inputs.data_ptr() and not inputs.requires_grad
+                rows = blend.embedding[index]
+            (-reward(rows, probe).sum()).backward()
+            optimizer.step(blend.embedding.grad if index is None else blend.embedding.grad[index])
+        results.append(optimizer.phi)
+    assert torch.equal(*results)
+
+
 def test_draws_advance_and_are_reproducible():
     phi, table, _, probe = problem(v=400)
     draws = []

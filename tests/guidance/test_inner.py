@@ -1,0 +1,54 @@
+"""The inner loop by itself: rows written where the reward reads them are rows copied there, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from entrgi_kernels import ops
+from entrgi_kernels.guidance import GuidanceConfig, LogitOptimizer
+from entrgi_kernels.guidance.buffers import Buffers
+from entrgi_kernels.guidance.inner import InnerLoop, Scorer
+from entrgi_kernels.guidance.weights import method_weight
+
+R, L, V, D, M = 3, 4, 41, 5, 3
+ROWS, SLOTS = torch.tensor([2, 0, 0, 1, 2, R, R]), torch.tensor([3, 1, 0, 2, 0, 0, 0])  # the last two reach no reward
+
+
+class Curved:
+    """A reward of the embeddings alone; notes where they lie."""
+
+    def __init__(self, probe: torch.Tensor) -> None:
+        self.probe, self.seen = probe, []
+
+    def score_embeddings(self, prepared, index, response, alive):
+        self.seen.append(response.data_ptr())
+        return ((torch.tanh(response) * self.probe) - 0.1 * response.square()).sum((1, 2))
+
+
+@pytest.mark.parametrize("backend", [name for name, info in ops.backends().items() if "cpu" in info.devices])
+@pytest.mark.parametrize("method", ["entrgi", "aps", "expectation"])
+def test_rows_in_place_are_rows_copied(method, backend):
+    g = torch.Generator().manual_seed(4)
+    phi, table, probe = (torch.randn(*shape, generator=g) for shape in ((len(ROWS), V), (V, D), (R, L, D)))
+    response, rngs = torch.randint(V, (R, L), generator=g), torch.tensor([[7, m] for m in range(M)])
+    config = GuidanceConfig(method=method, guidance_steps=M, temperature=0.7, top_p=0.9, backend=backend)
+    reward, keys, real = Curved(probe), torch.arange(len(ROWS)), ROWS < R
+    loop = InnerLoop(Scorer(reward, None, None, V - 1, V - 2, config, None, V), table, config, Buffers())
+    moved = phi.clone()
+    guided = loop.run(moved, ROWS, SLOTS, keys, response, rngs, None, True)
+    assert len(set(reward.seen)) == 1  # nothing was copied for the reward
+
+    weight, settings = method_weight(method, None), dict(lr=config.learning_rate, temperature=0.7, top_p=0.9)
+    optimizer = LogitOptimizer(phi, table, weight=weight, seed=rngs, rows=keys, backend=backend, **settings)
+    values = []
+    for inner in range(M):
+        blend = optimizer.embed()
+        filled = table[response].index_put((ROWS[real], SLOTS[real]), blend.embedding[real])
+        values.append(reward.score_embeddings(None, None, filled, None))
+        (gradient,) = torch.autograd.grad(-values[-1].sum(), blend.embedding)
+        assert torch.equal(guided.weights[inner][real], blend.weight[real])
+        if inner < M - 1:
+            optimizer.step(gradient)
+    assert torch.equal(moved[real], phi[real]) and torch.equal(guided.pending[real], gradient[real])
+    assert torch.equal(guided.before, values[0]) and torch.equal(guided.after, values[-1])
