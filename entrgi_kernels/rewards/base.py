@@ -110,7 +110,8 @@ class Reward(Protocol):
         Args:
             prepared: what :meth:`prepare` returned.
             index: [B] int64, the prompt of each row.
-            response: [B, L, D] embeddings of the response slots; the result is differentiable in them.
+            response: [B, L, D] embeddings of the response slots; the result is differentiable in them. The sampler's
+                own memory, which its next inner step writes to again: clone what is to be kept.
             alive: [B, L] bool, False at slots after the end of the response: nothing attends to them, and they keep
                 their position ids.
 
