@@ -359,14 +359,18 @@ void copy_back(const Tensor& t, const Tensor& updated) {
 
 void guidance_update_(const Tensor& logits_, const Tensor& grad, const Tensor& embedding, const Tensor& soft,
                       const Tensor& lse, const OptionalTensor& exp_avg_, const OptionalTensor& exp_avg_sq_,
-                      int64_t step, double temperature, double lr, double beta1, double beta2, double eps) {
+                      int64_t step, double temperature, double lr, double beta1, double beta2, double eps,
+                      bool keep) {
   const auto phi_dtype = embedding.scalar_type() == at::kDouble ? at::kDouble : logits_.scalar_type();
   const Tensor logits = updatable(logits_, phi_dtype);
   const auto acc = acc_of(logits);
   Backward backward(logits, embedding, grad, soft, lse, temperature);
   Tensor exp_avg, exp_avg_sq;
   const bool state = exp_avg_.has_value() && exp_avg_sq_.has_value();
-  if (state) {
+  entrgi::Adam& adam = backward.job.adam;
+  adam.reads = state && step > 1;
+  adam.writes = state && keep;
+  if (adam.reads || adam.writes) {
     // Moments are in phi's dtype or in acc; anything else goes through a copy in acc.
     const bool same = exp_avg_->scalar_type() == phi_dtype && exp_avg_sq_->scalar_type() == phi_dtype;
     exp_avg = updatable(*exp_avg_, same ? phi_dtype : acc);
@@ -374,14 +378,14 @@ void guidance_update_(const Tensor& logits_, const Tensor& grad, const Tensor& e
     backward.job.exp_avg = matrix(exp_avg);
     backward.job.exp_avg_sq = matrix(exp_avg_sq);
   }
-  backward.job.adam.step_size = lr / (1 - std::pow(beta1, static_cast<double>(step)));
-  backward.job.adam.sqrt_correction2 = std::sqrt(1 - std::pow(beta2, static_cast<double>(step)));
-  backward.job.adam.beta1 = beta1;
-  backward.job.adam.beta2 = beta2;
-  backward.job.adam.eps = eps;
+  adam.step_size = lr / (1 - std::pow(beta1, static_cast<double>(step)));
+  adam.sqrt_correction2 = std::sqrt(1 - std::pow(beta2, static_cast<double>(step)));
+  adam.beta1 = beta1;
+  adam.beta2 = beta2;
+  adam.eps = eps;
   backward.run();
   copy_back(logits_, logits);
-  if (state) {
+  if (adam.writes) {
     copy_back(*exp_avg_, exp_avg);
     copy_back(*exp_avg_sq_, exp_avg_sq);
   }
@@ -463,7 +467,7 @@ TORCH_LIBRARY(entrgi_native, m) {
   m.def(
       "guidance_update_(Tensor(a!) logits, Tensor grad, Tensor embedding, Tensor soft, Tensor lse, "
       "Tensor(b!)? exp_avg, Tensor(c!)? exp_avg_sq, int step, float temperature, float lr, float beta1, float beta2, "
-      "float eps) -> ()");
+      "float eps, bool keep) -> ()");
   m.def(
       "unmask_confidence(Tensor logits, Tensor tokens, str alg, float temperature, int top_k, float top_p) -> Tensor");
 }

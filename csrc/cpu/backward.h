@@ -149,7 +149,7 @@ static void epilogue_row(
     return;
   }
   const AdamConstants<A> c(job.adam);
-  const bool state = job.exp_avg.data != nullptr;
+  const bool reads = job.adam.reads, writes = job.adam.writes, state = reads || writes;
   M* m = state ? (M*)job.exp_avg.data + n * job.exp_avg.stride + v0 : nullptr;
   M* s = state ? (M*)job.exp_avg_sq.data + n * job.exp_avg_sq.stride + v0 : nullptr;
   for (int64_t i = 0; i < count; i += W) {
@@ -158,20 +158,20 @@ static void epilogue_row(
     V value = full ? load(x + i) : load_part(x + i, rest, (A)-INFINITY);
     V gradient = vexp(log_probability(value, lse, e.scale)) * (load(g + i) - baseline) * factor;
     V first = gradient * c.rest1, second = gradient * gradient * c.rest2;
-    if (state) {
+    if (reads) {
       first += (full ? load_as<A>(m + i) : load_part_as<A>(m + i, rest)) * c.beta1;
       second += (full ? load_as<A>(s + i) : load_part_as<A>(s + i, rest)) * c.beta2;
     }
     value -= c.step_size * adam_quotient(first, second, c.scale, c.eps);
     if (full) {
       store(value, x + i);
-      if (state) {
+      if (writes) {
         store_as<A>(first, m + i);
         store_as<A>(second, s + i);
       }
     } else {
       store_part(value, x + i, rest);
-      if (state) {
+      if (writes) {
         store_part_as<A>(first, m + i, rest);
         store_part_as<A>(second, s + i, rest);
       }
@@ -206,7 +206,7 @@ static void ahead_of_epilogue(const BackwardJob& job, int64_t n0, int64_t rows, 
   const int64_t size = (int64_t)sizeof(T);
   ahead->list[1].set((const T*)job.logits.data + n0 * job.logits.stride + v0, job.logits.stride * size, count * size,
                      rows);
-  if (!job.exp_avg.data) return;
+  if (!job.adam.reads) return;
   const Matrix *m = &job.exp_avg, *s = &job.exp_avg_sq;
   const int64_t wide = size_of(m->dtype);
   ahead->list[2].set((const char*)m->data + (n0 * m->stride + v0) * wide, m->stride * wide, count * wide, rows);

@@ -86,12 +86,13 @@ struct ForwardJob {
 
 struct Adam {
   double step_size = 0, sqrt_correction2 = 1, beta1 = 0, beta2 = 0, eps = 0;
+  bool reads = false, writes = false;  // the moments: a first step finds none, a last one leaves none
 };
 
 // Gradient of the logits: p (grad . E_v - baseline) / temperature, then either stored or fed to Adam.
 struct BackwardJob {
   Matrix logits, embedding, out;  // out.data null: Adam in place on logits
-  Matrix exp_avg, exp_avg_sq;     // data null: no state
+  Matrix exp_avg, exp_avg_sq;     // data null where they are neither read nor written
   Matrix grad;                    // [n, d]
   int64_t n = 0, v = 0, d = 0;
   double temperature = 1.0;

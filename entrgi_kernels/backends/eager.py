@@ -258,20 +258,23 @@ def guidance_update_(
     beta1: float,
     beta2: float,
     eps: float,
+    keep: bool = True,
 ) -> None:
     """One Adam step on the logits, in place, from `grad` = d loss/d embedding [N, D].
 
-    torch.optim.Adam's arithmetic with bias correction, `step` counted from 1. Without moments (legal at step 1 alone)
-    the state is neither read nor kept.
+    torch.optim.Adam's arithmetic with bias correction, `step` counted from 1. At step 1 the moments are taken as zero,
+    whatever they hold; they may be absent there. Without `keep` they are not written.
     """
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     for part, g in _logit_gradient(logits, embedding, grad, soft, lse, temperature):
         m, v = (1 - beta1) * g, (1 - beta2) * g * g
         if exp_avg is not None and exp_avg_sq is not None:
-            m += beta1 * exp_avg[:, part].to(g.dtype)
-            v += beta2 * exp_avg_sq[:, part].to(g.dtype)
-            exp_avg[:, part] = m.to(exp_avg.dtype)
-            exp_avg_sq[:, part] = v.to(exp_avg_sq.dtype)
+            if step > 1:
+                m += beta1 * exp_avg[:, part].to(g.dtype)
+                v += beta2 * exp_avg_sq[:, part].to(g.dtype)
+            if keep:
+                exp_avg[:, part] = m.to(exp_avg.dtype)
+                exp_avg_sq[:, part] = v.to(exp_avg_sq.dtype)
         update = (lr / correction1) * m / (v.sqrt() / math.sqrt(correction2) + eps)
         logits[:, part] = (logits[:, part].to(g.dtype) - update).to(logits.dtype)
 

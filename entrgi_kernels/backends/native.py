@@ -145,10 +145,11 @@ def guidance_update_(
     beta1: float,
     beta2: float,
     eps: float,
+    keep: bool = True,
 ) -> None:
     """One Adam step on the logits, in place, from `grad` = d loss/d embedding [N, D]; see the eager twin."""
     torch.ops.entrgi_native.guidance_update_(
-        logits, grad, embedding, soft, lse, exp_avg, exp_avg_sq, step, temperature, lr, beta1, beta2, eps
+        logits, grad, embedding, soft, lse, exp_avg, exp_avg_sq, step, temperature, lr, beta1, beta2, eps, keep
     )
 
 

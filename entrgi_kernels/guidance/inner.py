@@ -156,6 +156,7 @@ class InnerLoop:
             rngs: int64 [M, 2], (seed, step) of each inner step's draw.
         """
         config = self._config
+        saves_state = config.saves("adam_state")
         optimizer = LogitOptimizer(
             phi,
             self._table,
@@ -169,7 +170,7 @@ class InnerLoop:
             betas=config.betas,
             eps=config.eps,
             state_dtype=config.resolved_state_dtype(),
-            keep_state=config.guidance_steps > 1 or not config.saves("adam_state"),
+            keep_state=config.guidance_steps > 1 or not saves_state,
             buffers=self._buffers,
             backend=config.backend,
         )
@@ -196,7 +197,7 @@ class InnerLoop:
                     grad = grad.flatten(0, 1)[source]
             if not (defer and inner == config.guidance_steps - 1):
                 with ranges.scope(ranges.UPDATE):
-                    optimizer.step(grad)
+                    optimizer.step(grad, last=saves_state and inner == config.guidance_steps - 1)
             weights.append(blend.weight)
             values.append(value.detach())
         return Guided(torch.stack(weights), values[0], values[-1], grad if defer else None, optimizer)

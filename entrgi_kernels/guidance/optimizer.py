@@ -39,7 +39,8 @@ class LogitOptimizer:
             a CUDA graph replays with new numbers when its content is changed between replays.
         betas, eps: Adam's.
         state_dtype: dtype of Adam's moments; None takes that of phi.
-        keep_state: False when only one :meth:`step` will follow: the moments are then never formed (M = 1).
+        keep_state: False when only one :meth:`step` will follow: the moments are then never formed (M = 1). With more,
+            the last one is told by ``step(grad, last=True)``.
         buffers: memory for the moments and for :meth:`moved_rows`, used again by the next optimiser that is given the
             same; None takes fresh memory.
         backend: "auto" or the name of a backend.
@@ -82,7 +83,7 @@ class LogitOptimizer:
         self._keep_state = keep_state
         self._adam: AdamState | None = None
         self._context: ForwardState | None = None
-        self._steps = 0
+        self._ended = False
 
     @property
     def argmax(self) -> torch.Tensor:
@@ -123,21 +124,27 @@ class LogitOptimizer:
         return result._replace(embedding=result.embedding.detach().requires_grad_())
 
     @torch.no_grad()
-    def step(self, grad: torch.Tensor) -> None:
+    def step(self, grad: torch.Tensor, last: bool = False) -> None:
         """Take one Adam step from `grad` = d loss/d embedding [N, D] of the last :meth:`embed`; moves phi in place.
 
+        Args:
+            last: no step follows: Adam's moments are not kept.
+
         Raises:
-            RuntimeError: without a fresh embed(), or a second step where keep_state=False.
+            RuntimeError: without a fresh embed(), or after a step whose moments were not kept.
         """
         soft, lse, _ = self._ready()
-        if self._keep_state and self._adam is None:
+        keep = self._keep_state and not last
+        if keep and self._adam is None:
             dtype = self._state_dtype or self.phi.dtype
+            # Not cleared: a first step takes the moments as zero.
             self._adam = AdamState(
-                *(self._buffers.take(name, self.phi.shape, dtype, self.phi.device).zero_() for name in _MOMENTS)
+                *(self._buffers.take(name, self.phi.shape, dtype, self.phi.device) for name in _MOMENTS)
             )
-        guidance_update_(self.phi, grad, self.embedding, soft, lse, state=self._adam, **self._update)
+        state = dict(state=self._adam, keep_state=keep)
+        guidance_update_(self.phi, grad, self.embedding, soft, lse, **state, **self._update)
         self._context = None
-        self._steps += 1
+        self._ended = not keep
 
     @torch.no_grad()
     def moved_rows(self, grad: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -154,7 +161,7 @@ class LogitOptimizer:
             [n, V] of phi's dtype.
 
         Raises:
-            RuntimeError: without a fresh embed(), or where keep_state=False and a step was taken.
+            RuntimeError: without a fresh embed(), or after a step whose moments were not kept.
         """
         soft, lse, _ = self._ready()
         moved, state = self._buffers.rows("moved phi", self.phi, rows), None
@@ -162,12 +169,13 @@ class LogitOptimizer:
             moments = zip(_MOMENTS, (self._adam.exp_avg, self._adam.exp_avg_sq), strict=True)
             taken = (self._buffers.rows(f"moved {name}", moment, rows) for name, moment in moments)
             state = AdamState(*taken, self._adam.step)
-        guidance_update_(moved, grad[rows], self.embedding, soft[rows], lse[rows], state=state, **self._update)
+        own = (grad[rows], self.embedding, soft[rows], lse[rows])
+        guidance_update_(moved, *own, state=state, keep_state=False, **self._update)
         return moved
 
     def _ready(self) -> ForwardState:
         if self._context is None:
             raise RuntimeError("step() needs an embed() before it: the gradient belongs to that embedding")
-        if not self._keep_state and self._steps:
-            raise RuntimeError("a second step() with keep_state=False: Adam's moments were not kept")
+        if self._ended:
+            raise RuntimeError("a step after one with last=True or keep_state=False: Adam's moments were not kept")
         return self._context

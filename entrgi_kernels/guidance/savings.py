@@ -18,7 +18,7 @@ LOOP_SAVINGS = {
     "shared_forward": "all but one of a prompt's K forwards while its trajectories are still the same",
     "committed_rows": "the last inner step's backward, Adam and final draw for rows that will not be committed: with "
     "alg 'entropy' and confidence 'base' the ranking is known before guidance",
-    "adam_state": "Adam's moments when a denoising step has a single inner step",
+    "adam_state": "Adam's moments where none follows to read them: the last inner step's, all with a single one",
 }
 
 SAVINGS = (*LOOP_SAVINGS, *REWARD_SAVINGS)

@@ -25,7 +25,7 @@ class AdamState:
     Attributes:
         exp_avg: [N, V], first moment.
         exp_avg_sq: [N, V], second moment.
-        step: steps taken so far.
+        step: steps taken so far. At 0 the moments are taken as zero, whatever they hold.
     """
 
     exp_avg: torch.Tensor
@@ -54,10 +54,11 @@ def _guidance_update_(
     beta1: float,
     beta2: float,
     eps: float,
+    keep: bool,
     backend: str,
 ) -> None:
     _common.run("guidance_update_", backend, logits)(
-        logits, grad, embedding, soft, logsumexp, exp_avg, exp_avg_sq, step, temperature, lr, beta1, beta2, eps
+        logits, grad, embedding, soft, logsumexp, exp_avg, exp_avg_sq, step, temperature, lr, beta1, beta2, eps, keep
     )
 
 
@@ -76,6 +77,7 @@ def _(
     beta1,
     beta2,
     eps,
+    keep,
     backend,
 ):
     return None
@@ -93,6 +95,7 @@ def guidance_update_(
     state: AdamState | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    keep_state: bool = True,
     backend: str = "auto",
 ) -> None:
     """One Adam step of the logits down `grad_embedding`, in place.
@@ -108,6 +111,7 @@ def guidance_update_(
         temperature: tau of the forward; 0 stands for 1.
         state: Adam's moments, changed in place; None takes a first step whose state is not kept (M = 1).
         betas, eps: Adam's; eps > 0.
+        keep_state: False leaves `state` as it is: for a last step, which then writes no moments.
         backend: "auto" or the name of a backend.
 
     Raises:
@@ -166,8 +170,9 @@ def guidance_update_(
         lr,
         *decay,
         eps,
+        bool(keep_state),
         _common.check_backend(backend),
     )
     # Counted only after the step was taken: a call that raises leaves the state as it was.
-    if state is not None:
+    if state is not None and keep_state:
         state.step += 1

@@ -139,3 +139,10 @@ def test_misuse_is_refused():
     optimizer.embed(tokens[1])
     with pytest.raises(RuntimeError, match="keep_state=False"):
         optimizer.step(probe)
+    optimizer = LogitOptimizer(phi, table)
+    for number in range(2):
+        optimizer.embed(tokens[number])
+        optimizer.step(probe, last=number == 1)
+    optimizer.embed(tokens[2])
+    with pytest.raises(RuntimeError, match="last=True"):
+        optimizer.step(probe)

@@ -47,15 +47,18 @@ def our_steps(
     state: ops.AdamState | None,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    keeps_all: bool = True,
 ) -> list[torch.Tensor]:
+    """phi after each step; without `keeps_all` the last one leaves the state alone."""
     after = []
     for step, token in enumerate(tokens):
+        keep = keeps_all or step < len(tokens) - 1
         out, kept = forward(x, e, temperature=TAU, tokens=token, backend=backend)
         leaf = out.embedding.detach().requires_grad_()
         (grad,) = torch.autograd.grad(loss_of(leaf, step), leaf)
         ops.guidance_update_(
             x, grad, e, kept.soft, kept.logsumexp, temperature=TAU, state=state, lr=LR, betas=betas, eps=eps,
-            backend=backend,
+            keep_state=keep, backend=backend,
         )  # fmt: skip
         after.append(x.clone())
     return after
@@ -82,6 +85,28 @@ def test_three_steps_of_adam_in_float64(backend, shape, hyper):
         moved = (b - expected[step - 1]).abs() if step else torch.ones_like(b)
         assert moved.numel() == 0 or v == 1 or moved.max() > 1e-2
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("moments", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_first_step_reads_no_moments_and_a_last_one_writes_none(backend, length, dtype, moments):
+    x, e = ref.peaked(6, 255, dtype, spread=1.0), ref.table(255, 16, dtype)
+    ref.served(backend, x, e)
+    tokens = fresh_tokens(6, 255, length)
+    clean, used = (ops.AdamState.zeros(x, moments) for _ in range(2))
+    expected = our_steps(x.clone(), e, tokens, backend, clean)
+    for moment in (used.exp_avg, used.exp_avg_sq):
+        moment.fill_(math.nan)
+    ours = our_steps(x.clone(), e, tokens, backend, used, keeps_all=False)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    before = ops.AdamState.zeros(x, moments)
+    our_steps(x.clone(), e, tokens[:-1], backend, before)
+    assert clean.step == length and used.step == length - 1 == before.step
+    if length > 1:
+        assert torch.equal(used.exp_avg, before.exp_avg) and torch.equal(used.exp_avg_sq, before.exp_avg_sq)
+    else:
+        assert used.exp_avg.isnan().all() and used.exp_avg_sq.isnan().all()
 
 
 def test_float32_follows_float64(backend):

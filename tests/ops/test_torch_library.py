@@ -33,7 +33,7 @@ def _case(name: str, x: torch.Tensor, backend: str) -> tuple:
     own = x.clone()
     moments = torch.zeros_like(own), torch.zeros_like(own)
     placed = torch.zeros(n + 2, D, dtype=x.dtype), rows + 1
-    adam = (0.7, 0.5, 0.9, 0.999, 1e-3, backend)
+    adam = (0.7, 0.5, 0.9, 0.999, 1e-3)
     return {
         "softmax_entropy": (OPS.softmax_entropy, (grad_x, 0.7, backend)),
         "softmax_entropy_backward": (
@@ -60,8 +60,11 @@ def _case(name: str, x: torch.Tensor, backend: str) -> tuple:
             OPS.entrgi_embedding_out,
             (x, e, rng, rows, None, None, "entropy", 0.7, 2, 0.9, *placed, backend),
         ),
-        "guidance_update_": (OPS.guidance_update_, (own, g, e, soft, lse, *moments, 2, *adam)),
-        "guidance_update_ without state": (OPS.guidance_update_, (own, g, e, soft, lse, None, None, 1, *adam)),
+        "guidance_update_": (OPS.guidance_update_, (own, g, e, soft, lse, *moments, 2, *adam, True, backend)),
+        "guidance_update_ without state": (
+            OPS.guidance_update_,
+            (own, g, e, soft, lse, None, None, 1, *adam, False, backend),
+        ),
         "unmask_confidence": (OPS.unmask_confidence, (x, tokens, "topk_margin", 0.7, 2, 0.9, backend)),
         "token_log_prob": (OPS.token_log_prob, (grad_x, head, bias, tokens, False, backend)),
         "token_log_prob without bias": (OPS.token_log_prob, (grad_x, head.detach(), None, tokens, True, backend)),
