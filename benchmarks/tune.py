@@ -129,7 +129,7 @@ def workload(family: str, p: Any) -> Callable[[], tuple[torch.Tensor, ...]]:
     start = p.phi.clone()
 
     def update() -> tuple[torch.Tensor, ...]:
-        scalars = (1, s.temperature, s.lr, *s.betas, s.eps)
+        scalars = (2, s.temperature, s.lr, *s.betas, s.eps)
         kernels.guidance_update_(p.phi, p.grad, p.table, soft, lse, *moments, *scalars)
         return p.phi, start, moments[0], moments[1]
 

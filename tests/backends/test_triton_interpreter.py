@@ -417,13 +417,10 @@ def test_guidance_update(n, state):
     runs = []
     for backend in (kernels, eager):
         phi = logits.clone()
-        moments = (
-            (None, None)
-            if state == "none"
-            else (torch.zeros_like(phi, dtype=dtype), torch.zeros_like(phi, dtype=dtype))
-        )
-        for step in (1,) if state == "none" else (1, 2):
-            backend.guidance_update_(phi, grad, table, soft, lse, *moments, step, *ADAM)
+        # Never read at the first step, whatever they hold; not written at the last.
+        moments = (None, None) if state == "none" else [torch.full_like(phi, math.nan, dtype=dtype) for _ in range(2)]
+        for step in (1,) if state == "none" else (1, 2, 3):
+            backend.guidance_update_(phi, grad, table, soft, lse, *moments, step, *ADAM, step < 3)
         runs.append((phi, *(m for m in moments if m is not None)))
     for a, b in zip(*runs, strict=True):
         # Adam divides by |g|: where g is at the level of rounding its first steps amplify it. Bounded, and rare.

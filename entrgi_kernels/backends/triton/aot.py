@@ -217,6 +217,9 @@ def _calls(n: int, v: int, d: int, logits_dtype: torch.dtype, table_dtype: torch
     for dtype in dict.fromkeys((logits_dtype, torch.float32)):
         moments = torch.empty_like(logits, dtype=dtype), torch.empty_like(logits, dtype=dtype)
         yield guidance_update_(logits, grad, table, soft, lse, *moments, 2, 0.7, 0.5, 0.9, 0.999, 1e-8)
+    moments = torch.empty_like(logits), torch.empty_like(logits)
+    for step, keep in ((1, True), (3, False)):
+        yield guidance_update_(logits, grad, table, soft, lse, *moments, step, 0.7, 0.5, 0.9, 0.999, 1e-8, keep)
     yield soft_embedding_backward(logits, table, grad, soft, lse, 0.7)
     yield guidance_update_(logits, grad, table, soft, lse, None, None, 1, 0.7, 0.5, 0.9, 0.999, 1e-8)
     yield soft_embedding_grad_table(logits, grad, lse, 0.7, table_dtype)
@@ -276,9 +279,9 @@ def launches(machine: Machine, cases: Iterable[Case]) -> dict[Launch, set[str]]:
         logits = torch.empty(64, VOCABULARY, dtype=_BF16, device="meta")
         embedding, grad = (torch.empty(rows, 1024, dtype=_BF16, device="meta") for rows in (VOCABULARY, 64))
         stats, moments = torch.empty(64, device="meta"), (torch.empty_like(logits), torch.empty_like(logits))
-        scalars = (0.5, 1.0, 0.9, 0.999, 1e-8)
+        step = chunked.AdamStep(0.5, 1.0, 0.9, 0.999, 1e-8, reads=True, writes=True)
         chunked.forward(logits, embedding, stats, stats, 0.7, 0.0)
-        chunked.backward(logits, grad, embedding, stats, stats, 0.7, logits, moments, scalars)
+        chunked.backward(logits, grad, embedding, stats, stats, 0.7, logits, moments, step)
     return found
 
 

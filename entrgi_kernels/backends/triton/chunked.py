@@ -9,6 +9,7 @@ the logits and Adam's state stays under a share of the logits' own.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -38,6 +39,36 @@ def _probability_kernel(
     offset = log2_scale - tl.load(logsum_ptr + row) * 1.4426950408889634
     p = tl.exp2((x - tl.load(maximum_ptr + row)) * (inverse * 1.4426950408889634) + offset)
     tl.store(out_ptr + row * length + index, p.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+class AdamStep(NamedTuple):
+    """What one step of Adam is given: lr / correction1, 1 / sqrt(correction2), and what it does with the moments.
+
+    A first step reads none, for they are zero; a last one writes none.
+    """
+
+    step_size: float
+    root_correction: float
+    beta1: float
+    beta2: float
+    eps: float
+    reads: bool
+    writes: bool
+    moves: bool = True
+
+    @property
+    def scalars(self) -> tuple[float, ...]:
+        """The kernels' arguments."""
+        return self[:5]
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """The kernels' constants."""
+        return {"ADAM": self.moves, "READS": self.reads, "WRITES": self.writes}
+
+
+# Where the gradient itself is wanted.
+NO_STEP = AdamStep(*[0.0] * 5, reads=False, writes=False, moves=False)
 
 
 @triton.jit
@@ -71,7 +102,8 @@ def _update_kernel(
     beta2,
     eps,
     ADAM: tl.constexpr,
-    STATE: tl.constexpr,
+    READS: tl.constexpr,
+    WRITES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -87,11 +119,11 @@ def _update_kernel(
         s = tl.zeros([BLOCK], tl.float32)
         m_ptrs = exp_avg_ptr + row * stride_m + first + index
         s_ptrs = exp_avg_sq_ptr + row * stride_v + first + index
-        if STATE:
+        if READS:
             m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
             s = tl.load(s_ptrs, mask=mask, other=0.0).to(tl.float32)
         x, m, s = adam(x, p, product, delta, m, s, inverse, step_size, root_correction, beta1, beta2, eps)
-        if STATE:
+        if WRITES:
             tl.store(m_ptrs, m.to(exp_avg_ptr.dtype.element_ty), mask=mask)
             tl.store(s_ptrs, s.to(exp_avg_sq_ptr.dtype.element_ty), mask=mask)
         tl.store(out, x.to(out_ptr.dtype.element_ty), mask=mask)
@@ -171,13 +203,12 @@ def backward(
     temperature: float,
     out: torch.Tensor,
     moments: tuple[torch.Tensor, torch.Tensor] | None,
-    adam_scalars: tuple[float, float, float, float, float] | None,
+    step: AdamStep,
 ) -> None:
-    """Softmax gradient into `out` [N, V]; with `adam_scalars`, an Adam step of `out` (the logits) and `moments`.
+    """Softmax gradient into `out` [N, V]; or a step of Adam on `out` (the logits) and `moments`.
 
     Args:
         grad: [N, D] of the product's dtype. delta: [N] float32, g . soft.
-        adam_scalars: (lr / correction1, 1 / sqrt(correction2), beta1, beta2, eps).
     """
     (n, v), d = logits.shape, embedding.shape[1]
     architecture = config.target(logits.device).architecture
@@ -205,9 +236,8 @@ def backward(
             first,
             length,
             1.0 / temperature,
-            *(adam_scalars or (0.0,) * 5),
+            *step.scalars,
             num_warps=block.num_warps,
-            ADAM=adam_scalars is not None,
-            STATE=moments is not None,
+            **step.flags,
             BLOCK=block.block,
         )

@@ -17,7 +17,7 @@ import triton.language as tl
 from .. import eager
 from ..ranges import ranged
 from . import chunked, config
-from .chunked import adam
+from .chunked import NO_STEP, AdamStep, adam
 from .launch import aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
 
 
@@ -63,7 +63,8 @@ def _finish(
     beta2,
     eps,
     ADAM: tl.constexpr,
-    STATE: tl.constexpr,
+    READS: tl.constexpr,
+    WRITES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -80,11 +81,11 @@ def _finish(
         s = tl.zeros([ROWS, COLUMNS], tl.float32)
         m_ptrs = exp_avg_ptr + rows[:, None] * stride_m + columns[None, :]
         s_ptrs = exp_avg_sq_ptr + rows[:, None] * stride_v + columns[None, :]
-        if STATE:
+        if READS:
             m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
             s = tl.load(s_ptrs, mask=mask, other=0.0).to(tl.float32)
         x, m, s = adam(x, p, product, delta, m, s, inverse, step_size, root_correction, beta1, beta2, eps)
-        if STATE:
+        if WRITES:
             tl.store(m_ptrs, m.to(exp_avg_ptr.dtype.element_ty), mask=mask)
             tl.store(s_ptrs, s.to(exp_avg_sq_ptr.dtype.element_ty), mask=mask)
         tl.store(out, x.to(out_ptr.dtype.element_ty), mask=mask)
@@ -118,7 +119,8 @@ def _backward_kernel(
     beta2,
     eps,
     ADAM: tl.constexpr,
-    STATE: tl.constexpr,
+    READS: tl.constexpr,
+    WRITES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_D: tl.constexpr,
     PARTS: tl.constexpr,
@@ -157,7 +159,7 @@ def _backward_kernel(
         _finish(
             acc, rows, inside_n, first, v, logits_ptr, stride_n, delta_ptr, lse_ptr, exp_avg_ptr, stride_m,
             exp_avg_sq_ptr, stride_v, out_ptr, stride_o, inverse, step_size, root_correction, beta1, beta2, eps,
-            ADAM, STATE, BLOCK_N, BLOCK_V,
+            ADAM, READS, WRITES, BLOCK_N, BLOCK_V,
         )  # fmt: skip
     else:
         parts = _halves(acc, BLOCK_N, BLOCK_V)
@@ -172,7 +174,7 @@ def _backward_kernel(
             _finish(
                 parts[i], rows, inside_n, first + i * (BLOCK_V // PARTS), v, logits_ptr, stride_n, delta_ptr, lse_ptr,
                 exp_avg_ptr, stride_m, exp_avg_sq_ptr, stride_v, out_ptr, stride_o, inverse, step_size,
-                root_correction, beta1, beta2, eps, ADAM, STATE, BLOCK_N, BLOCK_V // PARTS,
+                root_correction, beta1, beta2, eps, ADAM, READS, WRITES, BLOCK_N, BLOCK_V // PARTS,
             )  # fmt: skip
 
 
@@ -190,7 +192,7 @@ def _backward(
     temperature: float,
     out: torch.Tensor,
     moments: tuple[torch.Tensor, torch.Tensor] | None,
-    adam_scalars: tuple[float, float, float, float, float] | None,
+    step: AdamStep,
 ) -> None:
     """Both raw functions below; tensors of shape [N, V] have dense rows."""
     (n, v), d = logits.shape, embedding.shape[1]
@@ -205,7 +207,7 @@ def _backward(
     whole = bulk(grad, embedding)
     entry = config.pick_product(target.architecture, "backward", grad.element_size(), n, even, whole)
     if entry.engine == "chunked":
-        chunked.backward(logits, grad, embedding, delta, lse, temperature, out, moments, adam_scalars)
+        chunked.backward(logits, grad, embedding, delta, lse, temperature, out, moments, step)
         return
     exp_avg, exp_avg_sq = moments or (out, out)
     descriptors = entry.loads == "descriptor"
@@ -230,11 +232,10 @@ def _backward(
         v,
         d,
         1.0 / temperature,
-        *(adam_scalars or (0.0,) * 5),
+        *step.scalars,
         num_warps=entry.num_warps,
         num_stages=entry.num_stages,
-        ADAM=adam_scalars is not None,
-        STATE=moments is not None,
+        **step.flags,
         DESCRIPTORS=descriptors,
         EVEN_D=descriptors or d % entry.block_d == 0,
         PARTS=entry.parts,
@@ -258,7 +259,7 @@ def soft_embedding_backward(
     if soft.dtype == torch.float64:  # of a float64 table
         return eager.soft_embedding_backward(logits, embedding, grad, soft, lse, temperature)
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _backward(rows_of(logits), grad, embedding, soft, lse, temperature, out, None, None)
+    _backward(rows_of(logits), grad, embedding, soft, lse, temperature, out, None, NO_STEP)
     return out
 
 
@@ -277,19 +278,23 @@ def guidance_update_(
     beta1: float,
     beta2: float,
     eps: float,
+    keep: bool = True,
 ) -> None:
     """One Adam step on the logits, in place; see :func:`entrgi_kernels.backends.eager.guidance_update_`."""
     if soft.dtype == torch.float64:  # of a float64 table
         eager.guidance_update_(
-            logits, grad, embedding, soft, lse, exp_avg, exp_avg_sq, step, temperature, lr, beta1, beta2, eps
+            logits, grad, embedding, soft, lse, exp_avg, exp_avg_sq, step, temperature, lr, beta1, beta2, eps, keep
         )
         return
     moments = None if exp_avg is None or exp_avg_sq is None else (exp_avg, exp_avg_sq)
+    reads, writes = moments is not None and step > 1, moments is not None and keep
     targets = (logits, *(moments or ()))
     dense = [rows_of(tensor) for tensor in targets]
-    scalars = (lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), beta1, beta2, eps)
-    state = (dense[1], dense[2]) if moments else None
-    _backward(dense[0], grad, embedding, soft, lse, temperature, dense[0], state, scalars)
-    for tensor, copy in zip(targets, dense, strict=True):
+    taken = AdamStep(
+        lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), beta1, beta2, eps, reads=reads, writes=writes
+    )
+    state = (dense[1], dense[2]) if reads or writes else None
+    _backward(dense[0], grad, embedding, soft, lse, temperature, dense[0], state, taken)
+    for tensor, copy in zip(targets if writes else targets[:1], dense, strict=False):
         if copy is not tensor:
             tensor.copy_(copy)
