@@ -209,6 +209,32 @@ def test_statistics(shape, dtype):
 
 @inner
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("together", [True, False], ids=["whole rows", "split rows"])
+def test_statistics_wherever_the_maximum_rises(dtype, together):
+    """Two full tiles and a partial one: which of them raises a lane's maximum, ties, and what is not finite."""
+    logits = (torch.randn(11, 300, generator=torch.Generator().manual_seed(8)) * 2).to(dtype)
+    logits[0, 299] = 20  # in the last, partial tile alone
+    logits[1, [5, 130, 290]], logits[2, [130, 131, 290]], logits[3, [13, 77]] = 20, 20, 20
+    logits[4, 290] = math.nan
+    logits[5, :256], logits[6, :299] = -math.inf, -math.inf
+    logits[7], logits[7, 140:150] = torch.finfo(dtype).min, 1.0
+    logits[8] = torch.linspace(-30, 30, 300)  # in every tile
+    logits[9, 270] = math.inf
+    logits[10] = 0.0
+    logits[10, ::2] = -0.0
+    calls = [logits] if together else logits.split(2)
+    found = [statistics.row_statistics(rows, 1.0, second=0.5, argmax=True) for rows in calls]
+    lse, entropy, lse2, argmax = (
+        torch.cat([getattr(f, name) for f in found]) for name in ("lse", "entropy", "lse2", "argmax")
+    )
+    assert argmax.tolist() == logits.float().argmax(dim=-1).tolist()
+    for ours, theirs in zip((lse, entropy), eager.softmax_entropy(logits, 1.0), strict=True):
+        close(ours, theirs, torch.float32)
+    close(lse2, eager.softmax_entropy(logits, 0.5)[0], torch.float32)
+
+
+@inner
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_rows_masked_with_the_least_finite_number(dtype):
     """As transformers masks: whole tiles, whole slices and the row's beginning, far below -inf's safety."""
     logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(6)).to(dtype)

@@ -42,6 +42,14 @@ class RowConfig:
         wanted = max(1, self.programs_per_sm * sms // max(1, rows))
         return max(1, min(wanted, length // self.slice_least, MOST_SPLITS))
 
+    def lanes(self, width: int, aligned: bool) -> dict[str, int]:
+        """How threads share a tile of entries of `width` bytes: LANES side by side, WIDTH neighbouring entries each.
+
+        A thread loads 16 bytes at a time where rows are aligned, single entries where they are not.
+        """
+        entries = 16 // width if aligned else 1
+        return dict(LANES=min(32 * self.num_warps, self.block // (2 * entries)), WIDTH=entries)
+
 
 @dataclass(frozen=True)
 class SampleConfig:
@@ -55,6 +63,7 @@ class SampleConfig:
     """
 
     collect: RowConfig
+    words: int
     race: RowConfig
     capacity_share: int
     capacity_slice: int
@@ -148,10 +157,18 @@ def pick_product(
     return entry
 
 
+_STATISTICS = (
+    "not measured yet: 56 registers, so that nine programs share a multiprocessor; 12.9 instructions an entry with two "
+    "temperatures (the model of docs/gpu.md)"
+)
 _ROWS = dict(
-    statistics=(RowConfig(4096, 8, 8192, 4),),
+    statistics=(
+        RowConfig(4096, 4, 4096, 8, most_rows=32, evidence=_STATISTICS),
+        RowConfig(4096, 4, 16384, 8, evidence=_STATISTICS),
+    ),
     sample=SampleConfig(
-        collect=RowConfig(2048, 4, 8192, 4),
+        collect=RowConfig(4096, 4, 8192, 4),
+        words=8,
         race=RowConfig(1024, 4, 8192, 4),
         capacity_share=40,
         capacity_slice=2048,
@@ -240,6 +257,7 @@ _INTERPRETER = Architecture(
     statistics=(RowConfig(128, 1, 128, 1),),
     sample=SampleConfig(
         collect=RowConfig(128, 1, 128, 1),
+        words=2,
         race=RowConfig(128, 1, 128, 1),
         capacity_share=4,
         capacity_slice=32,

@@ -23,9 +23,9 @@ import triton.language as tl
 
 from ..ranges import ranged
 from . import config
-from .launch import cdiv, kernel, launch, rows_of, vector
+from .launch import aligned, cdiv, kernel, launch, rows_of, vector
 from .philox import log_exponential, log_exponential_of, words_of_pairs
-from .statistics import RowStatistics, row_statistics
+from .statistics import RowStatistics, row_statistics, tile_offsets
 
 # A float32 that came from a narrower type ends in zeros: those bits of the key need no search.
 _KEY_SHIFT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
@@ -36,6 +36,14 @@ def ordered_key(x, SHIFT: tl.constexpr):
     """int32 keys ordered like the float32 `x`; -0.0 and 0.0 share one."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+
+
+@triton.jit
+def _set_bits(word):
+    """How many bits of int32 words are set."""
+    pairs = word - ((word >> 1) & 0x55555555)
+    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    return (((fours + (fours >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
 
 
 @kernel("splits")
@@ -53,30 +61,57 @@ def _collect_kernel(
     temperature,
     log_cut,
     capacity,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """The entries of one slice of one row that reach the cut-off, in a fixed order.
+
+    A thread marks the entries that pass in a word of bits for each tile; only after WORDS tiles do threads wait for each
+    other, to learn where in the list each word's entries go.
+    """
+    tl.static_assert(BLOCK <= 32 * LANES, "a thread marks at most 32 entries of a tile")
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    base = logits_ptr + row * stride_n
     start = split * slice_length
-    end = tl.minimum(start + slice_length, v)
+    length = tl.minimum(slice_length, v - start)
+    base = logits_ptr + row * stride_n + start
     cut = tl.load(maximum_ptr + row) + temperature * (tl.load(logsum_ptr + row) + log_cut)
     segment = row * splits + split
     out = segment * capacity
-    lanes = tl.arange(0, BLOCK)
+    STEPS: tl.constexpr = BLOCK // (LANES * WIDTH)
+    offsets = tile_offsets(STEPS, LANES, WIDTH)
+    bits = 1 << (tl.arange(0, STEPS)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :])
+    words = tl.arange(0, WORDS)[:, None]
+    # Where a word's first entry lies, after that of its block of WORDS tiles.
+    origin = words * BLOCK + tl.arange(0, LANES)[None, :] * WIDTH
     count = 0
-    for tile in range(start, end, BLOCK):
-        index = tile + lanes
-        raw = tl.load(base + index, mask=index < end, other=float("-inf"))
-        x = raw.to(tl.float32)
-        # Entries of -inf carry no mass; the cut-off is finite but for bad rows, where nothing passes.
-        keep = x >= cut
-        found = tl.sum(keep.to(tl.int32), axis=0)
+    for first in range(0, length, WORDS * BLOCK):
+        marks = tl.zeros([WORDS, LANES], tl.int32)
+        for word in range(0, tl.minimum(WORDS, tl.cdiv(length - first, BLOCK))):
+            index = first + word * BLOCK + offsets
+            x = tl.load(base + index, mask=index < length, other=float("-inf")).to(tl.float32)
+            # Entries of -inf carry no mass; the cut-off is finite but for bad rows, where nothing passes.
+            marked = tl.sum(tl.sum(tl.where(x >= cut, bits, 0), axis=2), axis=0)
+            marks = tl.where(words == word, marked[None, :], marks)
+        numbers = _set_bits(marks)
+        of_lane = tl.sum(numbers, axis=0)
+        found = tl.sum(of_lane, axis=0)
         if (found > 0) & (count < capacity):
-            place = count + tl.cumsum(keep.to(tl.int32), axis=0) - 1
-            fits = keep & (place < capacity)
-            tl.store(values_ptr + out + place, raw, mask=fits)
-            tl.store(index_ptr + out + place, index, mask=fits)
+            before = count + tl.cumsum(of_lane, axis=0) - of_lane
+            place = before[None, :] + tl.cumsum(numbers, axis=0) - numbers
+            for _ in range(0, tl.max(tl.max(numbers, axis=0), axis=0)):
+                # The place of the lowest set bit, as the exponent of its value.
+                lowest = marks & -marks
+                value = lowest.to(tl.uint32, bitcast=True).to(tl.float32)
+                bit = (value.to(tl.uint32, bitcast=True) >> 23) - 127
+                index = first + origin + (bit + bit // WIDTH * (LANES * WIDTH - WIDTH)).to(tl.int32)
+                fits = (marks != 0) & (place < capacity)
+                tl.store(values_ptr + out + place, tl.load(base + index, mask=fits), mask=fits)
+                tl.store(index_ptr + out + place, start + index, mask=fits)
+                marks ^= lowest
+                place += 1
         count += found
     tl.store(counts_ptr + segment, count)
 
@@ -362,7 +397,9 @@ def _filtered(
         log_cut,
         capacity,
         num_warps=entry.collect.num_warps,
+        WORDS=entry.words,
         BLOCK=entry.collect.block,
+        **entry.collect.lanes(logits.element_size(), aligned(logits)),
     )
     unused: Any = counts
     launch(

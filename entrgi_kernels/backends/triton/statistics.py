@@ -1,8 +1,9 @@
 """Row statistics: maximum, log-sum-exp, entropy and argmax in one online pass over the logits.
 
-One program reads a slice of one row once and keeps, per lane, the sums of e and e * d at one temperature and of e at a
-second one (d = logit - running maximum). A second, tiny kernel merges the slices in a fixed order: same bits run to
-run. A NaN or +inf anywhere makes its slice's sum NaN, and through it every statistic of the row.
+One program reads a slice of one row once. Each of its threads keeps its own running maximum, the sums of e and e * d
+at one temperature and of e at a second one (d = logit - running maximum), and rescales them once a tile: no thread waits
+for another before the slice ends. A second, tiny kernel merges the slices in a fixed order: same bits run to run. A NaN
+or +inf anywhere makes its slice's sum NaN, and through it every statistic of the row.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 
 from ..ranges import ranged
 from . import config
-from .launch import cdiv, kernel, launch, rows_of, vector
+from .launch import aligned, cdiv, kernel, launch, rows_of, vector
 
+_FAR = tl.constexpr(-1e30)
 _PART = 5  # floats a slice leaves: maximum, sum e, sum e * d, sum e at the second temperature, largest key of argmax
 
 
@@ -35,6 +38,43 @@ class RowStatistics(NamedTuple):
     argmax: torch.Tensor
 
 
+@triton.jit
+def tile_offsets(STEPS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Offsets [STEPS, LANES, WIDTH] of a tile: a lane (a thread) has WIDTH neighbours in each of STEPS wide loads.
+
+    Reductions over the first and last axis stay within a thread: no shuffle, no shared memory, no barrier.
+    """
+    steps = tl.arange(0, STEPS)[:, None, None] * (LANES * WIDTH)
+    return steps + tl.arange(0, LANES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+
+
+@triton.jit
+def _sum_tile(x):
+    return tl.sum(tl.sum(x, axis=2), axis=0)
+
+
+@triton.jit
+def _add_tile(x, number, m, s, t, s2, place, c, c2, SECOND: tl.constexpr, ARGMAX: tl.constexpr):
+    """Each lane's running maximum, sums and the number of the tile that last raised its maximum, with tile `x` added."""
+    top = tl.max(tl.max(x, axis=2), axis=0)
+    if ARGMAX:
+        place = tl.where(top > m, number, place)
+    raised = tl.maximum(m, top)
+    # Nothing finite so far: any finite reference will do, all terms are zero.
+    reference = tl.where(raised == float("-inf"), 0.0, raised)
+    moved = m - reference
+    scale = tl.exp2(moved * c)
+    d = x - reference[None, :, None]
+    e = tl.exp2(d * c)
+    # A distance that is infinite, or has overflowed (rows masked with the least finite number of their dtype), belongs
+    # to a term of zero: any finite distance leaves it zero.
+    t = (t + s * tl.maximum(moved, _FAR)) * scale + _sum_tile(e * tl.maximum(d, _FAR))
+    s = s * scale + _sum_tile(e)
+    if SECOND:
+        s2 = s2 * tl.exp2(moved * c2) + _sum_tile(tl.exp2(d * c2))
+    return raised, s, t, s2, place
+
+
 @kernel("splits")
 def _statistics_kernel(
     logits_ptr,
@@ -49,54 +89,59 @@ def _statistics_kernel(
     SECOND: tl.constexpr,
     ARGMAX: tl.constexpr,
     PART: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    base = logits_ptr + row * stride_n
     start = split * slice_length
-    end = tl.minimum(start + slice_length, v)
-    lanes = tl.arange(0, BLOCK)
+    length = tl.minimum(slice_length, v - start)
+    base = logits_ptr + row * stride_n + start
+    offsets = tile_offsets(BLOCK // (LANES * WIDTH), LANES, WIDTH)
     c = inverse * 1.4426950408889634
     c2 = inverse2 * 1.4426950408889634
-    m = float("-inf")
-    s = tl.zeros([BLOCK], tl.float32)
-    t = tl.zeros([BLOCK], tl.float32)
-    s2 = tl.zeros([BLOCK], tl.float32)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    place = start + lanes
-    for tile in range(start, end, BLOCK):
-        index = tile + lanes
-        x = tl.load(base + index, mask=index < end, other=float("-inf")).to(tl.float32)
-        raised = tl.maximum(m, tl.max(x, axis=0))
-        # Nothing finite so far: any finite reference will do, all terms are zero.
-        reference = tl.where(raised == float("-inf"), 0.0, raised)
-        moved = tl.where(m == float("-inf"), 0.0, m - reference)
-        d = x - reference
-        e = tl.exp2(d * c)
-        scale = tl.exp2(moved * c)
-        # Where nothing is left of what was summed, its distance may have overflowed: rows masked with the least finite
-        # number of their dtype.
-        t = (t + s * tl.where(scale > 0, moved, 0.0)) * scale + tl.where(e > 0, e * d, 0.0)
-        s = s * scale + e
-        if SECOND:
-            s2 = s2 * tl.exp2(moved * c2) + tl.exp2(d * c2)
-        if ARGMAX:
-            key = tl.where(x != x, float("inf"), x)
-            better = key > best
-            best = tl.where(better, key, best)
-            place = tl.where(better, index, place)
-        m = raised
+    m = tl.full([LANES], float("-inf"), tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    t = tl.zeros([LANES], tl.float32)
+    s2 = tl.zeros([LANES], tl.float32)
+    place = tl.zeros([LANES], tl.int32)
+    full = length // BLOCK
+    for number in range(0, full):
+        x = tl.load(base + number * BLOCK + offsets).to(tl.float32)
+        m, s, t, s2, place = _add_tile(x, number, m, s, t, s2, place, c, c2, SECOND, ARGMAX)
+    if full * BLOCK < length:
+        index = full * BLOCK + offsets
+        x = tl.load(base + index, mask=index < length, other=float("-inf")).to(tl.float32)
+        m, s, t, s2, place = _add_tile(x, full, m, s, t, s2, place, c, c2, SECOND, ARGMAX)
+    top = tl.max(m, axis=0)
+    moved = m - tl.where(top == float("-inf"), 0.0, top)
+    scale = tl.exp2(moved * c)
+    total = tl.sum(s * scale, axis=0)
     part = parts_ptr + (row * splits + split) * PART
-    tl.store(part, m)
-    tl.store(part + 1, tl.sum(s, axis=0))
-    tl.store(part + 2, tl.sum(t, axis=0))
+    tl.store(part, top)
+    tl.store(part + 1, total)
+    tl.store(part + 2, tl.sum((t + s * tl.maximum(moved, _FAR)) * scale, axis=0))
     if SECOND:
-        tl.store(part + 3, tl.sum(s2, axis=0))
+        tl.store(part + 3, tl.sum(s2 * tl.exp2(moved * c2), axis=0))
     if ARGMAX:
-        top = tl.max(best, axis=0)
+        # Tiles lie one after the other, so the first that reached the maximum holds its first place: it is read again.
+        best = m == top
+        number = tl.min(tl.where(best, place, 2147483647), axis=0)
+        index = number * BLOCK + offsets
+        again = best[None, :, None] & (index < length)
+        x = tl.load(base + index, mask=again, other=float("-inf")).to(tl.float32)
+        first = tl.min(tl.where(again & (x == top), index, 2147483647).reshape([BLOCK]), axis=0)
+        if total != total:
+            # NaN or +inf: the first of them.
+            top = float("inf")
+            first = 2147483647
+            lanes = tl.arange(0, BLOCK)
+            for tile in range(0, length, BLOCK):
+                bad = tl.load(base + tile + lanes, mask=tile + lanes < length, other=0.0).to(tl.float32)
+                first = tl.minimum(first, tl.min(tl.where(bad < float("inf"), 2147483647, tile + lanes), axis=0))
         tl.store(part + 4, top)
-        tl.store(index_ptr + row * splits + split, tl.min(tl.where(best == top, place, 2147483647), axis=0))
+        tl.store(index_ptr + row * splits + split, start + first)
 
 
 @kernel("n", "splits")
@@ -179,6 +224,7 @@ def row_statistics(
         *inverses,
         num_warps=row.num_warps,
         BLOCK=row.block,
+        **row.lanes(logits.element_size(), aligned(logits)),
         **flags,
     )
     launch(
