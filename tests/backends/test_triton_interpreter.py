@@ -81,7 +81,7 @@ if INTERPRETED:
     from entrgi_kernels.backends import eager, vocabulary_head
     from entrgi_kernels.backends import philox as reference
     from entrgi_kernels.backends import triton as kernels
-    from entrgi_kernels.backends.triton import config, philox, sampling, statistics
+    from entrgi_kernels.backends.triton import config, launch, philox, sampling, statistics
 
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's opinion of inf - inf
     _patch_once()
@@ -253,6 +253,16 @@ def test_rows_masked_with_the_least_finite_number(dtype):
         close(ours, theirs, torch.float32, alg)
 
 
+def kept_by(keys, logits):
+    """Which entries thresholds as ordered keys keep."""
+    bits = torch.where(logits == 0, 0.0, logits.float()).view(torch.int32)
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> sampling._KEY_SHIFT[logits.dtype]) >= keys[:, None]
+
+
+def oracle_keeps(logits, temperature, top_k, top_p):
+    return logits >= eager.filter_threshold(logits.float(), temperature, top_k, top_p)[:, None]
+
+
 @inner
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_top_k_below_the_cut_off(dtype):
@@ -262,10 +272,7 @@ def test_top_k_below_the_cut_off(dtype):
     found = statistics.row_statistics(logits, 1.0)
     for top_k in (60, 200, 299):
         keys = sampling.filter_thresholds(logits, found, 1.0, top_k, 1.0)
-        shift = sampling._KEY_SHIFT[dtype]
-        bits = logits.float().view(torch.int32)
-        kept = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> shift) >= keys[:, None]
-        assert torch.equal(kept, logits >= eager.filter_threshold(logits.float(), 1.0, top_k, 1.0)[:, None])
+        assert torch.equal(kept_by(keys, logits), oracle_keeps(logits, 1.0, top_k, 1.0))
 
 
 @inner
@@ -292,14 +299,40 @@ def test_a_flat_row_overflows_its_list_and_is_searched_in_full():
 
 
 @inner
+@pytest.mark.parametrize(("dtype", "together"), [(torch.float16, True), (torch.bfloat16, False)])
+def test_a_raised_cut_off_serves_or_is_found_out(dtype, together, monkeypatch):
+    """Thirty high entries above 270 lower ones: with the gap, what is left out weighs nothing, little, too much."""
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(9)) * 0.1
+    logits[:, ::10] += torch.tensor([9.0, 4.5, 3.0, 0.5, 5.0])[:, None]
+    logits, launched = logits.to(dtype), []
+
+    def spy(function, grid, *args, **options):
+        launch.launch(function, grid, *args, **options)
+        if function is sampling._collect_kernel:
+            launched.append([tensor.clone() for tensor in args[6:8]])
+
+    monkeypatch.setattr(sampling, "launch", spy)
+    rng = torch.tensor([3, 4])
+    for top_k, top_p in ((0, 0.9), (25, 1.0)):
+        launched.clear()
+        for rows in [torch.arange(5)] if together else torch.arange(5).split(2):  # fewer rows are split over programs
+            ours = kernels.sample_tokens(logits[rows], rng, rows, 1.0, top_k, top_p)
+            assert torch.equal(ours, eager.sample_tokens(logits[rows], rng, rows, 1.0, top_k, top_p))
+            found = statistics.row_statistics(logits[rows], 1.0)
+            keys = sampling.filter_thresholds(logits[rows], found, 1.0, top_k, top_p)
+            assert torch.equal(kept_by(keys, logits[rows]), oracle_keeps(logits[rows], 1.0, top_k, top_p))
+        if together and top_p < 1.0:
+            counts, raises = launched[0]
+            assert raises.tolist()[:2] == [0, 1] and counts[:2, 0].tolist() == [30, 30] and int(raises[3]) > 1
+
+
+@inner
 def test_the_threshold_keeps_exactly_the_oracles_set():
     logits = torch.randn(5, 140, generator=torch.Generator().manual_seed(4)).mul(2).round()  # ties, and -0.0
     for top_k, top_p in ((0, 0.7), (9, 1.0), (20, 0.9), (0, 0.999)):
         found = statistics.row_statistics(logits, 0.8)
         keys = sampling.filter_thresholds(logits, found, 0.8, top_k, top_p)
-        bits = torch.where(logits == 0, torch.zeros_like(logits), logits).view(torch.int32)
-        kept = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >= keys[:, None]
-        assert torch.equal(kept, logits >= eager.filter_threshold(logits, 0.8, top_k, top_p)[:, None])
+        assert torch.equal(kept_by(keys, logits), oracle_keeps(logits, 0.8, top_k, top_p))
 
 
 @inner

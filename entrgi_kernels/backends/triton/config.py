@@ -57,9 +57,11 @@ class SampleConfig:
 
     Attributes:
         collect: the pass that gathers candidates. race: the unfiltered exponential race.
+        words: tiles after which the gathering threads agree on where in the list their candidates go.
         capacity_share: a row's list of candidates holds V / capacity_share entries (a split row: `capacity_slice` for
-            each slice); a row with more is searched in full.
-        block: entries a tile of the search. pivots: how many thresholds one pass tries. num_warps: of the search.
+            each slice); the cut-off rises until about half of it is used.
+        block, row_block: entries a tile of the search in the list, and in the whole row where the list does not serve.
+        pivots: how many thresholds one pass tries. num_warps: of the search.
     """
 
     collect: RowConfig
@@ -68,6 +70,7 @@ class SampleConfig:
     capacity_share: int
     capacity_slice: int
     block: int
+    row_block: int
     pivots: int
     num_warps: int
     evidence: str = UNMEASURED
@@ -172,7 +175,8 @@ _ROWS = dict(
         race=RowConfig(1024, 4, 8192, 4),
         capacity_share=40,
         capacity_slice=2048,
-        block=1024,
+        block=512,
+        row_block=1024,
         pivots=4,
         num_warps=4,
     ),
@@ -262,6 +266,7 @@ _INTERPRETER = Architecture(
         capacity_share=4,
         capacity_slice=32,
         block=128,
+        row_block=128,
         pivots=4,
         num_warps=1,
     ),

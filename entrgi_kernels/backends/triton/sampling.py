@@ -29,6 +29,8 @@ from .statistics import RowStatistics, row_statistics, tile_offsets
 
 # A float32 that came from a narrower type ends in zeros: those bits of the key need no search.
 _KEY_SHIFT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+# A cut-off that leaves too many candidates is raised by factors of four in probability (log 4).
+_RAISE = tl.constexpr(1.3862943611198906)
 
 
 @triton.jit
@@ -46,6 +48,23 @@ def _set_bits(word):
     return (((fours + (fours >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
 
 
+@triton.jit
+def _raises(base, v, cut, raise_by, most, CHUNKS: tl.constexpr):
+    """How often `cut` is raised until a sample says that at most `most` entries of the row reach it; and the cut then.
+
+    The sample is 32 neighbours at each of CHUNKS places spread evenly over the row.
+    """
+    apart = tl.maximum(32, v // CHUNKS // 16 * 16)
+    place = tl.arange(0, CHUNKS)[:, None] * apart + tl.arange(0, 32)[None, :]
+    x = tl.load(base + place, mask=place < v, other=float("-inf")).to(tl.float32)
+    most = most * (tl.minimum(v, CHUNKS * 32).to(tl.float32) / v)
+    raises = 0
+    while (tl.sum(tl.sum((x >= cut).to(tl.int32), axis=1), axis=0) > most) & (raises < 8):
+        raises += 1
+        cut += raise_by
+    return raises, cut
+
+
 @kernel("splits")
 def _collect_kernel(
     logits_ptr,
@@ -55,12 +74,15 @@ def _collect_kernel(
     values_ptr,
     index_ptr,
     counts_ptr,
+    raises_ptr,
+    cuts_ptr,
     v,
     slice_length,
     splits,
     temperature,
     log_cut,
     capacity,
+    most,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
     WORDS: tl.constexpr,
@@ -76,8 +98,13 @@ def _collect_kernel(
     split = tl.program_id(1)
     start = split * slice_length
     length = tl.minimum(slice_length, v - start)
-    base = logits_ptr + row * stride_n + start
+    whole = logits_ptr + row * stride_n
+    base = whole + start
     cut = tl.load(maximum_ptr + row) + temperature * (tl.load(logsum_ptr + row) + log_cut)
+    raises, cut = _raises(whole, v, cut, temperature * _RAISE, most, BLOCK // 64)
+    if split == 0:
+        tl.store(raises_ptr + row, raises)
+        tl.store(cuts_ptr + row, cut)
     segment = row * splits + split
     out = segment * capacity
     STEPS: tl.constexpr = BLOCK // (LANES * WIDTH)
@@ -117,11 +144,23 @@ def _collect_kernel(
 
 
 @triton.jit
+def _listed(place, counts_ptr, splits, capacity):
+    """Where the candidates number `place` of a row lie: its lists, one a slice, have room for `capacity` each."""
+    lies = place
+    before = 0
+    for split in range(1, splits):
+        before += tl.load(counts_ptr + split - 1)
+        lies = tl.where(place >= before, split * capacity + place - before, lies)
+    return lies
+
+
+@triton.jit
 def _search(
     values_ptr,
-    segment_stride,
+    length,
     counts_ptr,
-    segments,
+    splits,
+    capacity,
     m,
     c,
     limit,
@@ -135,8 +174,8 @@ def _search(
 ):
     """The smallest key in (lo, hi] whose strictly larger entries weigh at most `limit` and number fewer than top_k.
 
-    Invariant: `hi` satisfies that, and no key up to `lo` needs to be considered. `segments` counts lists (LISTED) or is
-    the length of the one row.
+    Invariant: `hi` satisfies that, and no key up to `lo` needs to be considered. The entries are the row's `length`
+    candidates (LISTED) or the row itself.
     """
     lanes = tl.arange(0, BLOCK)
     steps = tl.arange(1, PIVOTS + 1)
@@ -144,17 +183,16 @@ def _search(
         pivots = tl.maximum(lo + ((hi - lo) * steps) // (PIVOTS + 1), lo + 1)
         mass = tl.zeros([PIVOTS], tl.float32)
         number = tl.zeros([PIVOTS], tl.int32)
-        lists = segments if LISTED else 1
-        for segment in range(0, lists):
-            length = tl.load(counts_ptr + segment) if LISTED else segments
-            base = values_ptr + segment * segment_stride
-            for tile in range(0, length, BLOCK):
-                index = tile + lanes
-                x = tl.load(base + index, mask=index < length, other=float("-inf")).to(tl.float32)
-                e = tl.exp2((x - m) * c)
-                above = ordered_key(x, SHIFT)[None, :] > pivots.to(tl.int32)[:, None]
-                mass += tl.sum(tl.where(above, e[None, :], 0.0), axis=1)
-                number += tl.sum(above.to(tl.int32), axis=1)
+        for tile in range(0, length, BLOCK):
+            place = tile + lanes
+            inside = place < length
+            if LISTED:
+                place = _listed(place, counts_ptr, splits, capacity)
+            x = tl.load(values_ptr + place, mask=inside, other=float("-inf")).to(tl.float32)
+            e = tl.exp2((x - m) * c)
+            above = ordered_key(x, SHIFT)[None, :] > pivots.to(tl.int32)[:, None]
+            mass += tl.sum(tl.where(above, e[None, :], 0.0), axis=1)
+            number += tl.sum(above.to(tl.int32), axis=1)
         good = (mass <= limit) & (number < top_k)
         lo, hi = tl.max(tl.where(good, lo, pivots), axis=0), tl.min(tl.where(good, pivots, hi), axis=0)
     return hi
@@ -164,9 +202,10 @@ def _search(
 def _race(
     values_ptr,
     index_ptr,
-    segment_stride,
+    length,
     counts_ptr,
-    segments,
+    splits,
+    capacity,
     m,
     inverse,
     threshold,
@@ -180,30 +219,28 @@ def _race(
     lanes = tl.arange(0, BLOCK)
     best = float("-inf")
     token = -1
-    lists = segments if LISTED else 1
-    for segment in range(0, lists):
-        length = tl.load(counts_ptr + segment) if LISTED else segments
-        for tile in range(0, length, BLOCK):
-            place = tile + lanes
-            inside = place < length
-            x = tl.load(values_ptr + segment * segment_stride + place, mask=inside, other=float("-inf")).to(tl.float32)
-            kept = (ordered_key(x, SHIFT) >= threshold) & (x > float("-inf"))
-            if tl.max(kept.to(tl.int32), axis=0) > 0:
-                if LISTED:
-                    index = tl.load(index_ptr + segment * segment_stride + place, mask=inside, other=0)
-                else:
-                    index = place
-                noise = log_exponential_of(index, rng_ptr, row_key)
-                score = tl.where(kept, (x - m) * inverse - noise, float("-inf"))
-                top = tl.max(score, axis=0)
-                # Indices rise from tile to tile, so an equal score later on never wins.
-                if top > best:
-                    best = top
-                    token = tl.min(tl.where(score == top, index, 2147483647), axis=0)
+    for tile in range(0, length, BLOCK):
+        place = tile + lanes
+        inside = place < length
+        if LISTED:
+            place = _listed(place, counts_ptr, splits, capacity)
+        x = tl.load(values_ptr + place, mask=inside, other=float("-inf")).to(tl.float32)
+        kept = (ordered_key(x, SHIFT) >= threshold) & (x > float("-inf"))
+        if tl.max(kept.to(tl.int32), axis=0) > 0:
+            index = place
+            if LISTED:
+                index = tl.load(index_ptr + place, mask=inside, other=0)
+            noise = log_exponential_of(index, rng_ptr, row_key)
+            score = tl.where(kept, (x - m) * inverse - noise, float("-inf"))
+            top = tl.max(score, axis=0)
+            first = tl.min(tl.where(score == top, index, 2147483647), axis=0)
+            if (top > best) | ((top == best) & (first < token)):
+                best = top
+                token = first
     return token
 
 
-@kernel("splits", "top_k", "need")
+@kernel("splits", "top_k")
 def _pick_kernel(
     logits_ptr,
     stride_n,
@@ -212,24 +249,24 @@ def _pick_kernel(
     values_ptr,
     index_ptr,
     counts_ptr,
+    raises_ptr,
+    cuts_ptr,
     rng_ptr,
     rows_ptr,
     tokens_ptr,
     thresholds_ptr,
     v,
     splits,
-    temperature,
     inverse,
-    log_cut,
     top_p,
     top_k,
-    need,
     capacity,
     DRAW: tl.constexpr,
     SPLITS: tl.constexpr,
     SHIFT: tl.constexpr,
     PIVOTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     m = tl.load(maximum_ptr + row)
@@ -240,47 +277,43 @@ def _pick_kernel(
         c = inverse * 1.4426950408889634
         limit = top_p * tl.exp(logsum)
         counts = counts_ptr + row * splits
+        values = values_ptr + row * splits * capacity
+        indices = index_ptr + row * splits * capacity
         split = tl.arange(0, SPLITS)
         found = tl.load(counts + split, mask=split < splits, other=0)
-        complete = (tl.max(found, axis=0) <= capacity) & (tl.sum(found, axis=0) >= need)
-        cut = m + temperature * (logsum + log_cut)
+        number = tl.sum(found, axis=0)
         hi = ordered_key(m, SHIFT).to(tl.int64)
-        lowest = ordered_key(cut, SHIFT).to(tl.int64)
-        if tl.sum(found, axis=0) < need:
-            # top-k reaches below the cut-off: search from the smallest key that the dtype has.
-            lowest = lowest * 0 - (2147483647 >> SHIFT) - 1
-        lo = tl.minimum(lowest, hi) - 1
         key = 0
         if DRAW:
             key = tl.load(rows_ptr + row)
-        if complete:
-            listed = row * splits * capacity
+        listed = tl.max(found, axis=0) <= capacity
+        if listed:
+            least = tl.minimum(ordered_key(tl.load(cuts_ptr + row), SHIFT).to(tl.int64), hi)
             threshold = _search(
-                values_ptr + listed, capacity, counts, splits, m, c, limit, top_k, lo, hi, True, SHIFT, PIVOTS, BLOCK
+                *(values, number, counts, splits, capacity, m, c, limit, top_k, least - 1, hi),
+                *(True, SHIFT, PIVOTS, BLOCK),
             ).to(tl.int32)
+            # The first cut-off of top-p is low enough. Any other is where what lies above it weighs more than top_p or
+            # numbers top_k, and the threshold is then above it.
+            listed = (threshold > least) | ((tl.load(raises_ptr + row) == 0) & (top_p < 1.0))
+        if listed:
             if DRAW:
                 token = _race(
-                    values_ptr + listed,
-                    index_ptr + listed,
-                    capacity,
-                    counts,
-                    splits,
-                    m,
-                    inverse,
-                    threshold,
-                    rng_ptr,
-                    key,
-                    True,
-                    SHIFT,
-                    BLOCK,
+                    *(values, indices, number, counts, splits, capacity, m, inverse, threshold, rng_ptr, key),
+                    *(True, SHIFT, BLOCK),
                 )
         else:
             base = logits_ptr + row * stride_n
-            threshold = _search(base, 0, counts, v, m, c, limit, top_k, lo, hi, False, SHIFT, PIVOTS, BLOCK).to(
-                tl.int32
-            )
+            # From the smallest key that the dtype has.
+            lo = hi * 0 - (2147483647 >> SHIFT) - 2
+            threshold = _search(
+                *(base, v, counts, splits, capacity, m, c, limit, top_k, lo, hi), *(False, SHIFT, PIVOTS, ROW_BLOCK)
+            ).to(tl.int32)
             if DRAW:
-                token = _race(base, index_ptr, 0, counts, v, m, inverse, threshold, rng_ptr, key, False, SHIFT, BLOCK)
+                token = _race(
+                    *(base, indices, v, counts, splits, capacity, m, inverse, threshold, rng_ptr, key),
+                    *(False, SHIFT, ROW_BLOCK),
+                )
     if DRAW:
         tl.store(tokens_ptr + row, token.to(tl.int64))
     else:
@@ -372,14 +405,13 @@ def _filtered(
     values = torch.empty((n, splits, capacity), dtype=logits.dtype, device=device)
     index = torch.empty((n, splits, capacity), dtype=torch.int32, device=device)
     counts = torch.empty((n, splits), dtype=torch.int32, device=device)
+    raises = torch.empty(n, dtype=torch.int32, device=device)
+    cuts = torch.empty(n, dtype=torch.float32, device=device)
     draw = rng is not None and rows is not None
     out = torch.empty(n, dtype=torch.int64 if draw else torch.int32, device=device)
-    # The cut-off holds for top-p. For top-k alone any cut-off will do that leaves k entries: `need` says how many the
-    # list must hold to be trusted.
+    # Below the cut-off of top-p nothing is kept. For top-k alone any will do that leaves k entries.
     missing = 1.0 - top_p if top_p < 1.0 else 1e-3
     log_cut = math.log(missing) - math.log(2.0 * v)
-    limited = 0 < top_k < v
-    need = top_k if limited and top_p >= 1.0 else 0
     launch(
         _collect_kernel,
         (n, splits),
@@ -390,12 +422,15 @@ def _filtered(
         values,
         index,
         counts,
+        raises,
+        cuts,
         v,
         length,
         splits,
         temperature,
         log_cut,
         capacity,
+        capacity // 2,
         num_warps=entry.collect.num_warps,
         WORDS=entry.words,
         BLOCK=entry.collect.block,
@@ -412,18 +447,17 @@ def _filtered(
         values,
         index,
         counts,
+        raises,
+        cuts,
         rng if draw else unused,
         vector(rows) if draw and rows is not None else unused,
         out,
         out,
         v,
         splits,
-        temperature,
         1.0 / temperature,
-        log_cut,
         top_p if top_p < 1.0 else math.inf,
-        top_k if limited else v + 1,
-        need,
+        top_k if 0 < top_k < v else v + 1,
         capacity,
         num_warps=entry.num_warps,
         DRAW=draw,
@@ -431,6 +465,7 @@ def _filtered(
         SHIFT=_KEY_SHIFT[logits.dtype],
         PIVOTS=entry.pivots,
         BLOCK=entry.block,
+        ROW_BLOCK=entry.row_block,
     )
     return out
 
