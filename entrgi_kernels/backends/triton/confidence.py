@@ -1,71 +1,128 @@
-"""Confidence of drawn tokens under the filtered softmax: one read of the logits after statistics and threshold."""
+"""Confidence of drawn tokens under the filtered softmax: one read of the logits after statistics and threshold.
+
+One program reads a slice of one row and leaves its sums and its two largest entries; a second, tiny kernel merges the
+slices in a fixed order and puts the drawn token's own logit beside them.
+"""
 
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 
 from ..ranges import ranged
 from . import config
-from .launch import kernel, launch, rows_of, vector
+from .launch import aligned, kernel, launch, rows_of, vector
 from .sampling import _KEY_SHIFT, filter_thresholds, is_filtered, ordered_key
-from .statistics import row_statistics
+from .statistics import FAR, row_statistics, sum_tile, tile_offsets
+
+_PART = 4  # floats a slice leaves: sum e, sum e * d (d = logit - maximum), largest and second largest kept logit
 
 
-@kernel()
+@kernel("splits")
 def _confidence_kernel(
     logits_ptr,
     stride_n,
     maximum_ptr,
     thresholds_ptr,
-    tokens_ptr,
-    out_ptr,
+    parts_ptr,
     v,
+    slice_length,
+    splits,
     inverse,
     ALG: tl.constexpr,
     FILTERED: tl.constexpr,
     SHIFT: tl.constexpr,
+    PART: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    base = logits_ptr + row * stride_n
+    split = tl.program_id(1)
+    start = split * slice_length
+    length = tl.minimum(slice_length, v - start)
+    base = logits_ptr + row * stride_n + start
+    m = tl.load(maximum_ptr + row)
+    threshold = tl.load(thresholds_ptr + row) if FILTERED else 0
+    c = inverse * 1.4426950408889634
+    STEPS: tl.constexpr = BLOCK // (LANES * WIDTH)
+    offsets = tile_offsets(STEPS, LANES, WIDTH)
+    mass = tl.zeros([LANES], tl.float32)
+    moment = tl.zeros([LANES], tl.float32)
+    first = tl.full([STEPS, LANES, WIDTH], float("-inf"), tl.float32)
+    second = tl.full([STEPS, LANES, WIDTH], float("-inf"), tl.float32)
+    for tile in range(0, length, BLOCK):
+        x = tl.load(base + tile + offsets, mask=tile + offsets < length, other=float("-inf")).to(tl.float32)
+        if FILTERED:
+            x = tl.where(ordered_key(x, SHIFT) >= threshold, x, float("-inf"))
+        e = tl.exp2((x - m) * c)
+        mass += sum_tile(e)
+        if ALG == "entropy":
+            moment += sum_tile(e * tl.maximum(x - m, FAR))
+        if ALG == "topk_margin":
+            second = tl.maximum(second, tl.minimum(first, x))
+            first = tl.maximum(first, x)
+    part = parts_ptr + (row * splits + split) * PART
+    tl.store(part, tl.sum(mass, axis=0))
+    if ALG == "entropy":
+        tl.store(part + 1, tl.sum(moment, axis=0))
+    if ALG == "topk_margin":
+        top, others = _two_largest(first.reshape([BLOCK]), second.reshape([BLOCK]), BLOCK)
+        tl.store(part + 2, top)
+        tl.store(part + 3, others)
+
+
+@triton.jit
+def _two_largest(first, second, LANES: tl.constexpr):
+    """The two largest of all, where each lane has its own two: the winner's lane gives its second, others their first."""
+    lanes = tl.arange(0, LANES)
+    top = tl.max(first, axis=0)
+    lane = tl.min(tl.where(first == top, lanes, LANES), axis=0)
+    return top, tl.max(tl.where(lanes == lane, second, first), axis=0)
+
+
+@kernel("splits")
+def _confidence_merge_kernel(
+    logits_ptr,
+    stride_n,
+    maximum_ptr,
+    thresholds_ptr,
+    tokens_ptr,
+    parts_ptr,
+    out_ptr,
+    v,
+    splits,
+    inverse,
+    ALG: tl.constexpr,
+    FILTERED: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
     m = tl.load(maximum_ptr + row)
     token = tl.minimum(tl.maximum(tl.load(tokens_ptr + row), 0), v - 1)
-    own = tl.load(base + token).to(tl.float32)
-    if ALG == "anchor":
-        value = own
-    else:
-        threshold = tl.load(thresholds_ptr + row) if FILTERED else 0
+    value = tl.load(logits_ptr + row * stride_n + token).to(tl.float32)
+    if ALG != "anchor":
         c = inverse * 1.4426950408889634
         lanes = tl.arange(0, BLOCK)
-        mass = tl.zeros([BLOCK], tl.float32)
-        moment = tl.zeros([BLOCK], tl.float32)
-        first = tl.full([BLOCK], float("-inf"), tl.float32)
-        second = tl.full([BLOCK], float("-inf"), tl.float32)
-        for tile in range(0, v, BLOCK):
-            index = tile + lanes
-            x = tl.load(base + index, mask=index < v, other=float("-inf")).to(tl.float32)
-            if FILTERED:
-                x = tl.where(ordered_key(x, SHIFT) >= threshold, x, float("-inf"))
-            e = tl.exp2((x - m) * c)
-            mass += e
-            if ALG == "entropy":
-                moment += tl.where(e > 0, e * (x - m), 0.0)
-            if ALG == "topk_margin":
-                second = tl.maximum(second, tl.minimum(first, x))
-                first = tl.maximum(first, x)
-        total = tl.sum(mass, axis=0)
+        mask = lanes < splits
+        part = parts_ptr + (row * splits + lanes) * PART
+        total = tl.sum(tl.load(part, mask=mask, other=0.0), axis=0)
         if ALG == "entropy":
-            entropy = tl.log(total) - tl.sum(moment, axis=0) * inverse / total
+            moment = tl.sum(tl.load(part + 1, mask=mask, other=0.0), axis=0)
+            entropy = tl.log(total) - moment * inverse / total
             value = -tl.where(entropy < 0, 0.0, entropy)
         elif ALG == "maskgit_plus":
             if FILTERED:
-                own = tl.where(ordered_key(own, SHIFT) >= threshold, own, float("-inf"))
-            value = tl.exp2((own - m) * c) / total
+                value = tl.where(ordered_key(value, SHIFT) >= tl.load(thresholds_ptr + row), value, float("-inf"))
+            value = tl.exp2((value - m) * c) / total
         else:
-            # The lane that holds the maximum gives its second, every other lane its first. m is exact: it is a logit.
-            lane = tl.min(tl.where(first == tl.max(first, axis=0), lanes, BLOCK), axis=0)
-            others = tl.max(tl.where(lanes == lane, second, first), axis=0)
+            first = tl.load(part + 2, mask=mask, other=float("-inf"))
+            second = tl.load(part + 3, mask=mask, other=float("-inf"))
+            # The largest is the row's maximum, exactly: it is a logit.
+            _, others = _two_largest(first, second, BLOCK)
             value = (1.0 - tl.exp2((others - m) * c)) / total
     tl.store(out_ptr + row, tl.where(m != m, m, value))
 
@@ -84,23 +141,40 @@ def unmask_confidence(
     thresholds = statistics.maximum
     if filtered:
         thresholds = filter_thresholds(logits, statistics, temperature, top_k, top_p)
-    entry = config.target(logits.device).architecture.confidence
+    target = config.target(logits.device)
+    entry = target.architecture.confidence
+    length, splits = entry.slices(n, v, target.sms)
+    parts = torch.empty((n, splits, _PART), dtype=torch.float32, device=logits.device)
     out = torch.empty(n, dtype=torch.float32, device=logits.device)
+    read = logits, logits.stride(0), statistics.maximum, thresholds
+    flags = dict(ALG=alg, FILTERED=filtered, SHIFT=_KEY_SHIFT[logits.dtype], PART=_PART)
+    if alg != "anchor":
+        launch(
+            _confidence_kernel,
+            (n, splits),
+            *read,
+            parts,
+            v,
+            length,
+            splits,
+            1.0 / temperature,
+            num_warps=entry.num_warps,
+            BLOCK=entry.block,
+            **entry.lanes(logits.element_size(), aligned(logits)),
+            **flags,
+        )
     launch(
-        _confidence_kernel,
+        _confidence_merge_kernel,
         (n,),
-        logits,
-        logits.stride(0),
-        statistics.maximum,
-        thresholds,
+        *read,
         vector(tokens),
+        parts,
         out,
         v,
+        splits,
         1.0 / temperature,
-        num_warps=entry.num_warps,
-        ALG=alg,
-        FILTERED=filtered,
-        SHIFT=_KEY_SHIFT[logits.dtype],
-        BLOCK=entry.block,
+        num_warps=1,
+        BLOCK=config.MOST_SPLITS,
+        **flags,
     )
     return out

@@ -42,6 +42,11 @@ class RowConfig:
         wanted = max(1, self.programs_per_sm * sms // max(1, rows))
         return max(1, min(wanted, length // self.slice_least, MOST_SPLITS))
 
+    def slices(self, rows: int, length: int, sms: int) -> tuple[int, int]:
+        """(entries a slice, slices a row); a slice is a whole number of tiles."""
+        entries = -(-length // (self.splits(rows, length, sms) * self.block)) * self.block
+        return entries, -(-length // entries)
+
     def lanes(self, width: int, aligned: bool) -> dict[str, int]:
         """How threads share a tile of entries of `width` bytes: LANES side by side, WIDTH neighbouring entries each.
 
@@ -180,7 +185,7 @@ _ROWS = dict(
         pivots=4,
         num_warps=4,
     ),
-    confidence=RowConfig(2048, 4, 8192, 4),
+    confidence=RowConfig(2048, 4, 16384, 8),
     elementwise=RowConfig(1024, 4, 1024, 4),
 )
 

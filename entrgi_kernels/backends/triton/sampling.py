@@ -378,12 +378,6 @@ def is_filtered(v: int, top_k: int, top_p: float) -> bool:
     return top_p < 1.0 or 0 < top_k < v
 
 
-def _slices(entry: config.RowConfig, n: int, v: int, sms: int) -> tuple[int, int]:
-    """(entries a slice, slices a row); a slice is a whole number of tiles."""
-    length = cdiv(cdiv(v, entry.splits(n, v, sms)), entry.block) * entry.block
-    return length, cdiv(v, length)
-
-
 def _filtered(
     logits: torch.Tensor,
     maximum: torch.Tensor,
@@ -399,7 +393,7 @@ def _filtered(
     device = logits.device
     target = config.target(device)
     entry = target.architecture.sample
-    length, splits = _slices(entry.collect, n, v, target.sms)
+    length, splits = entry.collect.slices(n, v, target.sms)
     capacity = entry.capacity_slice if splits > 1 else max(64, cdiv(v, entry.capacity_share * 64) * 64)
     capacity = min(capacity, length)
     values = torch.empty((n, splits, capacity), dtype=logits.dtype, device=device)
@@ -493,7 +487,7 @@ def draw(
         return _filtered(logits, maximum, logsum, temperature, top_k, top_p, rng, rows)
     target = config.target(logits.device)
     entry = target.architecture.sample.race
-    length, splits = _slices(entry, n, v, target.sms)
+    length, splits = entry.slices(n, v, target.sms)
     scores = torch.empty((n, splits), dtype=torch.float32, device=logits.device)
     places = torch.empty((n, splits), dtype=torch.int32, device=logits.device)
     tokens = torch.empty(n, dtype=torch.int64, device=logits.device)

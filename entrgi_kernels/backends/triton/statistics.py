@@ -18,7 +18,7 @@ from ..ranges import ranged
 from . import config
 from .launch import aligned, cdiv, kernel, launch, rows_of, vector
 
-_FAR = tl.constexpr(-1e30)
+FAR = tl.constexpr(-1e30)
 _PART = 5  # floats a slice leaves: maximum, sum e, sum e * d, sum e at the second temperature, largest key of argmax
 
 
@@ -49,7 +49,8 @@ def tile_offsets(STEPS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _sum_tile(x):
+def sum_tile(x):
+    """Each lane's sum [LANES] over its entries of a tile."""
     return tl.sum(tl.sum(x, axis=2), axis=0)
 
 
@@ -68,10 +69,10 @@ def _add_tile(x, number, m, s, t, s2, place, c, c2, SECOND: tl.constexpr, ARGMAX
     e = tl.exp2(d * c)
     # A distance that is infinite, or has overflowed (rows masked with the least finite number of their dtype), belongs
     # to a term of zero: any finite distance leaves it zero.
-    t = (t + s * tl.maximum(moved, _FAR)) * scale + _sum_tile(e * tl.maximum(d, _FAR))
-    s = s * scale + _sum_tile(e)
+    t = (t + s * tl.maximum(moved, FAR)) * scale + sum_tile(e * tl.maximum(d, FAR))
+    s = s * scale + sum_tile(e)
     if SECOND:
-        s2 = s2 * tl.exp2(moved * c2) + _sum_tile(tl.exp2(d * c2))
+        s2 = s2 * tl.exp2(moved * c2) + sum_tile(tl.exp2(d * c2))
     return raised, s, t, s2, place
 
 
@@ -121,7 +122,7 @@ def _statistics_kernel(
     part = parts_ptr + (row * splits + split) * PART
     tl.store(part, top)
     tl.store(part + 1, total)
-    tl.store(part + 2, tl.sum((t + s * tl.maximum(moved, _FAR)) * scale, axis=0))
+    tl.store(part + 2, tl.sum((t + s * tl.maximum(moved, FAR)) * scale, axis=0))
     if SECOND:
         tl.store(part + 3, tl.sum(s2 * tl.exp2(moved * c2), axis=0))
     if ARGMAX:
@@ -200,8 +201,7 @@ def row_statistics(
     n, v = logits.shape
     target = config.target(logits.device)
     row = config.pick(target.architecture.statistics, n)
-    slice_length = cdiv(cdiv(v, row.splits(n, v, target.sms)), row.block) * row.block
-    splits = cdiv(v, slice_length)
+    slice_length, splits = row.slices(n, v, target.sms)
     if second == temperature:
         second = None
     device = logits.device
