@@ -1,11 +1,11 @@
-"""What the Triton kernels' inner loops ask of an NVIDIA GPU's pipes, counted in machine code: `python -m benchmarks.sass`.
+"""What the loops of the Triton kernels ask of an NVIDIA GPU's pipes, from machine code: `python -m benchmarks.sass`.
 
-    python -m benchmarks.sass --only 'statistics_kernel .bf16' --clock 1.755 --bandwidth 4.2
+    python -m benchmarks.sass --only 'statistics_kernel .bf16' --clock 1.755
 
-Needs no GPU and measures nothing: every launch of the ahead-of-time gate that matches is compiled and disassembled, and
-of each loop the instructions are counted by the pipe that takes them. From that follows a ceiling of entries a clock of a
-multiprocessor, and what share of the bandwidth that is where a loop reads each entry of a tile once. Latency, caches and
-bank conflicts are not in the model; how many programs a multiprocessor has registers for is printed beside it.
+Needs no GPU and measures nothing: every launch of the ahead-of-time gate that matches is compiled and disassembled,
+and of each loop the instructions are counted by the pipe that takes them. From that follows a ceiling of entries a
+clock of a multiprocessor, and the share of the bandwidth that this is where a loop reads each entry once. Latency,
+caches and bank conflicts are not in the model; how many programs a multiprocessor has registers for is printed too.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", default="statistics_kernel|collect_kernel|confidence_kernel", help="regular expression"
     )
-    parser.add_argument("--clock", type=float, default=1.755, help="GHz (default: an H200 under load)")
+    parser.add_argument("--clock", type=float, default=1.98, help="GHz (default: an H200's highest)")
     parser.add_argument("--bandwidth", type=float, default=4.2, help="TB/s of a device copy (default: an H200's)")
     chosen = parser.parse_args(argv)
     printed = 0

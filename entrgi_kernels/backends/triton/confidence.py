@@ -75,7 +75,7 @@ def _confidence_kernel(
 
 @triton.jit
 def _two_largest(first, second, LANES: tl.constexpr):
-    """The two largest of all, where each lane has its own two: the winner's lane gives its second, others their first."""
+    """The two largest of all lanes' two: the lane of the largest gives its second as well, others their first."""
     lanes = tl.arange(0, LANES)
     top = tl.max(first, axis=0)
     lane = tl.min(tl.where(first == top, lanes, LANES), axis=0)

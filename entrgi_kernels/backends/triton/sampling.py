@@ -1,12 +1,13 @@
 """Filtered draws without a sort: gather the few entries that can matter, find the threshold among them, race them.
 
 1. collect. Entries below probability (1 - top_p) / (2 V) weigh less than 1 - top_p together, so none of them is kept:
-   one read of the row writes the others, in order, into a short list (value and index).
+   one read of the row writes the others into a short list (value and index). Where a sample of the row says that
+   they are too many for it, the cut-off is raised; the search then proves that the list has all that is kept.
 2. pick. One program a row searches the ordered bit pattern for the smallest key t whose strictly larger entries weigh
    at most top_p and number fewer than top_k (both conditions are monotone in t, so one search serves both filters),
    then runs the exponential race over the kept entries alone. A 16-bit logit has 16 bits of key and the search starts
-   between the cut-off and the maximum: two to four short passes over the list. A row whose list overflows (a nearly
-   flat one) is searched and raced in full instead, by the same code.
+   between the cut-off and the maximum: two to four short passes over the list. A row whose list overflows, or has not
+   all that is kept (thousands of entries are), is searched and raced in full instead, by the same code.
 
 Masses are summed in a fixed order, so the kept set does not change from run to run. An unfiltered draw is one race over
 the whole row, split over programs when rows are few. Noise depends on (seed, step, row key, index) alone.
@@ -90,8 +91,8 @@ def _collect_kernel(
 ):
     """The entries of one slice of one row that reach the cut-off, in a fixed order.
 
-    A thread marks the entries that pass in a word of bits for each tile; only after WORDS tiles do threads wait for each
-    other, to learn where in the list each word's entries go.
+    A thread marks the entries that pass in a word of bits for each tile. Only after WORDS tiles do threads wait for
+    each other, to learn where in the list each word's entries go.
     """
     tl.static_assert(BLOCK <= 32 * LANES, "a thread marks at most 32 entries of a tile")
     row = tl.program_id(0).to(tl.int64)

@@ -1,9 +1,9 @@
 """Row statistics: maximum, log-sum-exp, entropy and argmax in one online pass over the logits.
 
 One program reads a slice of one row once. Each of its threads keeps its own running maximum, the sums of e and e * d
-at one temperature and of e at a second one (d = logit - running maximum), and rescales them once a tile: no thread waits
-for another before the slice ends. A second, tiny kernel merges the slices in a fixed order: same bits run to run. A NaN
-or +inf anywhere makes its slice's sum NaN, and through it every statistic of the row.
+at one temperature and of e at a second one (d = logit - running maximum), and rescales them once a tile: no thread
+waits for another before the slice ends. A second, tiny kernel merges the slices in a fixed order: same bits run to run.
+A NaN or +inf anywhere makes its slice's sum NaN, and through it every statistic of the row.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def sum_tile(x):
 
 @triton.jit
 def _add_tile(x, number, m, s, t, s2, place, c, c2, SECOND: tl.constexpr, ARGMAX: tl.constexpr):
-    """Each lane's running maximum, sums and the number of the tile that last raised its maximum, with tile `x` added."""
+    """Each lane's running maximum, sums, and number of the tile that last raised its maximum, with tile `x` added."""
     top = tl.max(tl.max(x, axis=2), axis=0)
     if ARGMAX:
         place = tl.where(top > m, number, place)
