@@ -181,7 +181,7 @@ _ROWS = dict(
         capacity_share=40,
         capacity_slice=2048,
         block=512,
-        row_block=1024,
+        row_block=2048,
         pivots=4,
         num_warps=4,
     ),
