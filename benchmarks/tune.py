@@ -34,8 +34,14 @@ from benchmarks.inputs import CANONICAL, Shape
 Job = tuple[str, Shape, Any]
 FAMILIES = ("statistics", "forward", "backward", "collect")
 SPACES: dict[str, dict[str, Sequence[Any]]] = {
-    "statistics": {"block": (2048, 4096, 8192), "num_warps": (4, 8, 16), "programs_per_sm": (4, 8)},
-    "collect": {"block": (1024, 2048, 4096), "num_warps": (4, 8), "programs_per_sm": (4, 8)},
+    # 16, 32 or 64 entries a thread (collect: 32 at most); longer slices cost fewer endings, shorter ones end together.
+    "statistics": {
+        "block": (4096, 8192),
+        "num_warps": (4, 8),
+        "programs_per_sm": (8, 16),
+        "slice_least": (8192, 16384),
+    },
+    "collect": {"block": (2048, 4096), "num_warps": (4,), "programs_per_sm": (2, 4, 8), "slice_least": (8192, 16384)},
 }
 # Tiles of the products, most promising first: those that keep off the stack on sm_90 (docs/gpu.md has their registers).
 TILES: dict[str, dict[str, Sequence[tuple[int, ...]]]] = {

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process: nothing to compile", allow_module_level=True)
 
+from benchmarks import sass  # noqa: E402
 from entrgi_kernels.backends import triton as kernels  # noqa: E402
 from entrgi_kernels.backends.triton import aot, config, launch  # noqa: E402
 
@@ -107,6 +108,19 @@ def test_products_on_hopper_copy_in_bulk_and_keep_the_tensor_cores_busy():
         # The left operand goes to the product from where it was copied to, or from registers: not by way of shared
         # memory a second time.
         assert "st.shared" not in ptx[: ptx.index("wgmma.mma_async")]
+
+
+def test_loops_are_counted_in_machine_code():
+    """Row statistics at two temperatures: two exponentials an entry, and two for rescaling once a tile."""
+    machine = aot.MACHINES["sm_90"]
+    found = aot.launches(machine, [(512, aot.VOCABULARY, 1024, torch.bfloat16, torch.bfloat16)])
+    item = next(i for i in found if i.kernel == "_statistics_kernel" and i.tile["SECOND"])
+    main, *_ = sass.loops(sass.disassemble(aot.build(machine.gpu, item).asm["cubin"]))
+    entries = item.tile["BLOCK"] // (32 * item.num_warps)
+    assert main.names["MUFU"] == 2 * entries + 2 and main.counts["mufu"] == main.names["MUFU"]
+    assert main.names["LDG"] == entries // 8  # 16 bytes each
+    assert main.counts["issue"] == sum(main.names.values()) < 14 * entries
+    assert main.bound == "mufu" and main.clocks == main.counts["mufu"] / 16
 
 
 def test_what_is_compiled_here_is_what_a_gpu_finds_in_its_cache(tmp_path, monkeypatch):

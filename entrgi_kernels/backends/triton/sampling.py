@@ -425,7 +425,7 @@ def _filtered(
         temperature,
         log_cut,
         capacity,
-        capacity // 2,
+        capacity // 2 if v > capacity else capacity,
         num_warps=entry.collect.num_warps,
         WORDS=entry.words,
         BLOCK=entry.collect.block,
