@@ -80,7 +80,7 @@ def candidates(family: str, rows: int, present: Any, loads: Sequence[str] = LOAD
         tiles = TILES[family]
         chosen.append({"engine": "fused" if present.engine == "chunked" else "chunked"})
         for form, tile in itertools.product(loads, tiles["few" if rows <= 32 else "many"]):
-            if tile[0] < 2 * rows:  # no tile of which half is beyond the last row
+            if tile[0] < max(32, 2 * rows):  # no tile of which half is beyond the last row
                 chosen.append(dict(zip(tiles["names"], tile, strict=True)) | {"loads": form, "engine": "fused"})
     else:
         space = SPACES[family]

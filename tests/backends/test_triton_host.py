@@ -196,10 +196,8 @@ def test_tuning_starts_from_the_table_and_tries_the_other_engine():
     assert len(tried) == len(set(tried)) > 10
     assert {entry.loads for entry in tried} == {"descriptor", "pointer"}
     assert all(entry.loads == "pointer" for entry in tune.candidates("forward", 2048, present, ["pointer"]))
-    assert all(
-        entry.block_n == 16
-        for entry in tune.candidates("backward", 16, config.pick(target.architecture.backward[2], 16))
-    )
+    few = list(tune.candidates("backward", 7, config.pick(target.architecture.backward[2], 7)))
+    assert {entry.block_n for entry in few} == {16} and len(few) > 5
     changed = tune.with_entry(target, "forward", tried[2])
     assert tune.present_entry(changed, "forward", 1).block_d == tried[2].block_d
     line = tune.advice("forward", Shape(1, 1), [{"entry": {}, "refused": "no"}])
