@@ -89,7 +89,8 @@ class GemmConfig:
         block_n, block_v, block_d: tile over rows, vocabulary, embedding width (one of them is the summed axis).
         loads: "pointer" (each thread copies its own entries) or "descriptor" (the copy engine, TMA, brings whole tiles:
             sm_90 and later), in the fused engine. Tensors that :func:`.launch.bulk` refuses are read by pointers.
-        parts: 1, 2, 4 or 8 parts in which the backward's epilogue works through its tile, for registers' sake.
+        parts: 1, 2, 4, 8 or 16 parts in which the backward's epilogue works through its tile, for registers' sake
+            (twice as many where logits or moments are wider than the operands).
         engine: "fused" (own kernel) or "chunked" (probabilities or products of a chunk in memory, cuBLAS between).
     """
 
@@ -210,18 +211,30 @@ _BACKWARD_16_BIT = (
     GemmConfig(64, 128, 64, 4, 3, parts=4, most_rows=256),
     GemmConfig(128, 128, 64, 8, 3, parts=4),
 )
-# With the copy engine (sm_90 and later).
+# With the copy engine (sm_90 and later). docs/gpu.md counts what each tile asks of registers, shared memory, the cache
+# and the special functions.
 _FORWARD_16_BIT_BULK = (
     GemmConfig(16, 128, 64, 4, 4, loads="descriptor", most_rows=32),
     GemmConfig(64, 64, 64, 4, 4, loads="descriptor", most_rows=64),
     GemmConfig(64, 64, 128, 4, 4, loads="descriptor", most_rows=256),
-    GemmConfig(128, 64, 256, 8, 3, loads="descriptor", most_rows=1023),
+    GemmConfig(
+        *(128, 64, 256, 8, 3),
+        loads="descriptor",
+        most_rows=1023,
+        evidence="not measured yet: half the exponentials of 128 columns; one program a multiprocessor (201 registers)",
+    ),
     GemmConfig(128, 64, 128, 8, 3, engine="chunked"),
 )
 _BACKWARD_16_BIT_BULK = (
     GemmConfig(16, 128, 64, 4, 4, loads="descriptor", most_rows=32),
     GemmConfig(64, 128, 64, 4, 3, loads="descriptor", parts=4, most_rows=256),
-    GemmConfig(128, 128, 64, 8, 3, loads="descriptor", parts=8),
+    GemmConfig(
+        *(128, 128, 64, 8, 3),
+        loads="descriptor",
+        parts=8,
+        evidence="not measured yet: 127 registers and 96 KiB: two programs share a multiprocessor, one's Adam traffic "
+        "under the other's product",
+    ),
 )
 _BACKWARD_32_BIT = (
     GemmConfig(16, 64, 64, 4, 3, most_rows=32),

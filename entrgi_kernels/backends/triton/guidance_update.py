@@ -40,14 +40,40 @@ def _halves(acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _finish(
-    product,
+def _fetch(
     rows,
     inside_n,
     first,
     v,
     logits_ptr,
     stride_n,
+    exp_avg_ptr,
+    stride_m,
+    exp_avg_sq_ptr,
+    stride_v,
+    READS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Logits and both moments of one part of the tile, in their own types; without moments the logits thrice."""
+    columns = first + tl.arange(0, COLUMNS)
+    mask = inside_n[:, None] & (columns < v)[None, :]
+    x = tl.load(logits_ptr + rows[:, None] * stride_n + columns[None, :], mask=mask, other=float("-inf"))
+    if READS:
+        m = tl.load(exp_avg_ptr + rows[:, None] * stride_m + columns[None, :], mask=mask, other=0.0)
+        s = tl.load(exp_avg_sq_ptr + rows[:, None] * stride_v + columns[None, :], mask=mask, other=0.0)
+        return x, m, s
+    else:
+        return x, x, x
+
+
+@triton.jit
+def _finish(
+    product,
+    fetched,
+    rows,
+    inside_n,
+    first,
+    v,
     delta_ptr,
     lse_ptr,
     exp_avg_ptr,
@@ -68,10 +94,11 @@ def _finish(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Softmax gradient of one part of the tile, from `product` = g . E_v; then Adam in place, or the gradient out."""
+    """Softmax gradient of one part of the tile, from `product` = g . E_v and what :func:`_fetch` gave; then Adam in
+    place, or the gradient out."""
     columns = first + tl.arange(0, COLUMNS)
     mask = inside_n[:, None] & (columns < v)[None, :]
-    x = tl.load(logits_ptr + rows[:, None] * stride_n + columns[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+    x = fetched[0].to(tl.float32)
     # exp2 flushes what is below 2^-126 to zero: three instructions less than exp, of forty.
     p = tl.exp2((x * inverse - tl.load(lse_ptr + rows)[:, None]) * 1.4426950408889634)
     delta = tl.load(delta_ptr + rows)[:, None]
@@ -79,14 +106,14 @@ def _finish(
     if ADAM:
         m = tl.zeros([ROWS, COLUMNS], tl.float32)
         s = tl.zeros([ROWS, COLUMNS], tl.float32)
-        m_ptrs = exp_avg_ptr + rows[:, None] * stride_m + columns[None, :]
-        s_ptrs = exp_avg_sq_ptr + rows[:, None] * stride_v + columns[None, :]
         if READS:
-            m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
-            s = tl.load(s_ptrs, mask=mask, other=0.0).to(tl.float32)
+            m = fetched[1].to(tl.float32)
+            s = fetched[2].to(tl.float32)
         x, m, s = adam(x, p, product, delta, m, s, inverse, step_size, root_correction, beta1, beta2, eps)
         if WRITES:
+            m_ptrs = exp_avg_ptr + rows[:, None] * stride_m + columns[None, :]
             tl.store(m_ptrs, m.to(exp_avg_ptr.dtype.element_ty), mask=mask)
+            s_ptrs = exp_avg_sq_ptr + rows[:, None] * stride_v + columns[None, :]
             tl.store(s_ptrs, s.to(exp_avg_sq_ptr.dtype.element_ty), mask=mask)
         tl.store(out, x.to(out_ptr.dtype.element_ty), mask=mask)
     else:
@@ -153,29 +180,32 @@ def _backward_kernel(
             g = tl.load(g_ptrs + d0, mask=(d0 + lanes)[None, :] < d, other=0.0)
             e = tl.load(e_ptrs + d0, mask=(d0 + lanes)[:, None] < d, other=0.0)
         acc = tl.dot(g, e.to(g.dtype), acc, input_precision=PRECISION)
-    # Part by part, so that logits and both moments of the whole tile never are in registers at once. The halves of an
-    # accumulator lie in the same threads: taking them apart moves nothing.
-    if PARTS == 1:
-        _finish(
-            acc, rows, inside_n, first, v, logits_ptr, stride_n, delta_ptr, lse_ptr, exp_avg_ptr, stride_m,
-            exp_avg_sq_ptr, stride_v, out_ptr, stride_o, inverse, step_size, root_correction, beta1, beta2, eps,
-            ADAM, READS, WRITES, BLOCK_N, BLOCK_V,
-        )  # fmt: skip
-    else:
-        parts = _halves(acc, BLOCK_N, BLOCK_V)
-        if PARTS >= 4:
-            a, b = parts
-            parts = _halves(a, BLOCK_N, BLOCK_V // 2) + _halves(b, BLOCK_N, BLOCK_V // 2)
-        if PARTS == 8:
-            a, b, c, d_ = parts
-            left = _halves(a, BLOCK_N, BLOCK_V // 4) + _halves(b, BLOCK_N, BLOCK_V // 4)
-            parts = left + _halves(c, BLOCK_N, BLOCK_V // 4) + _halves(d_, BLOCK_N, BLOCK_V // 4)
-        for i in tl.static_range(PARTS):
-            _finish(
-                parts[i], rows, inside_n, first + i * (BLOCK_V // PARTS), v, logits_ptr, stride_n, delta_ptr, lse_ptr,
-                exp_avg_ptr, stride_m, exp_avg_sq_ptr, stride_v, out_ptr, stride_o, inverse, step_size,
-                root_correction, beta1, beta2, eps, ADAM, READS, WRITES, BLOCK_N, BLOCK_V // PARTS,
+    # Part by part, so that logits and both moments of the whole tile never are in registers at once, the next part's
+    # being read while one is worked on. The halves of an accumulator lie in the same threads: taking them apart moves
+    # nothing.
+    parts = (acc,)
+    for level in tl.static_range(4):
+        if 1 << level < PARTS:
+            halves = ()
+            for i in tl.static_range(1 << level):
+                halves = halves + _halves(parts[i], BLOCK_N, BLOCK_V >> level)
+            parts = halves
+    COLUMNS: tl.constexpr = BLOCK_V // PARTS
+    fetched = _fetch(
+        rows, inside_n, first, v, logits_ptr, stride_n, exp_avg_ptr, stride_m, exp_avg_sq_ptr, stride_v, READS, COLUMNS
+    )
+    for i in tl.static_range(PARTS):
+        now = fetched
+        if i + 1 < PARTS:
+            fetched = _fetch(
+                rows, inside_n, first + (i + 1) * COLUMNS, v, logits_ptr, stride_n, exp_avg_ptr, stride_m,
+                exp_avg_sq_ptr, stride_v, READS, COLUMNS,
             )  # fmt: skip
+        _finish(
+            parts[i], now, rows, inside_n, first + i * COLUMNS, v, delta_ptr, lse_ptr, exp_avg_ptr, stride_m,
+            exp_avg_sq_ptr, stride_v, out_ptr, stride_o, inverse, step_size, root_correction, beta1, beta2, eps,
+            ADAM, READS, WRITES, BLOCK_N, COLUMNS,
+        )  # fmt: skip
 
 
 def product_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -211,6 +241,9 @@ def _backward(
         return
     exp_avg, exp_avg_sq = moments or (out, out)
     descriptors = entry.loads == "descriptor"
+    # Narrower parts where logits or moments are wider than what the tables were made for.
+    wide = max(logits.element_size(), exp_avg.element_size()) > grad.element_size()
+    parts = 2 * entry.parts if wide and entry.parts > 1 else entry.parts
     launch(
         _backward_kernel,
         (cdiv(n, entry.block_n) * cdiv(v, entry.block_v),),
@@ -238,7 +271,7 @@ def _backward(
         **step.flags,
         DESCRIPTORS=descriptors,
         EVEN_D=descriptors or d % entry.block_d == 0,
-        PARTS=entry.parts,
+        PARTS=parts,
         PRECISION=target.precision,
         BLOCK_N=entry.block_n,
         BLOCK_V=entry.block_v,
