@@ -484,7 +484,7 @@ def test_guidance_update(n, state):
     for a, b in zip(*runs, strict=True):
         # Adam divides by |g|: where g is at the level of rounding its first steps amplify it. Bounded, and rare.
         agrees = (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= 1e-4 * b.abs().clamp(min=1e-3))
-        assert agrees.float().mean() > 0.998
+        assert int((~agrees).sum()) <= max(2, agrees.numel() // 500)
     assert torch.equal(runs[0][0] == -math.inf, runs[1][0] == -math.inf)
 
 
