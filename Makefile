@@ -2,7 +2,7 @@
 #
 #   PYTHON   interpreter to start from (3.10 or newer). If it has torch >= 2.11 that torch is used.
 #   DEMO     `DEMO=short make demo` is the demo in a few seconds, for CI.
-#   ARGS     more arguments for the command that runs: `make test ARGS="-k sampler -x"`.
+#   ARGS     more arguments for the command that runs: `make test ARGS="-k sampler -x"`, `ARGS="-n 0"` for one process.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -52,7 +52,7 @@ demo-short:
 	@$(MAKE) --no-print-directory demo DEMO=short
 
 test: $(VENV)/.ready
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-real: $(VENV)/.real
 	$(PY) -m pytest -m real $(ARGS)
