@@ -120,9 +120,7 @@ class Memory(TorchDispatchMode):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
 @pytest.mark.parametrize("engine", ["of the table", "fused", "chunked"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(
-    ("n", "d"), [pytest.param(*CANONICAL[0], marks=pytest.mark.xfail(reason="the lists of split rows")), *CANONICAL[1:]]
-)
+@pytest.mark.parametrize(("n", "d"), CANONICAL)
 def test_a_step_takes_a_tenth_of_the_logits_bytes_at_most(n, d, dtype, engine, monkeypatch):
     """The memory row of the design, beyond logits and moments: outputs, statistics, lists, partial sums and chunks."""
     monkeypatch.setattr(chunked, "_product", lambda a, b, out, add: None)  # cuBLAS, into memory that is there
