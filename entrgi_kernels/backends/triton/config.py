@@ -63,8 +63,9 @@ class SampleConfig:
     Attributes:
         collect: the pass that gathers candidates. race: the unfiltered exponential race.
         words: tiles after which the gathering threads agree on where in the list their candidates go.
-        capacity_share: a row's list of candidates holds V / capacity_share entries (a split row: `capacity_slice` for
-            each slice); the cut-off rises until about half of it is used.
+        capacity_share: a row's list of candidates holds V / capacity_share entries, in equal shares for its slices, and
+            `capacity_least` for each at the least; the cut-off rises until about half of it is used (a quarter where
+            there are slices).
         block, row_block: entries a tile of the search in the list, and in the whole row where the list does not serve.
         pivots: how many thresholds one pass tries. num_warps: of the search.
     """
@@ -73,7 +74,7 @@ class SampleConfig:
     words: int
     race: RowConfig
     capacity_share: int
-    capacity_slice: int
+    capacity_least: int
     block: int
     row_block: int
     pivots: int
@@ -180,7 +181,7 @@ _ROWS = dict(
         words=8,
         race=RowConfig(1024, 4, 8192, 4),
         capacity_share=40,
-        capacity_slice=2048,
+        capacity_least=256,
         block=512,
         row_block=2048,
         pivots=4,
@@ -282,7 +283,7 @@ _INTERPRETER = Architecture(
         words=2,
         race=RowConfig(128, 1, 128, 1),
         capacity_share=4,
-        capacity_slice=32,
+        capacity_least=32,
         block=128,
         row_block=128,
         pivots=4,

@@ -395,8 +395,9 @@ def _filtered(
     target = config.target(device)
     entry = target.architecture.sample
     length, splits = entry.collect.slices(n, v, target.sms)
-    capacity = entry.capacity_slice if splits > 1 else max(64, cdiv(v, entry.capacity_share * 64) * 64)
-    capacity = min(capacity, length)
+    capacity = min(length, max(entry.capacity_least, cdiv(v, entry.capacity_share * splits * 32) * 32))
+    # Candidates crowd in some slices (a vocabulary's first entries are its frequent ones): a quarter of the room.
+    most = capacity // 2 if splits == 1 else capacity * splits // 4
     values = torch.empty((n, splits, capacity), dtype=logits.dtype, device=device)
     index = torch.empty((n, splits, capacity), dtype=torch.int32, device=device)
     counts = torch.empty((n, splits), dtype=torch.int32, device=device)
@@ -425,7 +426,7 @@ def _filtered(
         temperature,
         log_cut,
         capacity,
-        capacity // 2 if v > capacity else capacity,
+        most if v > capacity else capacity,
         num_warps=entry.collect.num_warps,
         WORDS=entry.words,
         BLOCK=entry.collect.block,
