@@ -64,8 +64,7 @@ class SampleConfig:
         collect: the pass that gathers candidates. race: the unfiltered exponential race.
         words: tiles after which the gathering threads agree on where in the list their candidates go.
         capacity_share: a row's list of candidates holds V / capacity_share entries, in equal shares for its slices, and
-            `capacity_least` for each at the least; the cut-off rises until about half of it is used (a quarter where
-            there are slices).
+            `capacity_least` for each at the least; the cut-off rises until about half of it is used.
         block, row_block: entries a tile of the search in the list, and in the whole row where the list does not serve.
         pivots: how many thresholds one pass tries. num_warps: of the search.
     """

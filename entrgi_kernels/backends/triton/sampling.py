@@ -53,10 +53,13 @@ def _set_bits(word):
 def _raises(base, v, cut, raise_by, most, CHUNKS: tl.constexpr):
     """How often `cut` is raised until a sample says that at most `most` entries of the row reach it; and the cut then.
 
-    The sample is 32 neighbours at each of CHUNKS places spread evenly over the row.
+    The sample is 32 neighbours in each of CHUNKS stretches of the row, at another place in each: many vocabularies have
+    their frequent entries first, and those would stand for the whole of the first stretch.
     """
     apart = tl.maximum(32, v // CHUNKS // 16 * 16)
-    place = tl.arange(0, CHUNKS)[:, None] * apart + tl.arange(0, 32)[None, :]
+    chunk = tl.arange(0, CHUNKS)
+    shift = (((chunk * 40503 + 20000) & 0xFFFF) >> 4) * (apart - 32) >> 12
+    place = (chunk * apart + shift // 16 * 16)[:, None] + tl.arange(0, 32)[None, :]
     x = tl.load(base + place, mask=place < v, other=float("-inf")).to(tl.float32)
     most = most * (tl.minimum(v, CHUNKS * 32).to(tl.float32) / v)
     raises = 0
@@ -91,35 +94,39 @@ def _collect_kernel(
 ):
     """The entries of one slice of one row that reach the cut-off, in a fixed order.
 
+    A slice is every so many-th stretch of LANES * WIDTH entries: candidates crowd where a vocabulary has its frequent
+    entries, and neighbouring stretches fill different lists.
+
     A thread marks the entries that pass in a word of bits for each tile. Only after WORDS tiles do threads wait for
     each other, to learn where in the list each word's entries go.
     """
     tl.static_assert(BLOCK <= 32 * LANES, "a thread marks at most 32 entries of a tile")
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    start = split * slice_length
-    length = tl.minimum(slice_length, v - start)
-    whole = logits_ptr + row * stride_n
-    base = whole + start
+    base = logits_ptr + row * stride_n
     cut = tl.load(maximum_ptr + row) + temperature * (tl.load(logsum_ptr + row) + log_cut)
-    raises, cut = _raises(whole, v, cut, temperature * _RAISE, most, BLOCK // 64)
+    raises, cut = _raises(base, v, cut, temperature * _RAISE, most, BLOCK // 64)
     if split == 0:
         tl.store(raises_ptr + row, raises)
         tl.store(cuts_ptr + row, cut)
     segment = row * splits + split
     out = segment * capacity
-    STEPS: tl.constexpr = BLOCK // (LANES * WIDTH)
-    offsets = tile_offsets(STEPS, LANES, WIDTH)
+    STRETCH: tl.constexpr = LANES * WIDTH
+    STEPS: tl.constexpr = BLOCK // STRETCH
+    tiles = slice_length // BLOCK
+    apart = splits * STRETCH
+    offsets = tile_offsets(1, LANES, WIDTH) + tl.arange(0, STEPS)[:, None, None] * apart
     bits = 1 << (tl.arange(0, STEPS)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :])
     words = tl.arange(0, WORDS)[:, None]
     # Where a word's first entry lies, after that of its block of WORDS tiles.
-    origin = words * BLOCK + tl.arange(0, LANES)[None, :] * WIDTH
+    origin = words * (STEPS * apart) + tl.arange(0, LANES)[None, :] * WIDTH
     count = 0
-    for first in range(0, length, WORDS * BLOCK):
+    for first in range(0, tiles, WORDS):
+        start = first * STEPS * apart + split * STRETCH
         marks = tl.zeros([WORDS, LANES], tl.int32)
-        for word in range(0, tl.minimum(WORDS, tl.cdiv(length - first, BLOCK))):
-            index = first + word * BLOCK + offsets
-            x = tl.load(base + index, mask=index < length, other=float("-inf")).to(tl.float32)
+        for word in range(0, tl.minimum(WORDS, tiles - first)):
+            index = start + word * (STEPS * apart) + offsets
+            x = tl.load(base + index, mask=index < v, other=float("-inf")).to(tl.float32)
             # Entries of -inf carry no mass; the cut-off is finite but for bad rows, where nothing passes.
             marked = tl.sum(tl.sum(tl.where(x >= cut, bits, 0), axis=2), axis=0)
             marks = tl.where(words == word, marked[None, :], marks)
@@ -134,10 +141,10 @@ def _collect_kernel(
                 lowest = marks & -marks
                 value = lowest.to(tl.uint32, bitcast=True).to(tl.float32)
                 bit = (value.to(tl.uint32, bitcast=True) >> 23) - 127
-                index = first + origin + (bit + bit // WIDTH * (LANES * WIDTH - WIDTH)).to(tl.int32)
+                index = start + origin + (bit + bit // WIDTH * (apart - WIDTH)).to(tl.int32)
                 fits = (marks != 0) & (place < capacity)
                 tl.store(values_ptr + out + place, tl.load(base + index, mask=fits), mask=fits)
-                tl.store(index_ptr + out + place, start + index, mask=fits)
+                tl.store(index_ptr + out + place, index, mask=fits)
                 marks ^= lowest
                 place += 1
         count += found
@@ -396,8 +403,6 @@ def _filtered(
     entry = target.architecture.sample
     length, splits = entry.collect.slices(n, v, target.sms)
     capacity = min(length, max(entry.capacity_least, cdiv(v, entry.capacity_share * splits * 32) * 32))
-    # Candidates crowd in some slices (a vocabulary's first entries are its frequent ones): a quarter of the room.
-    most = capacity // 2 if splits == 1 else capacity * splits // 4
     values = torch.empty((n, splits, capacity), dtype=logits.dtype, device=device)
     index = torch.empty((n, splits, capacity), dtype=torch.int32, device=device)
     counts = torch.empty((n, splits), dtype=torch.int32, device=device)
@@ -426,7 +431,7 @@ def _filtered(
         temperature,
         log_cut,
         capacity,
-        most if v > capacity else capacity,
+        capacity * splits // 2 if v > capacity else capacity,
         num_warps=entry.collect.num_warps,
         WORDS=entry.words,
         BLOCK=entry.collect.block,
