@@ -43,7 +43,7 @@ SPACES: dict[str, dict[str, Sequence[Any]]] = {
     },
     "collect": {"block": (2048, 4096), "num_warps": (4,), "programs_per_sm": (2, 4, 8), "slice_least": (8192, 16384)},
 }
-# Tiles of the products, most promising first: those that keep off the stack on sm_90 (docs/gpu.md has their registers).
+# Tiles of the products, most promising first, of those that keep off the stack on sm_90.
 TILES: dict[str, dict[str, Sequence[tuple[int, ...]]]] = {
     "forward": {
         "names": ("block_n", "block_v", "block_d", "num_warps", "num_stages"),

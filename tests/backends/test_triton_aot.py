@@ -79,6 +79,11 @@ def test_float32_logits_beside_a_narrow_table_fit_half_of_the_shared_memory():
     assert failures([aot.compile_launch("sm_86", machine, item) for item in products]) == ""
 
 
+def test_a_compiler_that_crashes_costs_its_own_launch_alone():
+    jobs = [("1 + 1",), ("__import__('os')._exit(1)",), ("2 + 2",)]
+    assert aot.in_processes(eval, jobs, 2, lambda job: f"lost {job[0][-8:]}") == [2, "lost _exit(1)", 4]
+
+
 def test_spills_are_seen():
     """The gate can fail: a tile far too large for its warps spills, and is reported so."""
     found = aot.jobs("sm_80")

@@ -20,7 +20,8 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -354,10 +355,28 @@ def _read_amdgcn(report: Report, asm: Any) -> None:
 
 def compile_all(wanted: Iterable[tuple[str, Machine, Launch]], workers: int) -> list[Report]:
     """:func:`compile_launch` of each, in so many processes. Triton's own cache makes a second run fast."""
-    names, machines, items = zip(*wanted, strict=True)
+    return in_processes(compile_launch, list(wanted), workers, lambda job: Report(*job, error="the compiler crashed"))
+
+
+def in_processes(
+    function: Callable[..., Any], jobs: list[tuple[Any, ...]], workers: int, lost: Callable[[tuple[Any, ...]], Any]
+) -> list[Any]:
+    """function(*job) of every job, in so many processes; lost(job) of one that ends its process, as LLVM errors do."""
     # Fresh processes: a fork of one that has threads (torch's, pytest's) may hang.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(compile_launch, names, machines, items))
+    context = multiprocessing.get_context("spawn")
+
+    def attempt(job: tuple[Any, ...]) -> Any:
+        try:
+            return pool.submit(function, *job).result()
+        except BrokenProcessPool:  # by this job or by another: in a process of its own it shows
+            with ProcessPoolExecutor(1, mp_context=context) as own:
+                try:
+                    return own.submit(function, *job).result()
+                except BrokenProcessPool:
+                    return lost(job)
+
+    with ProcessPoolExecutor(workers, mp_context=context) as pool, ThreadPoolExecutor(workers) as threads:
+        return list(threads.map(attempt, jobs))
 
 
 def reports(targets: Iterable[str] = tuple(SHIPPED), workers: int = 2, only: str = "") -> list[Report]:
