@@ -145,6 +145,39 @@ def test_a_step_takes_a_tenth_of_the_logits_bytes_at_most(n, d, dtype, engine, m
     assert memory.peak <= n * VOCABULARY * dtype.itemsize // 10
 
 
+class Work(TorchDispatchMode):
+    """Names of the torch operators inside that make a device work: neither views nor fresh memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and "empty" not in function.name():
+            self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
+def test_a_step_of_few_rows_is_eight_launches_and_nothing_else():
+    """At N = 64 a launch takes about as long as a read of the logits."""
+    logits, table, grad = (
+        torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        for shape in ((64, VOCABULARY), (VOCABULARY, 1024), (64, 1024))
+    )
+    moments = torch.empty_like(logits), torch.empty_like(logits)
+    rng, keys = torch.empty(2, dtype=torch.int64, device="meta"), torch.empty(64, dtype=torch.int64, device="meta")
+    launched = []
+    with aot.recording(aot.MACHINES["sm_90"], lambda item: launched.append(item.kernel)), Work() as work:
+        held = kernels.entrgi_embedding(logits, table, rng, keys, None, None, "entropy", 0.7, 0, 0.95)
+        kernels.guidance_update_(logits, grad, table, *held[4:6], *moments, 2, 0.7, 0.5, 0.9, 0.999, 1e-8)
+    assert launched == [
+        "_statistics_kernel", "_merge_kernel", "_collect_kernel", "_pick_kernel", "_forward_kernel", "_merge_kernel",
+        "_rowdot_kernel", "_backward_kernel",
+    ]  # fmt: skip
+    assert work.names == []
+
+
 def test_splits_fill_the_machine_and_no_more():
     assert split_count(tiles=132, blocks_v=1187, slots=132, most=64) == 1
     assert split_count(tiles=8, blocks_v=1187, slots=132, most=64) == 15  # 120 of 132 slots: less than a tenth idle

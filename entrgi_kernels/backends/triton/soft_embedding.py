@@ -288,7 +288,7 @@ def soft_embedding(
         return eager.soft_embedding(logits, embedding, temperature)
     logits = rows_of(logits)
     rows = row_statistics(logits, temperature)
-    return forward(logits, embedding, rows.maximum, rows.logsum, temperature), rows.lse.clone()
+    return forward(logits, embedding, rows.maximum, rows.logsum, temperature), rows.lse
 
 
 @ranged
@@ -312,16 +312,14 @@ def entrgi_embedding(
             logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p, out, index
         )
     logits = rows_of(logits)
-    v = logits.shape[1]
     found = row_statistics(logits, 1.0, second=temperature, argmax=True)
-    entropy = found.entropy.clone()
     if weight_mode == "entropy":
-        weight = entropy / math.log(max(v, 2))
+        weight = found.share
     elif weight_mode == "given":
         assert weight is not None
         weight = weight.to(torch.float32, copy=True)
     else:
-        weight = torch.full_like(entropy, 1.0 if weight_mode == "one" else 0.0)
+        weight = torch.full_like(found.entropy, 1.0 if weight_mode == "one" else 0.0)
     if tokens is not None:
         tokens = tokens.clone()
     elif weight_mode == "zero":
@@ -331,4 +329,4 @@ def entrgi_embedding(
     if out is None:
         out = torch.empty((logits.shape[0], embedding.shape[1]), dtype=embedding.dtype, device=logits.device)
     soft = forward(logits, embedding, found.maximum, found.logsum2, temperature, (tokens, weight, out), index)
-    return out, tokens, weight, entropy, soft, found.lse2.clone(), found.argmax
+    return out, tokens, weight, found.entropy, soft, found.lse2, found.argmax

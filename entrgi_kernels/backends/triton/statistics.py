@@ -8,6 +8,7 @@ A NaN or +inf anywhere makes its slice's sum NaN, and through it every statistic
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,13 +26,15 @@ _PART = 5  # floats a slice leaves: maximum, sum e, sum e * d, sum e at the seco
 class RowStatistics(NamedTuple):
     """float32 [N] each, but for `argmax` (int64). NaN for a bad row.
 
-    `maximum` is the largest logit; `lse`, `entropy` (nats) and `logsum` = log sum exp((logit - maximum) * inverse) are
-    of the first temperature, `lse2` and `logsum2` of the second (the first's where there is none).
+    `maximum` is the largest logit; `lse`, `entropy` (nats), `share` = entropy / log V, and `logsum` = log sum
+    exp((logit - maximum) * inverse) are of the first temperature, `lse2` and `logsum2` of the second (the first's where
+    there is none).
     """
 
     maximum: torch.Tensor
     lse: torch.Tensor
     entropy: torch.Tensor
+    share: torch.Tensor
     logsum: torch.Tensor
     lse2: torch.Tensor
     logsum2: torch.Tensor
@@ -145,16 +148,22 @@ def _statistics_kernel(
         tl.store(index_ptr + row * splits + split, start + first)
 
 
-@kernel("n", "splits")
+@kernel("splits")
 def _merge_kernel(
     parts_ptr,
     index_ptr,
-    out_ptr,
+    maximum_ptr,
+    logsum_ptr,
+    logsum2_ptr,
+    lse_ptr,
+    lse2_ptr,
+    entropy_ptr,
+    share_ptr,
     argmax_ptr,
-    n,
     splits,
     inverse,
     inverse2,
+    log_v,
     SECOND: tl.constexpr,
     ARGMAX: tl.constexpr,
     PART: tl.constexpr,
@@ -177,15 +186,16 @@ def _merge_kernel(
     logsum = tl.log(s)
     entropy = logsum - t / s * inverse
     entropy = tl.where(entropy < 0, 0.0, entropy)
-    tl.store(out_ptr + row, m)
-    tl.store(out_ptr + n + row, m * inverse + logsum)
-    tl.store(out_ptr + 2 * n + row, entropy)
-    tl.store(out_ptr + 3 * n + row, logsum)
+    tl.store(maximum_ptr + row, m)
+    tl.store(logsum_ptr + row, logsum)
+    tl.store(lse_ptr + row, m * inverse + logsum)
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(share_ptr + row, entropy / log_v)
     if SECOND:
         ss2 = tl.load(part + 3, mask=mask, other=0.0)
         logsum2 = tl.log(tl.sum(ss2 * tl.where(mask, tl.exp(moved * inverse2), 0.0), axis=0))
-        tl.store(out_ptr + 4 * n + row, m * inverse2 + logsum2)
-        tl.store(out_ptr + 5 * n + row, logsum2)
+        tl.store(lse2_ptr + row, m * inverse2 + logsum2)
+        tl.store(logsum2_ptr + row, logsum2)
     if ARGMAX:
         keys = tl.load(part + 4, mask=mask, other=float("-inf"))
         places = tl.load(index_ptr + row * splits + lanes, mask=mask, other=2147483647)
@@ -207,7 +217,9 @@ def row_statistics(
     device = logits.device
     parts = torch.empty((n, splits, _PART), dtype=torch.float32, device=device)
     index = torch.empty((n, splits) if argmax else (0,), dtype=torch.int32, device=device)
-    out = torch.empty((6, n), dtype=torch.float32, device=device)
+    # What callers hand on to theirs must not share memory: torch's operators return no views of one buffer.
+    maximum, logsum, logsum2 = torch.empty((3, n), dtype=torch.float32, device=device).unbind(0)
+    lse, lse2, entropy, share = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(4))
     winner = torch.empty(n if argmax else 0, dtype=torch.int64, device=device)
     inverses = 1.0 / temperature, 1.0 / (second or temperature)
     flags = dict(SECOND=second is not None, ARGMAX=argmax, PART=_PART)
@@ -232,19 +244,24 @@ def row_statistics(
         (n,),
         parts,
         index,
-        out,
+        maximum,
+        logsum,
+        logsum2,
+        lse,
+        lse2,
+        entropy,
+        share,
         winner,
-        n,
         splits,
         *inverses,
+        math.log(max(v, 2)),
         num_warps=1,
         BLOCK=config.MOST_SPLITS,
         **flags,
     )
-    maximum, lse, entropy, logsum, lse2, logsum2 = out.unbind(0)
     if second is None:
         lse2, logsum2 = lse, logsum
-    return RowStatistics(maximum, lse, entropy, logsum, lse2, logsum2, winner)
+    return RowStatistics(maximum, lse, entropy, share, logsum, lse2, logsum2, winner)
 
 
 @kernel()
@@ -275,7 +292,7 @@ def _backward_kernel(
 def softmax_entropy(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-sum-exp [N], entropy [N] in nats) of softmax(logits / temperature), float32."""
     statistics = row_statistics(logits, temperature)
-    return statistics.lse.clone(), statistics.entropy.clone()
+    return statistics.lse, statistics.entropy
 
 
 @ranged
