@@ -323,7 +323,7 @@ def test_a_raised_cut_off_serves_or_is_found_out(dtype, together, monkeypatch):
             assert torch.equal(kept_by(keys, logits[rows]), oracle_keeps(logits[rows], 1.0, top_k, top_p))
         if together and top_p < 1.0:
             counts, raises = launched[0]
-            assert raises.tolist()[:2] == [0, 1] and counts[:2, 0].tolist() == [30, 30] and int(raises[3]) > 1
+            assert int(raises[0]) == 0 < int(raises[1]) and counts[:2, 0].tolist() == [30, 30]
 
 
 @inner

@@ -65,8 +65,7 @@ class SampleConfig:
         words: tiles after which the gathering threads agree on where in the list their candidates go.
         capacity_share: a row's list of candidates holds V / capacity_share entries, in equal shares for its slices, and
             `capacity_least` for each at the least; the cut-off rises until about half of it is used.
-        block, row_block: entries a tile of the search in the list, and in the whole row where the list does not serve.
-        pivots: how many thresholds one pass tries. num_warps: of the search.
+        block: entries a tile of the search. pivots: how many thresholds one pass tries. num_warps: of the search.
     """
 
     collect: RowConfig
@@ -75,7 +74,6 @@ class SampleConfig:
     capacity_share: int
     capacity_least: int
     block: int
-    row_block: int
     pivots: int
     num_warps: int
     evidence: str = UNMEASURED
@@ -177,12 +175,11 @@ _ROWS = dict(
     ),
     sample=SampleConfig(
         collect=RowConfig(4096, 4, 8192, 4),
-        words=8,
+        words=4,
         race=RowConfig(1024, 4, 8192, 4),
         capacity_share=40,
         capacity_least=256,
-        block=512,
-        row_block=2048,
+        block=1024,
         pivots=4,
         num_warps=4,
     ),
@@ -245,6 +242,10 @@ _TABLE_32_BIT = (GemmConfig(32, 64, 64, 4, 3),)
 
 _UNALIGNED = {2: GemmConfig(64, 64, 32, 8, 2), 4: GemmConfig(64, 32, 32, 8, 2)}
 
+# The draw's search with sm_80's tile keeps 16 bytes on the stack on sm_90, and 8 on sm_100.
+_ROWS_SM_90 = _ROWS | dict(sample=replace(_ROWS["sample"], block=512))
+_ROWS_SM_100 = _ROWS | dict(sample=replace(_ROWS["sample"], pivots=8))
+
 _SM_80 = Architecture(
     "sm_80",
     **_ROWS,
@@ -255,7 +256,7 @@ _SM_80 = Architecture(
 )
 _SM_90 = Architecture(
     "sm_90",
-    **_ROWS,
+    **_ROWS_SM_90,
     forward={2: _FORWARD_16_BIT_BULK, 4: _FORWARD_32_BIT},
     backward={2: _BACKWARD_16_BIT_BULK, 4: _BACKWARD_32_BIT},
     table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
@@ -264,7 +265,7 @@ _SM_90 = Architecture(
 )
 _SM_100 = Architecture(
     "sm_100",
-    **_ROWS,
+    **_ROWS_SM_100,
     forward={2: _FORWARD_16_BIT_BULK, 4: _FORWARD_32_BIT},
     backward={2: _BACKWARD_16_BIT_BULK, 4: _BACKWARD_32_BIT},
     table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
@@ -284,7 +285,6 @@ _INTERPRETER = Architecture(
         capacity_share=4,
         capacity_least=32,
         block=128,
-        row_block=128,
         pivots=4,
         num_warps=1,
     ),

@@ -30,8 +30,8 @@ from .statistics import RowStatistics, row_statistics, tile_offsets
 
 # A float32 that came from a narrower type ends in zeros: those bits of the key need no search.
 _KEY_SHIFT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
-# A cut-off that leaves too many candidates is raised by factors of four in probability (log 4).
-_RAISE = tl.constexpr(1.3862943611198906)
+# A cut-off that leaves too many candidates is raised by factors of two in probability (log 2).
+_RAISE = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _raises(base, v, cut, raise_by, most, CHUNKS: tl.constexpr):
     x = tl.load(base + place, mask=place < v, other=float("-inf")).to(tl.float32)
     most = most * (tl.minimum(v, CHUNKS * 32).to(tl.float32) / v)
     raises = 0
-    while (tl.sum(tl.sum((x >= cut).to(tl.int32), axis=1), axis=0) > most) & (raises < 8):
+    while (tl.sum(tl.sum((x >= cut).to(tl.int32), axis=1), axis=0) > most) & (raises < 16):
         raises += 1
         cut += raise_by
     return raises, cut
@@ -175,15 +175,13 @@ def _search(
     top_k,
     lo,
     hi,
-    LISTED: tl.constexpr,
     SHIFT: tl.constexpr,
     PIVOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The smallest key in (lo, hi] whose strictly larger entries weigh at most `limit` and number fewer than top_k.
 
-    Invariant: `hi` satisfies that, and no key up to `lo` needs to be considered. The entries are the row's `length`
-    candidates (LISTED) or the row itself.
+    Invariant: `hi` satisfies that, and no key up to `lo` needs to be considered.
     """
     lanes = tl.arange(0, BLOCK)
     steps = tl.arange(1, PIVOTS + 1)
@@ -192,11 +190,8 @@ def _search(
         mass = tl.zeros([PIVOTS], tl.float32)
         number = tl.zeros([PIVOTS], tl.int32)
         for tile in range(0, length, BLOCK):
-            place = tile + lanes
-            inside = place < length
-            if LISTED:
-                place = _listed(place, counts_ptr, splits, capacity)
-            x = tl.load(values_ptr + place, mask=inside, other=float("-inf")).to(tl.float32)
+            place = _listed(tile + lanes, counts_ptr, splits, capacity)
+            x = tl.load(values_ptr + place, mask=tile + lanes < length, other=float("-inf")).to(tl.float32)
             e = tl.exp2((x - m) * c)
             above = ordered_key(x, SHIFT)[None, :] > pivots.to(tl.int32)[:, None]
             mass += tl.sum(tl.where(above, e[None, :], 0.0), axis=1)
@@ -219,25 +214,25 @@ def _race(
     threshold,
     rng_ptr,
     row_key,
-    LISTED: tl.constexpr,
+    listed,
     SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Index of the best score among entries whose key reaches `threshold`; the lowest index of ties."""
+    """Index of the best score among entries whose key reaches `threshold`; the lowest index of ties.
+
+    The index of a `listed` entry is at `index_ptr`, that of another its place.
+    """
     lanes = tl.arange(0, BLOCK)
     best = float("-inf")
     token = -1
     for tile in range(0, length, BLOCK):
-        place = tile + lanes
-        inside = place < length
-        if LISTED:
-            place = _listed(place, counts_ptr, splits, capacity)
-        x = tl.load(values_ptr + place, mask=inside, other=float("-inf")).to(tl.float32)
+        place = _listed(tile + lanes, counts_ptr, splits, capacity)
+        x = tl.load(values_ptr + place, mask=tile + lanes < length, other=float("-inf")).to(tl.float32)
         kept = (ordered_key(x, SHIFT) >= threshold) & (x > float("-inf"))
         if tl.max(kept.to(tl.int32), axis=0) > 0:
             index = place
-            if LISTED:
-                index = tl.load(index_ptr + place, mask=inside, other=0)
+            if listed:
+                index = tl.load(index_ptr + place, mask=tile + lanes < length, other=0)
             noise = log_exponential_of(index, rng_ptr, row_key)
             score = tl.where(kept, (x - m) * inverse - noise, float("-inf"))
             top = tl.max(score, axis=0)
@@ -274,7 +269,6 @@ def _pick_kernel(
     SHIFT: tl.constexpr,
     PIVOTS: tl.constexpr,
     BLOCK: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     m = tl.load(maximum_ptr + row)
@@ -285,43 +279,38 @@ def _pick_kernel(
         c = inverse * 1.4426950408889634
         limit = top_p * tl.exp(logsum)
         counts = counts_ptr + row * splits
-        values = values_ptr + row * splits * capacity
-        indices = index_ptr + row * splits * capacity
         split = tl.arange(0, SPLITS)
         found = tl.load(counts + split, mask=split < splits, other=0)
-        number = tl.sum(found, axis=0)
         hi = ordered_key(m, SHIFT).to(tl.int64)
-        key = 0
-        if DRAW:
-            key = tl.load(rows_ptr + row)
+        least = tl.minimum(ordered_key(tl.load(cuts_ptr + row), SHIFT).to(tl.int64), hi)
+        doubtful = (tl.load(raises_ptr + row) > 0) | (top_p >= 1.0)
         listed = tl.max(found, axis=0) <= capacity
-        if listed:
-            least = tl.minimum(ordered_key(tl.load(cuts_ptr + row), SHIFT).to(tl.int64), hi)
+        values = values_ptr + row * splits * capacity
+        length = tl.sum(found, axis=0)
+        lists = splits
+        lo = least - 1
+        searching = True
+        while searching:
+            if listed == 0:
+                # The whole row, from the smallest key that the dtype has.
+                values = logits_ptr + row * stride_n
+                length = v
+                lists = 1
+                lo = hi * 0 - (2147483647 >> SHIFT) - 2
             threshold = _search(
-                *(values, number, counts, splits, capacity, m, c, limit, top_k, least - 1, hi),
-                *(True, SHIFT, PIVOTS, BLOCK),
+                *(values, length, counts, lists, capacity, m, c, limit, top_k, lo, hi), *(SHIFT, PIVOTS, BLOCK)
             ).to(tl.int32)
             # The first cut-off of top-p is low enough. Any other is where what lies above it weighs more than top_p or
             # numbers top_k, and the threshold is then above it.
-            listed = (threshold > least) | ((tl.load(raises_ptr + row) == 0) & (top_p < 1.0))
-        if listed:
-            if DRAW:
-                token = _race(
-                    *(values, indices, number, counts, splits, capacity, m, inverse, threshold, rng_ptr, key),
-                    *(True, SHIFT, BLOCK),
-                )
-        else:
-            base = logits_ptr + row * stride_n
-            # From the smallest key that the dtype has.
-            lo = hi * 0 - (2147483647 >> SHIFT) - 2
-            threshold = _search(
-                *(base, v, counts, splits, capacity, m, c, limit, top_k, lo, hi), *(False, SHIFT, PIVOTS, ROW_BLOCK)
-            ).to(tl.int32)
-            if DRAW:
-                token = _race(
-                    *(base, indices, v, counts, splits, capacity, m, inverse, threshold, rng_ptr, key),
-                    *(False, SHIFT, ROW_BLOCK),
-                )
+            searching = listed & (threshold <= least) & doubtful
+            listed = listed & (searching == 0)
+        if DRAW:
+            key = tl.load(rows_ptr + row)
+            indices = index_ptr + row * splits * capacity
+            token = _race(
+                *(values, indices, length, counts, lists, capacity, m, inverse, threshold, rng_ptr, key, listed),
+                *(SHIFT, BLOCK),
+            )
     if DRAW:
         tl.store(tokens_ptr + row, token.to(tl.int64))
     else:
@@ -466,7 +455,6 @@ def _filtered(
         SHIFT=_KEY_SHIFT[logits.dtype],
         PIVOTS=entry.pivots,
         BLOCK=entry.block,
-        ROW_BLOCK=entry.row_block,
     )
     return out
 
