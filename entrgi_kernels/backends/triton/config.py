@@ -182,7 +182,7 @@ _ROWS = dict(
         block=1024,
         pivots=4,
         num_warps=4,
-        evidence="not measured yet: collect takes 40 to 56 registers and 8.7 instructions an entry (the model of "
+        evidence="not measured yet: collect takes 40 to 56 registers and 8.5 instructions an entry (the model of "
         "docs/gpu.md); the search keeps no stack",
     ),
     confidence=RowConfig(2048, 4, 16384, 8),
