@@ -65,8 +65,8 @@ def test_every_tile_fits_the_machines_that_borrow_the_tables():
     """Consumer and workstation GPUs have half of the shared memory; AMD's have another compiler. None is measured."""
     made = aot.reports(aot.FALLBACK)
     assert {r.target for r in made} == set(aot.FALLBACK)
-    # The draw's search keeps 24 bytes on sm_86 and sm_89.
-    assert failures(made, spilled=24) == ""
+    # The draw's search keeps 16 bytes on sm_86, sm_89 and sm_120.
+    assert failures(made, spilled=16) == ""
     assert all(8 <= r.registers <= 512 for r in made)
 
 

@@ -163,8 +163,21 @@ def _listed(place, counts_ptr, splits, capacity):
 
 
 @triton.jit
+def _entries(place, inside, values_ptr, row_ptr, listed):
+    """float32 entries at `place` of the row's lists or, where they are not `listed`, of the row itself."""
+    # Two loads, not one from a chosen address: the compiler for AMD's GPUs stops at a pointer with two origins.
+    if listed:
+        x = tl.load(values_ptr + place, mask=inside, other=float("-inf"))
+    else:
+        x = tl.load(row_ptr + place, mask=inside, other=float("-inf"))
+    return x.to(tl.float32)
+
+
+@triton.jit
 def _search(
     values_ptr,
+    row_ptr,
+    listed,
     length,
     counts_ptr,
     splits,
@@ -191,7 +204,7 @@ def _search(
         number = tl.zeros([PIVOTS], tl.int32)
         for tile in range(0, length, BLOCK):
             place = _listed(tile + lanes, counts_ptr, splits, capacity)
-            x = tl.load(values_ptr + place, mask=tile + lanes < length, other=float("-inf")).to(tl.float32)
+            x = _entries(place, tile + lanes < length, values_ptr, row_ptr, listed)
             e = tl.exp2((x - m) * c)
             above = ordered_key(x, SHIFT)[None, :] > pivots.to(tl.int32)[:, None]
             mass += tl.sum(tl.where(above, e[None, :], 0.0), axis=1)
@@ -204,6 +217,8 @@ def _search(
 @triton.jit
 def _race(
     values_ptr,
+    row_ptr,
+    listed,
     index_ptr,
     length,
     counts_ptr,
@@ -214,7 +229,6 @@ def _race(
     threshold,
     rng_ptr,
     row_key,
-    listed,
     SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -227,7 +241,7 @@ def _race(
     token = -1
     for tile in range(0, length, BLOCK):
         place = _listed(tile + lanes, counts_ptr, splits, capacity)
-        x = tl.load(values_ptr + place, mask=tile + lanes < length, other=float("-inf")).to(tl.float32)
+        x = _entries(place, tile + lanes < length, values_ptr, row_ptr, listed)
         kept = (ordered_key(x, SHIFT) >= threshold) & (x > float("-inf"))
         if tl.max(kept.to(tl.int32), axis=0) > 0:
             index = place
@@ -286,6 +300,7 @@ def _pick_kernel(
         doubtful = (tl.load(raises_ptr + row) > 0) | (top_p >= 1.0)
         listed = tl.max(found, axis=0) <= capacity
         values = values_ptr + row * splits * capacity
+        base = logits_ptr + row * stride_n
         length = tl.sum(found, axis=0)
         lists = splits
         lo = least - 1
@@ -293,12 +308,12 @@ def _pick_kernel(
         while searching:
             if listed == 0:
                 # The whole row, from the smallest key that the dtype has.
-                values = logits_ptr + row * stride_n
                 length = v
                 lists = 1
                 lo = hi * 0 - (2147483647 >> SHIFT) - 2
             threshold = _search(
-                *(values, length, counts, lists, capacity, m, c, limit, top_k, lo, hi), *(SHIFT, PIVOTS, BLOCK)
+                *(values, base, listed, length, counts, lists, capacity, m, c, limit, top_k, lo, hi),
+                *(SHIFT, PIVOTS, BLOCK),
             ).to(tl.int32)
             # The first cut-off of top-p is low enough. Any other is where what lies above it weighs more than top_p or
             # numbers top_k, and the threshold is then above it.
@@ -308,7 +323,7 @@ def _pick_kernel(
             key = tl.load(rows_ptr + row)
             indices = index_ptr + row * splits * capacity
             token = _race(
-                *(values, indices, length, counts, lists, capacity, m, inverse, threshold, rng_ptr, key, listed),
+                *(values, base, listed, indices, length, counts, lists, capacity, m, inverse, threshold, rng_ptr, key),
                 *(SHIFT, BLOCK),
             )
     if DRAW:
