@@ -195,7 +195,7 @@ _FORWARD_16_BIT = (
     GemmConfig(16, 128, 64, 4, 4, most_rows=32),
     # Narrow, for a few partial sums are all that the memory allows: 96 programs at N = 64, D = 1024.
     GemmConfig(64, 64, 64, 4, 4, most_rows=64),
-    GemmConfig(64, 64, 128, 4, 4, most_rows=256),
+    GemmConfig(64, 64, 128, 4, 3, most_rows=256),
     GemmConfig(128, 64, 128, 8, 3, most_rows=1023),
     GemmConfig(128, 64, 128, 8, 3, engine="chunked"),
 )
