@@ -63,6 +63,8 @@ PARTS = (
     "nsight",
     "picture",
 )
+# Reaches every tile that is brought by descriptors. By its full name: collecting all tests takes half of its time.
+BULK_TEST = "tests/backends/test_triton_gpu.py::test_every_tile_of_the_tables[descriptor]"
 LIBRARIES = ("flashinfer", "quack", "liger_kernel", "matplotlib", "transformers")
 # (figure, what it is a share of, least, aim): DESIGN's GPU rows.
 MUST = {
@@ -174,15 +176,15 @@ def environment() -> str:
     return "\n".join(lines)
 
 
-def numerics(clock: Clock, seconds: float, dry: bool = False, triton: str | None = None, only: str = "") -> bool:
+def numerics(clock: Clock, seconds: float, dry: bool = False, triton: str | None = None, tests: str = "tests") -> bool:
     """The GPU tests in a process of their own (dry: collected only); True when they passed.
 
     Args:
         triton: a folder with another release of Triton, which is then the one that is imported.
-        only: names of tests, as pytest's -k takes them; all where it is empty.
+        tests: which, as pytest is told them.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-k", only]
-    command += ["tests", f"--ignore={cuda_engine.TESTS}", *(["--collect-only"] if dry else [])]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    command += [tests, f"--ignore={cuda_engine.TESTS}", *(["--collect-only"] if dry else [])]
     search = os.pathsep.join(filter(None, [triton, str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH")]))
     try:
         done = subprocess.run(
@@ -340,7 +342,7 @@ class Run:
         from entrgi_kernels.backends.triton import config
 
         target = config.target(torch.device(self.machine.device))
-        if target.architecture.bulk and not numerics(self.clock, 60, only="every_tile and descriptor"):
+        if target.architecture.bulk and not numerics(self.clock, 90, tests=BULK_TEST):
             config.override = replace(target, architecture=replace(target.architecture, bulk=False))
             self.report.red.append("the products by descriptors: figures below are of the products by pointers")
 

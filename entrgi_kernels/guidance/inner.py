@@ -199,5 +199,6 @@ class InnerLoop:
                 with ranges.scope(ranges.UPDATE):
                     optimizer.step(grad, last=saves_state and inner == config.guidance_steps - 1)
             weights.append(blend.weight)
-            values.append(value.detach())
+            # A copy: a reward may be a view of the rows that the next inner step writes.
+            values.append(value.detach().clone())
         return Guided(torch.stack(weights), values[0], values[-1], grad if defer else None, optimizer)

@@ -243,7 +243,7 @@ def entrgi_embedding(
         out: [M, D] of the embedding's dtype, dense rows at any distance: row i of the blend is written to
             ``out[index[i]]`` and the rest of it is left alone. Not differentiable: neither it nor the logits may
             require grad, unless under torch.no_grad(). It shares no memory with logits or embedding.
-        index: int64 [N], different rows of `out`. Of rows with the same index one stays, it is not said which. One
+        index: int64 [N], different rows of `out`; where some are the same, each entry there is that of one of them. One
             outside of [0, M) raises an IndexError on a CPU; on a GPU nobody looks (that would mean waiting for it): the
             Triton backend leaves such a row out, the eager one fails in torch's own assertion.
         backend: "auto" or the name of a backend.

@@ -43,9 +43,11 @@ def test_profile_without_a_gpu_says_so_and_fails(monkeypatch, capsys):
 
 
 def test_products_by_descriptors_that_fail_on_a_gpu_give_way_to_pointers_for_the_figures(monkeypatch):
+    path, _, test = run_gpu.BULK_TEST.partition("::")
+    assert f"def {test.removesuffix('[descriptor]')}(" in (run_gpu.ROOT / path).read_text(encoding="utf-8")
     for passed in (True, False):
         monkeypatch.setattr(config, "override", aot.MACHINES["sm_90"].tables)
-        monkeypatch.setattr(run_gpu, "numerics", lambda clock, seconds, only, passed=passed: passed)
+        monkeypatch.setattr(run_gpu, "numerics", lambda clock, seconds, tests, passed=passed: passed)
         machine, report = types.SimpleNamespace(device="cuda"), types.SimpleNamespace(red=[])
         run_gpu.Run.bulk_copies(types.SimpleNamespace(machine=machine, clock=None, report=report))
         assert config.override.architecture.bulk == passed and len(report.red) == (not passed)
@@ -123,7 +125,8 @@ class Memory(TorchDispatchMode):
 @pytest.mark.parametrize(("n", "d"), CANONICAL)
 def test_a_step_takes_a_tenth_of_the_logits_bytes_at_most(n, d, dtype, engine, monkeypatch):
     """The memory row of the design, beyond logits and moments: outputs, statistics, lists, partial sums and chunks."""
-    monkeypatch.setattr(chunked, "_product", lambda a, b, out, add: None)  # cuBLAS, into memory that is there
+    if dtype != torch.float32:  # a GPU's product of 16-bit operands needs no memory; without one they are widened
+        monkeypatch.setattr(chunked, "_product", lambda a, b, out, add: None)
     machine = aot.MACHINES["sm_90"]
     architecture = machine.tables.architecture
     if engine != "of the table":
@@ -143,6 +146,23 @@ def test_a_step_takes_a_tenth_of_the_logits_bytes_at_most(n, d, dtype, engine, m
         kernels.guidance_update_(logits, grad, table, *held[4:6], *moments, 1, 0.7, 0.5, 0.9, 0.999, 1e-8)
     assert n * d * (4 + dtype.itemsize) < memory.held < memory.peak
     assert memory.peak <= n * VOCABULARY * dtype.itemsize // 10
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
+@pytest.mark.parametrize(("parts", "expected"), [(1, 1), (4, 8), (16, 16)])
+def test_a_tile_beside_wide_moments_is_taken_apart_once_more_where_the_kernel_can(parts, expected):
+    logits, table, grad = (
+        torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((512, 4096), (4096, 64), (512, 64))
+    )
+    moments, soft = [torch.empty(512, 4096, device="meta") for _ in range(2)], torch.empty(512, 64, device="meta")
+    machine, launched = aot.MACHINES["sm_90"], []
+    entry = config.GemmConfig(128, 256, 64, 8, 4, parts=parts)
+    with aot.recording(machine, launched.append):
+        config.override = dataclasses.replace(
+            machine.tables, architecture=dataclasses.replace(machine.tables.architecture, backward={2: (entry,)})
+        )
+        kernels.guidance_update_(logits, grad, table, soft, soft[:, 0], *moments, 2, 0.7, 0.5, 0.9, 0.999, 1e-8)
+    assert launched[-1].tile["PARTS"] == expected
 
 
 class Work(TorchDispatchMode):

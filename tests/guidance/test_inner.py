@@ -52,3 +52,21 @@ def test_rows_in_place_are_rows_copied(method, backend):
             optimizer.step(gradient)
     assert torch.equal(moved[real], phi[real]) and torch.equal(guided.pending[real], gradient[real])
     assert torch.equal(guided.before, values[0]) and torch.equal(guided.after, values[-1])
+
+
+def test_rewards_that_lie_in_the_input_outlast_it():
+    """A reward may be a view of what it is given; the next inner step writes there."""
+
+    class Corner:
+        def score_embeddings(self, prepared, index, response, alive):
+            seen.append(response[:, 0, 0].detach().clone())
+            return response[:, 0, 0]
+
+    g, seen = torch.Generator().manual_seed(4), []
+    phi, table = torch.randn(len(ROWS), V, generator=g), torch.randn(V, D, generator=g)
+    config = GuidanceConfig(guidance_steps=2, backend="eager")
+    loop = InnerLoop(Scorer(Corner(), None, None, V - 1, V - 2, config, None, V), table, config, Buffers())
+    rngs, response = torch.tensor([[7, 0], [7, 1]]), torch.zeros(R, L, dtype=torch.int64)
+    guided = loop.run(phi, ROWS, SLOTS, torch.arange(len(ROWS)), response, rngs, None, False)
+    assert torch.equal(guided.before, seen[0]) and torch.equal(guided.after, seen[1])
+    assert not torch.equal(*seen)

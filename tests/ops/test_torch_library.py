@@ -236,19 +236,19 @@ def test_inference_mode(backend):
 def test_autocast_changes_nothing(backend):
     e = ref.table(63, 33, torch.float32)
     ref.served(backend, e)
-    results = []
+    results = []  # of 22 rows: under the interpreter the other engine of the products
     for enabled in (False, True):
-        phi = ref.peaked(5, 63, torch.float32).requires_grad_()
+        phi = ref.peaked(22, 63, torch.float32).requires_grad_()
         table = e.clone().requires_grad_()
         moved = phi.detach().clone()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             out, kept = forward(phi, e, temperature=0.7, backend=backend)
             soft = ops.soft_embedding(phi, table, temperature=0.7, backend=backend)
             log_prob = ops.token_log_prob(soft, table, out.tokens, backend=backend)
-            loss = (out.embedding * e[:5]).sum() + (soft * e[5:10]).sum() + log_prob.sum()
+            loss = (out.embedding * e[:22]).sum() + (soft * e[22:44]).sum() + log_prob.sum()
             gradients = torch.autograd.grad(loss, (phi, table))
             ops.guidance_update_(
-                moved, e[:5], e, kept.soft, kept.logsumexp, temperature=0.7, lr=0.5, eps=1.0, backend=backend
+                moved, e[:22], e, kept.soft, kept.logsumexp, temperature=0.7, lr=0.5, eps=1.0, backend=backend
             )
         results.append((out.embedding, soft, log_prob, *gradients, moved))
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(*results, strict=True))

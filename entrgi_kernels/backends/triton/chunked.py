@@ -138,23 +138,16 @@ def chunks(n: int, v: int, bytes_per_entry: int, budget: int) -> Iterator[tuple[
     return ((first, min(length, v - first)) for first in range(0, v, length))
 
 
-def _on_gpu(tensor: torch.Tensor) -> bool:
-    # "meta" counts: the ahead-of-time gate runs the host code on tensors without storage.
-    return tensor.device.type == "cuda"
-
-
 def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
     """out (float32) = a @ b, plus out when `add`; float32 sums of 16-bit operands."""
-    if a.dtype == torch.float32 or not _on_gpu(a):
-        product = a.float() @ b.float()
-        if add:
-            out += product
-        else:
-            out.copy_(product)
-    elif add:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    kind = {"out_dtype": torch.float32}
+    if a.dtype == torch.float32 or a.device.type != "cuda":
+        a, b, kind = a.float(), b.float(), {}
+    # With out= a caller's autocast leaves them alone: of a @ b it would make a product in bfloat16.
+    if add:
+        torch.addmm(out, a, b, out=out, **kind)
     else:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
+        torch.mm(a, b, out=out, **kind)
 
 
 def forward(

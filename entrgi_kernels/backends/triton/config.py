@@ -88,7 +88,7 @@ class GemmConfig:
         loads: "pointer" (each thread copies its own entries) or "descriptor" (the copy engine, TMA, brings whole tiles:
             sm_90 and later), in the fused engine. Tensors that :func:`.launch.bulk` refuses are read by pointers.
         parts: 1, 2, 4, 8 or 16 parts in which the backward's epilogue works through its tile, for registers' sake
-            (twice as many where logits or moments are wider than the operands).
+            (twice as many, 16 at the most, where logits or moments are wider than the operands).
         engine: "fused" (own kernel) or "chunked" (probabilities or products of a chunk in memory, cuBLAS between).
     """
 

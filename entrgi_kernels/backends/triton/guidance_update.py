@@ -20,6 +20,8 @@ from . import chunked, config
 from .chunked import NO_STEP, AdamStep, adam
 from .launch import aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
 
+_MOST_PARTS = 16  # the backward kernel halves its tile four times at most
+
 
 @kernel()
 def _rowdot_kernel(grad_ptr, soft_ptr, out_ptr, d, stride_g, stride_s, BLOCK: tl.constexpr):
@@ -243,7 +245,7 @@ def _backward(
     descriptors = entry.loads == "descriptor"
     # Narrower parts where logits or moments are wider than what the tables were made for.
     wide = max(logits.element_size(), exp_avg.element_size()) > grad.element_size()
-    parts = 2 * entry.parts if wide and entry.parts > 1 else entry.parts
+    parts = min(_MOST_PARTS, 2 * entry.parts) if wide and entry.parts > 1 else entry.parts
     launch(
         _backward_kernel,
         (cdiv(n, entry.block_n) * cdiv(v, entry.block_v),),
