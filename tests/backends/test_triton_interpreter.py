@@ -288,7 +288,7 @@ def test_draws_are_the_oracles(dtype, top_k, top_p):
 
 
 @inner
-def test_a_flat_row_overflows_its_list_and_is_searched_in_full():
+def test_a_flat_row_keeps_more_than_its_list_holds_and_is_searched_in_full():
     logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(3)) * 0.05
     rng, rows = torch.tensor([1, 2]), torch.arange(2)
     entry = config.target(logits.device).architecture.sample
@@ -296,6 +296,27 @@ def test_a_flat_row_overflows_its_list_and_is_searched_in_full():
     for top_k, top_p in ((0, 0.6), (250, 1.0), (100, 0.9)):
         ours = kernels.sample_tokens(logits, rng, rows, 1.0, top_k, top_p)
         assert torch.equal(ours, eager.sample_tokens(logits, rng, rows, 1.0, top_k, top_p))
+
+
+@inner
+def test_a_list_that_overflows_is_not_believed(monkeypatch):
+    """What passes the cut-off lies where the sample does not look (32 to 63, 240 to 271): in both slices, in one."""
+    logits = torch.full((2, 300), -30.0)
+    logits[0, 64:240] = torch.randn(176, generator=torch.Generator().manual_seed(4)) * 0.05
+    for start in (64, 128, 192):  # stretches of 32 entries, every second one in the first slice
+        logits[1, start : start + 32] = logits[0, start : start + 32]
+    logits, launched = logits.half(), []
+
+    def spy(function, grid, *args, **options):
+        launch.launch(function, grid, *args, **options)
+        if function is sampling._collect_kernel:
+            launched.append((args[6].tolist(), args[7].tolist(), args[14]))
+
+    monkeypatch.setattr(sampling, "launch", spy)
+    for top_k, top_p in ((0, 0.6), (70, 1.0)):
+        keys = sampling.filter_thresholds(logits, statistics.row_statistics(logits, 1.0), 1.0, top_k, top_p)
+        assert torch.equal(kept_by(keys, logits), oracle_keeps(logits, 1.0, top_k, top_p))
+    assert launched == [([[96, 80], [96, 0]], [0, 0], 64)] * 2  # in each slice; raised never; room for
 
 
 @inner
