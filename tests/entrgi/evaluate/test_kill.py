@@ -65,17 +65,25 @@ def unbroken(processes, tmp_path_factory) -> tuple[Path, float]:
 def test_killed_ten_times(processes, unbroken, tmp_path) -> None:
     expected, seconds = unbroken
     rng = random.Random(time.time_ns())
-    grown, ends = [], []
+
+    def written() -> int:
+        found = [*(tmp_path / "parts").glob("samples-*"), *tmp_path.glob("samples.jsonl")]
+        return sum(path.read_bytes().count(b"\n") for path in found)
+
+    grown, ends = [0], []
     for _ in range(KILLS):
         process = processes.Process(target=main, args=([*GRID, "-o", str(tmp_path)],))
         process.start()
-        process.join(seconds * rng.uniform(0.2, 0.8))
+        # At any moment, but not much after it has written something more: it may be faster than the unbroken one was.
+        end = time.monotonic() + seconds * rng.uniform(0.2, 0.8)
+        while process.is_alive() and time.monotonic() < end and written() == grown[-1]:
+            time.sleep(0.01)
+        time.sleep(seconds * rng.uniform(0.0, 0.02))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
         process.join(60)
         ends.append(process.exitcode)
-        found = [*(tmp_path / "parts").glob("samples-*"), *tmp_path.glob("samples.jsonl")]
-        grown.append(sum(path.read_bytes().count(b"\n") for path in found))
+        grown.append(written())
     assert set(ends) <= {0, -signal.SIGKILL} and ends[0] != 0
     assert grown == sorted(grown), "nothing that was written is lost"
     process = processes.Process(target=main, args=([*GRID, "-o", str(tmp_path)],))
