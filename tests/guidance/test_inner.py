@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from entrgi_kernels import ops
-from entrgi_kernels.guidance import GuidanceConfig, LogitOptimizer
+from entrgi_kernels.guidance import GuidanceConfig, LogitOptimizer, optimizer
 from entrgi_kernels.guidance.buffers import Buffers
 from entrgi_kernels.guidance.inner import InnerLoop, Scorer
 from entrgi_kernels.guidance.weights import method_weight
@@ -40,16 +40,16 @@ def test_rows_in_place_are_rows_copied(method, backend):
     assert len(set(reward.seen)) == 1  # nothing was copied for the reward
 
     weight, settings = method_weight(method, None), dict(lr=config.learning_rate, temperature=0.7, top_p=0.9)
-    optimizer = LogitOptimizer(phi, table, weight=weight, seed=rngs, rows=keys, backend=backend, **settings)
+    plain = LogitOptimizer(phi, table, weight=weight, seed=rngs, rows=keys, backend=backend, **settings)
     values = []
     for inner in range(M):
-        blend = optimizer.embed()
+        blend = plain.embed()
         filled = table[response].index_put((ROWS[real], SLOTS[real]), blend.embedding[real])
         values.append(reward.score_embeddings(None, None, filled, None))
         (gradient,) = torch.autograd.grad(-values[-1].sum(), blend.embedding)
         assert torch.equal(guided.weights[inner][real], blend.weight[real])
         if inner < M - 1:
-            optimizer.step(gradient)
+            plain.step(gradient)
     assert torch.equal(moved[real], phi[real]) and torch.equal(guided.pending[real], gradient[real])
     assert torch.equal(guided.before, values[0]) and torch.equal(guided.after, values[-1])
 
@@ -70,3 +70,22 @@ def test_rewards_that_lie_in_the_input_outlast_it():
     guided = loop.run(phi, ROWS, SLOTS, torch.arange(len(ROWS)), response, rngs, None, False)
     assert torch.equal(guided.before, seen[0]) and torch.equal(guided.after, seen[1])
     assert not torch.equal(*seen)
+
+
+def test_the_last_inner_step_leaves_no_moments(monkeypatch):
+    """The saving is in use, and changes no bit."""
+    g, moved, kept = torch.Generator().manual_seed(4), [], []
+    phi, table, probe = (torch.randn(*shape, generator=g) for shape in ((len(ROWS), V), (V, D), (R, L, D)))
+    update = optimizer.guidance_update_
+    monkeypatch.setattr(
+        optimizer, "guidance_update_", lambda *args, **given: (kept.append(given["keep_state"]), update(*args, **given))
+    )
+    rngs, response = torch.tensor([[7, m] for m in range(M)]), torch.zeros(R, L, dtype=torch.int64)
+    for savings in ("none", ("adam_state",)):
+        config = GuidanceConfig(guidance_steps=M, backend="eager", exact_savings=savings)
+        scorer = Scorer(Curved(probe), None, None, V - 1, V - 2, config, None, V)
+        moved.append(phi.clone())
+        keys = torch.arange(len(ROWS))
+        InnerLoop(scorer, table, config, Buffers()).run(moved[-1], ROWS, SLOTS, keys, response, rngs, None, False)
+    assert kept == [True] * M + [True] * (M - 1) + [False]
+    assert torch.equal(moved[0][ROWS < R], moved[1][ROWS < R]) and not torch.equal(moved[0], phi)
