@@ -14,11 +14,16 @@ from dataclasses import dataclass, field, replace
 import torch
 import triton
 
+from . import hopper
+
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 # A row is read by this many programs at most. Merging kernels have as many lanes whatever the split, so that a new
 # number of rows compiles nothing.
 MOST_SPLITS = 128
+
+# From so many rows on the compiled products (:mod:`.hopper`) serve: an end of an entry of the tables below.
+LEAST_COMPILED = 33
 
 UNMEASURED = "not measured yet: chosen by AOT register/shared-memory analysis"
 
@@ -330,13 +335,15 @@ class Target:
     `precision` is Triton's input_precision of float32 products: three TF32 products ("tf32x3": about 2^-22 relative,
     on tensor cores) on NVIDIA, plain float32 ("ieee") elsewhere. A single TF32 product would miss the error bound.
     `waits`: products whose left operand is computed in registers end before it is computed anew. On Hopper Triton 3.6
-    to 3.8 overwrite it while the product still reads it (triton-lang/triton #9433, #9514, #9530, #11781); 3.9 does not.
+    to 3.8 overwrite it while the product still reads it (triton-lang/triton #9433, #9514, #9530, #11781); 3.9 does not. `compiled`: the extension has this GPU's products
+    (:mod:`.hopper`).
     """
 
     architecture: Architecture
     sms: int
     precision: str
     waits: bool = False
+    compiled: bool = False
 
 
 def target_of(major: int, sms: int, hip: bool = False) -> Target:
@@ -348,8 +355,10 @@ def target_of(major: int, sms: int, hip: bool = False) -> Target:
 
 @functools.cache
 def _of_cuda(index: int | None) -> Target:
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
-    return target_of(properties.major, properties.multi_processor_count, torch.version.hip is not None)
+    index = torch.cuda.current_device() if index is None else index
+    properties = torch.cuda.get_device_properties(index)
+    found = target_of(properties.major, properties.multi_processor_count, torch.version.hip is not None)
+    return replace(found, compiled=hopper.ready(torch.device("cuda", index)))
 
 
 # Tests and the ahead-of-time gate put a target here to be served as if on that machine.
