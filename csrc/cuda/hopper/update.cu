@@ -1,11 +1,9 @@
 // grad @ table^T with the softmax gradient and Adam: the N x V gradient never exists.
 //
 // A block owns a multiprocessor and works through tiles of 128 rows x 192 vocabulary entries. One warp brings operands by
-// the copy engine; two warp groups multiply, 64 rows each; three warps finish tiles: they take the sums over by way of
+// the copy engine; two warp groups multiply, 64 rows each; six warps finish tiles: they take the sums over by way of
 // shared memory, so that Adam's traffic runs while the next tile is multiplied. Two blocks of neighbouring rows form a
 // cluster: each brings half of the table's tile for both.
-#include <stdlib.h>
-
 #include "maps.h"
 #include "primitives.cuh"
 
@@ -13,8 +11,10 @@ namespace entrgi::cuda::hopper {
 namespace {
 
 constexpr int ROWS = 128, COLUMNS = 192, DEPTH = 64, STAGES = 3;
-constexpr int FINISHERS = 3;  // warps
-constexpr int THREADS = 2 * WARP_GROUP + 32 * (1 + FINISHERS);
+constexpr int FINISHERS = 6;  // warps: the third group's four and two of the fourth, whose last one brings the operands
+constexpr int THREADS = 4 * WARP_GROUP;
+// Registers a thread, of the 512 that four groups share.
+constexpr int MULTIPLYING = 136, FINISHING = 120;
 constexpr int GRAD_BYTES = ROWS * DEPTH * 2, TABLE_BYTES = COLUMNS * DEPTH * 2;
 constexpr int HALF_ROWS = ROWS / 2;
 
@@ -22,6 +22,7 @@ struct Shared {
   alignas(1024) unsigned char grad[STAGES][GRAD_BYTES];
   alignas(1024) unsigned char table[STAGES][TABLE_BYTES];
   alignas(1024) float sums[ROWS][COLUMNS];
+  float2 row[ROWS];  // grad . soft and log-sum-exp, of the tile that is being finished
   uint64_t full[STAGES], empty[STAGES], summed[2], taken[2];
 };
 
@@ -64,8 +65,90 @@ template <typename M, bool READS>
 struct Fetched {
   Eight<__nv_bfloat16> logits;
   Eight<M> exp_avg, exp_avg_sq;
-  float delta, lse;
 };
+
+DEVICE void finishers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(32 * FINISHERS) : "memory"); }
+
+// Softmax gradient and Adam of this block's tiles, as their sums come: eight neighbouring entries a lane, so many rows at once.
+template <int CLUSTER, typename M, bool READS, bool WRITES>
+DEVICE void finish_tiles(Shared& shared, const UpdateJob& job, int thread, uint32_t rank, int row_tiles, int tiles,
+                         int clusters, int first_tile) {
+  const int n = static_cast<int>(job.logits.rows), v = static_cast<int>(job.logits.columns);
+  constexpr int LANES_A_ROW = COLUMNS / 8, ROWS_AT_ONCE = 32 * FINISHERS / LANES_A_ROW, TURNS = ROWS / ROWS_AT_ONCE;
+  static_assert(LANES_A_ROW * ROWS_AT_ONCE == 32 * FINISHERS && TURNS % 2 == 0 && LANES_A_ROW % 8 == 0);
+  constexpr int AHEAD = sizeof(M) == 2 || !READS ? 4 : 2;  // turns that loads are ahead of their use
+  static_assert(TURNS % AHEAD == 0);
+  const int own_row = thread / LANES_A_ROW, lane = thread % LANES_A_ROW;
+  const int swap = (lane >> 2) & 1;  // of a lane's two chunks of sums: lanes would meet in the same banks
+  __nv_bfloat16* const logits = static_cast<__nv_bfloat16*>(job.logits.data);
+  M* const exp_avg = static_cast<M*>(job.exp_avg.data);
+  M* const exp_avg_sq = static_cast<M*>(job.exp_avg_sq.data);
+  int phase = 0;
+  for (int tile = first_tile; tile < tiles; tile += clusters, phase ^= 1) {
+    const int tile_row = ((tile % row_tiles) * CLUSTER + static_cast<int>(rank)) * ROWS;
+    const int column = tile / row_tiles * COLUMNS + 8 * lane;
+    const int rows = column < v ? min(ROWS, n - tile_row) : 0;  // v is a multiple of 8
+    Fetched<M, READS> fetched[AHEAD];
+    auto fetch = [&](Fetched<M, READS>& f, int place) {
+      if (place < rows) {
+        const int64_t row = tile_row + place;
+        f.logits.load(logits + row * job.logits.stride + column);
+        if (READS) {
+          f.exp_avg.load(exp_avg + row * job.exp_avg.stride + column);
+          f.exp_avg_sq.load(exp_avg_sq + row * job.exp_avg_sq.stride + column);
+        }
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) fetch(fetched[i], ROWS_AT_ONCE * i + own_row);
+    finishers_meet();  // the rows of the tile before have been read
+    if (thread < ROWS && tile_row + thread < n) {
+      shared.row[thread] = make_float2(job.delta[tile_row + thread], job.lse[tile_row + thread]);
+    }
+    finishers_meet();
+    wait(&shared.summed[0], phase);
+#pragma unroll 1
+    for (int first = 0; first < TURNS; first += AHEAD) {
+      if (first == TURNS / 2) {
+        arrive(&shared.taken[0]);
+        wait(&shared.summed[1], phase);
+      }
+#pragma unroll
+      for (int i = 0; i < AHEAD; i++) {
+        const int place = ROWS_AT_ONCE * (first + i) + own_row;
+        if (place < rows) {
+          const int64_t row = tile_row + place;
+          const float4* const chunks = reinterpret_cast<const float4*>(shared.sums[place]);
+          const float4 one = chunks[chunk_of(place, 2 * lane + swap)], other = chunks[chunk_of(place, 2 * lane + 1 - swap)];
+          const float4 left = swap ? other : one, right = swap ? one : other;
+          const float product[8] = {left.x, left.y, left.z, left.w, right.x, right.y, right.z, right.w};
+          const float delta = shared.row[place].x, lse = shared.row[place].y;
+          float x[8], m[8], s[8];
+          fetched[i].logits.unpack(x);
+          if (READS) {
+            fetched[i].exp_avg.unpack(m);
+            fetched[i].exp_avg_sq.unpack(s);
+          }
+#pragma unroll
+          for (int j = 0; j < 8; j++) {
+            const float p = exp2_fast((x[j] * job.inverse - lse) * LOG2E);
+            const float g = p * (product[j] - delta) * job.inverse;
+            m[j] = (READS ? job.beta1 * m[j] : 0.0f) + (1.0f - job.beta1) * g;
+            s[j] = (READS ? job.beta2 * s[j] : 0.0f) + (1.0f - job.beta2) * g * g;
+            x[j] -= __fdividef(job.step_size * m[j], sqrt_fast(s[j]) * job.root_correction + job.eps);
+          }
+          Eight<__nv_bfloat16>::store(logits + row * job.logits.stride + column, x);
+          if (WRITES) {
+            Eight<M>::store(exp_avg + row * job.exp_avg.stride + column, m);
+            Eight<M>::store(exp_avg_sq + row * job.exp_avg_sq.stride + column, s);
+          }
+        }
+        fetch(fetched[i], place + ROWS_AT_ONCE * AHEAD);
+      }
+    }
+    arrive(&shared.taken[1]);
+  }
+}
 
 template <int CLUSTER, typename M, bool READS, bool WRITES>
 __global__ void __launch_bounds__(THREADS, 1)
@@ -95,6 +178,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   synchronize_cluster<CLUSTER>();
 
   if (group < 2) {  // multiplies
+    more_registers<MULTIPLYING>();
     float sums[96];
     int slot = 0, phase = 0, turn = 0;
     const int warp = thread / 32, lane = thread % 32;
@@ -138,8 +222,10 @@ __global__ void __launch_bounds__(THREADS, 1)
       }
       arrive(&shared.summed[group]);
     }
-  } else if (thread < 32) {  // brings the operands
-    if (thread == 0) {
+  } else {
+    fewer_registers<FINISHING>();
+    const int other = threadIdx.x - 2 * WARP_GROUP;
+    if (other == 2 * WARP_GROUP - 32) {  // brings the operands
       prefetch_map(&grad_map);
       prefetch_map(&table_map);
       int slot = 0, phase = 0;
@@ -159,80 +245,10 @@ __global__ void __launch_bounds__(THREADS, 1)
           if (++slot == STAGES) slot = 0, phase ^= 1;
         }
       }
+    } else if (other < 32 * FINISHERS) {
+      finish_tiles<CLUSTER, M, READS, WRITES>(shared, job, other, rank, row_tiles, tiles, clusters, first_tile);
     }
     __syncwarp();
-  } else {  // finishes tiles: eight neighbouring entries a lane, so many rows at a time
-    constexpr int LANES_A_ROW = COLUMNS / 8, ROWS_AT_ONCE = 32 * FINISHERS / LANES_A_ROW, TURNS = ROWS / ROWS_AT_ONCE;
-    static_assert(LANES_A_ROW * ROWS_AT_ONCE == 32 * FINISHERS && TURNS % 2 == 0 && LANES_A_ROW % 8 == 0);
-    constexpr int AHEAD = 4;
-    static_assert(TURNS % AHEAD == 0);
-    const int own_row = (thread - 32) / LANES_A_ROW, lane = (thread - 32) % LANES_A_ROW;
-    const int swap = (lane >> 2) & 1;  // of a lane's two chunks of sums: lanes would meet in the same banks
-    __nv_bfloat16* const logits = static_cast<__nv_bfloat16*>(job.logits.data);
-    M* const exp_avg = static_cast<M*>(job.exp_avg.data);
-    M* const exp_avg_sq = static_cast<M*>(job.exp_avg_sq.data);
-    int phase = 0;
-    for (int tile = first_tile; tile < tiles; tile += clusters, phase ^= 1) {
-      const int tile_row = ((tile % row_tiles) * CLUSTER + static_cast<int>(rank)) * ROWS;
-      const int column = tile / row_tiles * COLUMNS + 8 * lane;
-      const int rows = column < v ? min(ROWS, n - tile_row) : 0;  // v is a multiple of 8
-      Fetched<M, READS> fetched[AHEAD];
-      auto fetch = [&](Fetched<M, READS>& f, int place) {
-        if (place < rows) {
-          const int64_t row = tile_row + place;
-          f.logits.load(logits + row * job.logits.stride + column);
-          f.delta = __ldg(job.delta + row);
-          f.lse = __ldg(job.lse + row);
-          if (READS) {
-            f.exp_avg.load(exp_avg + row * job.exp_avg.stride + column);
-            f.exp_avg_sq.load(exp_avg_sq + row * job.exp_avg_sq.stride + column);
-          }
-        }
-      };
-#pragma unroll
-      for (int i = 0; i < AHEAD; i++) fetch(fetched[i], ROWS_AT_ONCE * i + own_row);
-      wait(&shared.summed[0], phase);
-#pragma unroll 1
-      for (int first = 0; first < TURNS; first += AHEAD) {
-        if (first == TURNS / 2) {
-          arrive(&shared.taken[0]);
-          wait(&shared.summed[1], phase);
-        }
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-          const int place = ROWS_AT_ONCE * (first + i) + own_row;
-          if (place < rows) {
-            const int64_t row = tile_row + place;
-            const float4* const chunks = reinterpret_cast<const float4*>(shared.sums[place]);
-            const float4 one = chunks[chunk_of(place, 2 * lane + swap)], other = chunks[chunk_of(place, 2 * lane + 1 - swap)];
-            const float4 left = swap ? other : one, right = swap ? one : other;
-            const float product[8] = {left.x, left.y, left.z, left.w, right.x, right.y, right.z, right.w};
-            const float delta = fetched[i].delta, lse = fetched[i].lse;
-            float x[8], m[8], s[8];
-            fetched[i].logits.unpack(x);
-            if (READS) {
-              fetched[i].exp_avg.unpack(m);
-              fetched[i].exp_avg_sq.unpack(s);
-            }
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-              const float p = exp2_fast((x[j] * job.inverse - lse) * LOG2E);
-              const float g = p * (product[j] - delta) * job.inverse;
-              m[j] = (READS ? job.beta1 * m[j] : 0.0f) + (1.0f - job.beta1) * g;
-              s[j] = (READS ? job.beta2 * s[j] : 0.0f) + (1.0f - job.beta2) * g * g;
-              x[j] -= __fdividef(job.step_size * m[j], sqrt_fast(s[j]) * job.root_correction + job.eps);
-            }
-            Eight<__nv_bfloat16>::store(logits + row * job.logits.stride + column, x);
-            if (WRITES) {
-              Eight<M>::store(exp_avg + row * job.exp_avg.stride + column, m);
-              Eight<M>::store(exp_avg_sq + row * job.exp_avg_sq.stride + column, s);
-            }
-          }
-          fetch(fetched[i], place + ROWS_AT_ONCE * AHEAD);
-        }
-      }
-      arrive(&shared.taken[1]);
-    }
   }
   synchronize_cluster<CLUSTER>();  // a block must not end while its neighbour still copies into it or arrives at it
 #endif
@@ -260,7 +276,7 @@ cudaError_t of_moments(const UpdateJob& job, int multiprocessors, cudaStream_t s
 
 cudaError_t launch_update(const UpdateJob& job, int multiprocessors, cudaStream_t stream) {
   if (job.logits.rows == 0) return cudaSuccess;
-  if (job.logits.rows > ROWS && !getenv("NOCLUSTER")) {
+  if (job.logits.rows > ROWS) {
     return job.wide_moments ? of_moments<2, float>(job, multiprocessors, stream)
                             : of_moments<2, __nv_bfloat16>(job, multiprocessors, stream);
   }
