@@ -181,19 +181,19 @@ _STATISTICS = (
 _ROWS = dict(
     statistics=(
         RowConfig(4096, 4, 4096, 8, most_rows=32, evidence=_STATISTICS),
-        RowConfig(4096, 4, 16384, 8, evidence=_STATISTICS),
+        RowConfig(4096, 4, 12288, 64, evidence=_STATISTICS),
     ),
     sample=SampleConfig(
-        collect=RowConfig(4096, 4, 8192, 4),
+        collect=RowConfig(4096, 4, 12288, 64),
         words=4,
-        race=RowConfig(1024, 4, 8192, 4),
+        race=RowConfig(2048, 8, 16384, 16),
         capacity_share=40,
         capacity_least=256,
         use=0.65,
         sample=4096,
         cut_warps=4,
         short=512,
-        block=4096,
+        block=1024,
         pivots=4,
         num_warps=8,
         evidence="not measured yet: collect takes 48 to 72 registers and 8.5 instructions an entry (the model of "

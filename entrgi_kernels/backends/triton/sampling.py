@@ -78,7 +78,8 @@ def _cut_kernel(
     their frequent entries first, and those would stand for the whole of the first stretch.
     """
     row = tl.program_id(0).to(tl.int64)
-    first = _first_cut(tl.load(maximum_ptr + row), tl.load(logsum_ptr + row), temperature, log_cut)
+    m = tl.load(maximum_ptr + row)
+    first = _first_cut(m, tl.load(logsum_ptr + row), temperature, log_cut)
     apart = tl.maximum(32, v // CHUNKS // 16 * 16)
     chunk = tl.arange(0, CHUNKS)
     shift = (((chunk * 40503 + 20000) & 0xFFFF) >> 4) * (apart - 32) >> 12
@@ -93,7 +94,8 @@ def _cut_kernel(
             reach = tl.sum(tl.sum((x >= first + (more - 1) * temperature * _RAISE).to(tl.int32), axis=1), axis=0)
             raises = tl.where(reach > allowed, more, raises)
     tl.store(raises_ptr + row, raises)
-    tl.store(cuts_ptr + row, first + raises * temperature * _RAISE)
+    # No higher than the maximum: what is listed is then all that lies above the key below the cut-off's.
+    tl.store(cuts_ptr + row, tl.minimum(first + raises * temperature * _RAISE, m))
 
 
 @kernel("splits")
@@ -169,26 +171,32 @@ def _collect_kernel(
 
 
 @triton.jit
-def _listed(place, counts_ptr, splits, capacity):
-    """Where the candidates number `place` of a row lie: its lists, one a slice, have room for `capacity` each."""
-    lies = place
-    before = 0
-    for split in range(1, splits):
-        before += tl.load(counts_ptr + split - 1)
-        lies = tl.where(place >= before, split * capacity + place - before, lies)
-    return lies
+def _entries(base, numbers, length, counts_ptr, room, capacity, LISTED: tl.constexpr):
+    """float32 entries `numbers` of `length` in a row's lists at `base` or, not LISTED, of the row; where they lie.
+
+    Of each list, one a slice, with room for `capacity`, the first `room` places are numbered: as many as the fullest
+    takes. Numbers without an entry yield -inf.
+    """
+    inside = numbers < length
+    if LISTED:
+        split = numbers // room
+        place = numbers - split * room
+        inside &= place < tl.load(counts_ptr + split, mask=inside, other=0)
+        place += split * capacity
+    else:
+        # A choice, so that Triton sees no neighbours: with wide loads each thread would hand most of what it has loaded
+        # over to others, through shared memory.
+        place = tl.where(inside, numbers, 0)
+    return tl.load(base + place, mask=inside, other=float("-inf")).to(tl.float32), place
 
 
 @triton.jit
-def _entries(base, numbers, length, counts_ptr, splits, capacity, LISTED: tl.constexpr):
-    """float32 entries `numbers` of a row's lists at `base` or, not LISTED, of the row itself; and where they lie."""
-    place = numbers
-    if LISTED:
-        place = _listed(numbers, counts_ptr, splits, capacity)
-    else:
-        # Single entries, as of a list: what wide loads save is less than handing their parts over to other threads.
-        place = tl.max_contiguous(numbers, [1] * len(numbers.shape))
-    return tl.load(base + place, mask=numbers < length, other=float("-inf")).to(tl.float32), place
+def _tile(
+    base, first, length, counts_ptr, room, capacity, LANES: tl.constexpr, BLOCK: tl.constexpr, LISTED: tl.constexpr
+):
+    """:func:`_entries` number `first` and the next, [BLOCK / LANES, LANES]: a lane (a thread) has a column."""
+    x, _ = _entries(base, first + tl.arange(0, BLOCK), length, counts_ptr, room, capacity, LISTED)
+    return x.reshape([BLOCK // LANES, LANES])
 
 
 @triton.jit
@@ -215,11 +223,10 @@ def _pivot(lo, hi, pivot, PIVOTS: tl.constexpr):
 @triton.jit
 def _search(
     x,
-    numbers,
     base,
     length,
     counts_ptr,
-    splits,
+    room,
     capacity,
     m,
     c,
@@ -245,7 +252,7 @@ def _search(
         totals = tl.zeros([PIVOTS, LANES], tl.int32)
         masses, totals = _weigh(masses, totals, x, m, c, lo, hi, SHIFT, PIVOTS)
         for tile in range(BLOCK, length, BLOCK):
-            more, _ = _entries(base, tile + numbers, length, counts_ptr, splits, capacity, LISTED)
+            more = _tile(base, tile, length, counts_ptr, room, capacity, LANES, BLOCK, LISTED)
             masses, totals = _weigh(masses, totals, more, m, c, lo, hi, SHIFT, PIVOTS)
         pivots = _pivot(lo, hi, tl.arange(0, PIVOTS), PIVOTS)
         mass = tl.sum(masses, axis=1)
@@ -259,11 +266,11 @@ def _search(
 
 @triton.jit
 def _among_listed(
-    numbers,
     base,
     length,
+    number,
     counts_ptr,
-    splits,
+    room,
     capacity,
     m,
     c,
@@ -276,17 +283,20 @@ def _among_listed(
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """:func:`_search` among a row's listed entries, all above `lo`; and whether all of them are kept."""
-    x, _ = _entries(base, numbers, length, counts_ptr, splits, capacity, True)
+    """:func:`_search` among a row's listed entries, all above `lo`; and whether all of them are kept.
+
+    There are `number` of them under `length` numbers of :func:`_entries`.
+    """
+    x = _tile(base, 0, length, counts_ptr, room, capacity, LANES, BLOCK, True)
     masses = tl.sum(tl.exp2((x - m) * c), axis=0)
     for tile in range(BLOCK, length, BLOCK):
-        more, _ = _entries(base, tile + numbers, length, counts_ptr, splits, capacity, True)
+        more = _tile(base, tile, length, counts_ptr, room, capacity, LANES, BLOCK, True)
         masses += tl.sum(tl.exp2((more - m) * c), axis=0)
-    everything = (tl.sum(masses, axis=0) <= limit) & (length < top_k)
+    everything = (tl.sum(masses, axis=0) <= limit) & (number < top_k)
     threshold = lo + 1
     if everything == 0:
         threshold = _search(
-            *(x, numbers, base, length, counts_ptr, splits, capacity, m, c, limit, top_k, lo, hi, length, length * 0),
+            *(x, base, length, counts_ptr, room, capacity, m, c, limit, top_k, lo, hi, number, number * 0),
             *(SHIFT, PIVOTS, LANES, BLOCK, True),
         )
     return threshold, everything
@@ -298,7 +308,7 @@ def _race(
     index_ptr,
     length,
     counts_ptr,
-    splits,
+    room,
     capacity,
     m,
     inverse,
@@ -317,7 +327,7 @@ def _race(
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     token = tl.full([BLOCK], 2147483647, tl.int32)
     for tile in range(0, length, BLOCK):
-        x, index = _entries(base, tile + lanes, length, counts_ptr, splits, capacity, LISTED)
+        x, index = _entries(base, tile + lanes, length, counts_ptr, room, capacity, LISTED)
         kept = (ordered_key(x, SHIFT) >= threshold) & (x > float("-inf"))
         if tl.max(kept.to(tl.int32), axis=0) > 0:
             if LISTED:
@@ -374,41 +384,41 @@ def _pick_kernel(
         counts = counts_ptr + row * splits
         split = tl.arange(0, SPLITS)
         found = tl.load(counts + split, mask=split < splits, other=0)
-        length = tl.sum(found, axis=0)
+        number = tl.sum(found, axis=0)
+        room = tl.maximum(tl.max(found, axis=0), 1)
+        length = splits * room
         values = values_ptr + row * splits * capacity
         base = logits_ptr + row * stride_n
-        short = tl.arange(0, SHORT // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-        long = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
         hi = ordered_key(m, SHIFT).to(tl.int64)
         lo = tl.minimum(ordered_key(tl.load(cuts_ptr + row), SHIFT).to(tl.int64), hi) - 1
         reached = lo + 1
         beyond = 0
-        whole = tl.max(found, axis=0) > capacity
+        whole = room > capacity
         if whole == 0:
             everything = whole
             if length <= SHORT:
                 reached, everything = _among_listed(
-                    *(short, values, length, counts, splits, capacity, m, c, limit, top_k, lo, hi),
+                    *(values, length, number, counts, room, capacity, m, c, limit, top_k, lo, hi),
                     *(SHIFT, PIVOTS, LANES, SHORT),
                 )
             else:
                 reached, everything = _among_listed(
-                    *(long, values, length, counts, splits, capacity, m, c, limit, top_k, lo, hi),
+                    *(values, length, number, counts, room, capacity, m, c, limit, top_k, lo, hi),
                     *(SHIFT, PIVOTS, LANES, BLOCK),
                 )
             # The first cut-off of top-p is low enough. Under any other more may be kept than is listed, unless that
             # weighs more than top_p or numbers top_k.
             whole = everything & ((tl.load(raises_ptr + row) > 0) | (top_p >= 1.0))
             hi = tl.where(whole, lo, hi)
-            beyond = tl.where(whole, length, beyond)
+            beyond = tl.where(whole, number, beyond)
         if whole:
             lo = hi * 0 - (2147483647 >> SHIFT) - 2
             if top_p < 1.0:
                 first = ordered_key(_first_cut(m, logsum, temperature, log_cut), SHIFT).to(tl.int64)
                 lo = tl.minimum(first, hi) - 1
-            x, _ = _entries(base, long, v, counts, splits, capacity, False)
+            x = _tile(base, 0, v, counts, room, capacity, LANES, BLOCK, False)
             reached = _search(
-                *(x, long, base, v, counts, splits, capacity, m, c, limit, top_k, lo, hi, v, beyond),
+                *(x, base, v, counts, room, capacity, m, c, limit, top_k, lo, hi, v, beyond),
                 *(SHIFT, PIVOTS, LANES, BLOCK, False),
             )
         threshold = reached.to(tl.int32)
@@ -417,12 +427,12 @@ def _pick_kernel(
             indices = index_ptr + row * splits * capacity
             if whole:
                 token = _race(
-                    *(base, indices, v, counts, splits, capacity, m, inverse, threshold, rng_ptr, key),
-                    *(SHIFT, SHORT, False),
+                    *(base, indices, v, counts, room, capacity, m, inverse, threshold, rng_ptr, key),
+                    *(SHIFT, BLOCK, False),
                 )
             else:
                 token = _race(
-                    *(values, indices, length, counts, splits, capacity, m, inverse, threshold, rng_ptr, key),
+                    *(values, indices, length, counts, room, capacity, m, inverse, threshold, rng_ptr, key),
                     *(SHIFT, SHORT, True),
                 )
     if DRAW:
