@@ -72,8 +72,11 @@ class SampleConfig:
         collect: the pass that gathers candidates. race: the unfiltered exponential race.
         words: tiles after which the gathering threads agree on where in the list their candidates go.
         capacity_share: a row's list of candidates holds V / capacity_share entries, in equal shares for its slices, and
-            `capacity_least` for each at the least; the cut-off rises until about half of it is used.
-        block: entries a tile of the search. pivots: how many thresholds one pass tries. num_warps: of the search.
+            `capacity_least` for each at the least.
+        use: the share of the lists that the cut-off leaves to be filled, judged by a sample of `sample` entries of the
+            row, at which `cut_warps` warps look.
+        block: entries that the search reads once and keeps in registers. short: the same for a list of no more.
+        pivots: how many thresholds one pass tries. num_warps: of the search.
     """
 
     collect: RowConfig
@@ -81,6 +84,10 @@ class SampleConfig:
     race: RowConfig
     capacity_share: int
     capacity_least: int
+    use: float
+    sample: int
+    cut_warps: int
+    short: int
     block: int
     pivots: int
     num_warps: int
@@ -179,17 +186,21 @@ _STATISTICS = (
 _ROWS = dict(
     statistics=(
         RowConfig(4096, 4, 4096, 8, most_rows=32, evidence=_STATISTICS),
-        RowConfig(4096, 4, 16384, 8, evidence=_STATISTICS),
+        RowConfig(4096, 4, 12288, 64, evidence=_STATISTICS),
     ),
     sample=SampleConfig(
-        collect=RowConfig(4096, 4, 8192, 4),
+        collect=RowConfig(4096, 4, 12288, 64),
         words=4,
-        race=RowConfig(1024, 4, 8192, 4),
+        race=RowConfig(2048, 8, 16384, 16),
         capacity_share=40,
         capacity_least=256,
+        use=0.65,
+        sample=4096,
+        cut_warps=4,
+        short=512,
         block=1024,
         pivots=4,
-        num_warps=4,
+        num_warps=8,
         evidence="not measured yet: collect takes 48 to 72 registers and 8.5 instructions an entry (the model of "
         "docs/gpu.md); the search keeps no stack",
     ),
@@ -252,10 +263,6 @@ _TABLE_32_BIT = (GemmConfig(32, 64, 64, 4, 3),)
 
 _UNALIGNED = {2: GemmConfig(64, 64, 32, 8, 2), 4: GemmConfig(64, 32, 32, 8, 2)}
 
-# With sm_80's tile the draw's search kept 8 to 16 bytes on the stack on sm_90 and sm_100.
-_ROWS_SM_90 = _ROWS | dict(sample=replace(_ROWS["sample"], block=512))
-_ROWS_SM_100 = _ROWS | dict(sample=replace(_ROWS["sample"], pivots=8))
-
 _SM_80 = Architecture(
     "sm_80",
     **_ROWS,
@@ -266,7 +273,7 @@ _SM_80 = Architecture(
 )
 _SM_90 = Architecture(
     "sm_90",
-    **_ROWS_SM_90,
+    **_ROWS,
     forward={2: _FORWARD_16_BIT_BULK, 4: _FORWARD_32_BIT},
     backward={2: _BACKWARD_16_BIT_BULK, 4: _BACKWARD_32_BIT},
     table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
@@ -275,7 +282,7 @@ _SM_90 = Architecture(
 )
 _SM_100 = Architecture(
     "sm_100",
-    **_ROWS_SM_100,
+    **_ROWS,
     forward={2: _FORWARD_16_BIT_BULK, 4: _FORWARD_32_BIT},
     backward={2: _BACKWARD_16_BIT_BULK, 4: _BACKWARD_32_BIT},
     table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
@@ -294,7 +301,11 @@ _INTERPRETER = Architecture(
         race=RowConfig(128, 1, 128, 1),
         capacity_share=4,
         capacity_least=32,
-        block=128,
+        use=0.5,
+        sample=64,
+        cut_warps=1,
+        short=32,
+        block=64,
         pivots=4,
         num_warps=1,
     ),
