@@ -121,16 +121,22 @@ def resolve(name: str, tensor: torch.Tensor, op: str | None = None) -> ModuleTyp
     check_name(name)
     if name == "auto":
         name = check_name(os.environ.get("ENTRGI_BACKEND") or "auto", "ENTRGI_BACKEND")
+    fastest = evidence.fastest(op, tensor) if name == "auto" else None
+    return _resolved(name, fastest, tensor.device, tensor.dtype, op)
+
+
+@cache
+def _resolved(name: str, fastest: str | None, device: torch.device, dtype: torch.dtype, op: str | None) -> ModuleType:
+    """:func:`resolve`, asked once: a call of an operator must not cost more than its kernel."""
     if name == "auto":
-        name = evidence.fastest(op, tensor) or "auto"
-        if name == "auto" or _why_not(name, tensor.device, tensor.dtype, op) is not None:
-            name = _choose(tensor.device.type, tensor.dtype)
+        name = fastest or "auto"
+        if name == "auto" or _why_not(name, device, dtype, op) is not None:
+            name = _choose(device.type, dtype)
     else:
-        reason = _why_not(name, tensor.device, tensor.dtype, op)
+        reason = _why_not(name, device, dtype, op)
         if reason is not None:
             raise BackendUnavailableError(
-                f"backend={name!r} cannot serve {op or 'operators'} on {tensor.dtype} tensors on "
-                f"{tensor.device.type}: {reason}"
+                f"backend={name!r} cannot serve {op or 'operators'} on {dtype} tensors on {device.type}: {reason}"
             )
     module = _load(name)
     assert not isinstance(module, str)

@@ -30,7 +30,10 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """float64 when one of the tensors is, else float32: the dtype of statistics and of sums."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:  # a plain loop: every call of an operator comes by here
+        if tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def _slices(total: int, width: int) -> Iterator[slice]:

@@ -19,9 +19,10 @@ from __future__ import annotations
 import torch
 
 from . import _common
+from ._operator import operator
 
 
-@torch.library.custom_op("entrgi::token_log_prob", mutates_args=())
+@operator()
 def _token_log_prob(
     hidden: torch.Tensor,
     head: torch.Tensor,
@@ -40,7 +41,7 @@ def _(hidden, head, bias, targets, slope, backend):
     return log_prob, torch.empty_like(log_prob), log_prob.new_empty(shape)
 
 
-@torch.library.custom_op("entrgi::token_log_prob_backward", mutates_args=())
+@operator()
 def _token_log_prob_backward(
     hidden: torch.Tensor,
     head: torch.Tensor,

@@ -30,9 +30,9 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(backends, "_load", known.__getitem__)
     monkeypatch.setattr(evidence, "_device_name", lambda device: "A100")
     monkeypatch.delenv("ENTRGI_BACKEND", raising=False)
-    backends._choose.cache_clear()
+    backends._choose.cache_clear(), backends._resolved.cache_clear()
     yield known
-    backends._choose.cache_clear()
+    backends._choose.cache_clear(), backends._resolved.cache_clear()
 
 
 def test_why_not_names_the_first_thing_that_is_missing(monkeypatch):
@@ -94,6 +94,7 @@ def test_auto_takes_it_where_the_table_speaks_and_only_there(stand_ins, monkeypa
     assert backends.resolve("auto", X.float(), "sample_tokens") is eager
     assert backends.resolve("eager", X, "sample_tokens") is eager
     stand_ins["cuda"].why_not = lambda device, dtype: "not built"
+    backends._resolved.cache_clear()
     assert backends.resolve("auto", X, "sample_tokens") is eager
     monkeypatch.setattr(evidence, "_device_name", lambda device: "another")
     assert evidence.fastest("sample_tokens", X) is None
