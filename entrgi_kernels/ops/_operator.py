@@ -58,7 +58,6 @@ class Operator:
             torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._are_functorch_transforms_active()
-            or torch._C._get_tracing_state() is not None
             or args[0].is_meta
         ):
             return self._registered(*args)
@@ -66,8 +65,6 @@ class Operator:
         for arg in args:
             kind = type(arg)
             if kind in _TENSORS:
-                if arg.is_neg():  # a lazy minus sign, which kernels that read memory would not see
-                    return self._registered(*args)
                 learns = learns or arg.requires_grad
             elif kind not in _VALUES:
                 return self._registered(*args)
