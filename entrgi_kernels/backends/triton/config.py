@@ -12,6 +12,9 @@ import functools
 from dataclasses import dataclass, field, replace
 
 import torch
+import triton
+
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 # A row is read by this many programs at most. Merging kernels have as many lanes whatever the split, so that a new
 # number of rows compiles nothing.
@@ -326,18 +329,21 @@ class Target:
 
     `precision` is Triton's input_precision of float32 products: three TF32 products ("tf32x3": about 2^-22 relative,
     on tensor cores) on NVIDIA, plain float32 ("ieee") elsewhere. A single TF32 product would miss the error bound.
+    `waits`: products whose left operand is computed in registers end before it is computed anew. On Hopper Triton 3.6
+    to 3.8 overwrite it while the product still reads it (triton-lang/triton #9433, #9514, #9530, #11781); 3.9 does not.
     """
 
     architecture: Architecture
     sms: int
     precision: str
+    waits: bool = False
 
 
 def target_of(major: int, sms: int, hip: bool = False) -> Target:
     """The tables for a GPU: `major` of its compute capability (not looked at on ROCm), and its multiprocessors."""
     if hip:
         return Target(_SM_80, sms, "ieee")
-    return Target(_BY_MAJOR.get(major, _SM_80), sms, "tf32x3")
+    return Target(_BY_MAJOR.get(major, _SM_80), sms, "tf32x3", waits=major == 9 and _TRITON < (3, 9))
 
 
 @functools.cache

@@ -56,6 +56,7 @@ def _forward_kernel(
     log2_scale,
     scale_back,
     DESCRIPTORS: tl.constexpr,
+    WAITS: tl.constexpr,
     EVEN_V: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -109,6 +110,10 @@ def _forward_kernel(
             below = tl.minimum(below, 0.0)  # beyond the row x is 0, and so is E: a finite p adds nothing there
         p = tl.exp2(below * c[:, None] + offset[:, None])
         acc = tl.dot(p.to(e.dtype), e, acc, input_precision=PRECISION)
+        if WAITS:
+            # No instruction, but it reads and writes the sums: the product has to end before p's registers are formed
+            # anew. See config.Target.
+            acc = tl.inline_asm_elementwise("// $0", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
     acc *= scale_back
     mask = inside_n[:, None] & inside_d[None, :]
     place = rows[:, None] * d + columns[None, :]
@@ -241,6 +246,7 @@ def forward(
             # Logits wider than the table: a stage less, or GPUs with 99 KiB of shared memory refuse the launch.
             num_stages=max(1, entry.num_stages - (logits.element_size() > embedding.element_size())),
             DESCRIPTORS=descriptors,
+            WAITS=target.waits and embedding.element_size() == 2,
             EVEN_V=v % entry.block_v == 0,
             EVEN_D=descriptors or d % entry.block_d == 0,
             PRECISION=target.precision,
