@@ -2,8 +2,8 @@
 
 A backend is a module of raw functions on tensors (no autograd, no validation), with the names and the signatures of
 :mod:`entrgi_kernels.backends.eager`, the oracle. :func:`resolve` picks one; an explicit choice that cannot serve
-raises, only ``"auto"`` falls back. A backend that has some of the functions alone says why in ``LACKING``. On a GPU what
-is picked stands behind :mod:`.proof`: kernels serve once they have been compared with eager arithmetic on that machine.
+raises, only ``"auto"`` falls back. A backend that has some of the functions alone says why in ``LACKING``. What is
+picked on a GPU stands behind :mod:`.proof`: kernels serve once they have been compared with eager arithmetic there.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def resolve(name: str, tensor: torch.Tensor, op: str | None = None) -> ModuleTyp
         reason = _why_not(name, device, tensor.dtype, op)
         if reason is not None:
             raise BackendUnavailableError(
-                f"backend={name!r} cannot serve {op or 'operators'} on {tensor.dtype} tensors on {device.type}: {reason}"
+                f"backend={name!r} cannot serve {op or 'operators'} on {tensor.dtype} tensors on "
+                f"{device.type}: {reason}"
             )
     if names[0] in _PROVEN and device.type in proof.DEVICES:
         engines = [(one, _load(one)) for one in names if one in _PROVEN]
@@ -158,15 +159,16 @@ def backends() -> dict[str, BackendInfo]:
         reasons = {device: _why_not(name, torch.device(device), torch.float32) for device in devices}
         served = tuple(device for device, reason in reasons.items() if reason is None)
         reason = None if served else "; ".join(dict.fromkeys(str(r) for r in reasons.values()))
-        known = _proofs(name) if name in _PROVEN and set(served) & proof.DEVICES else None
+        here = [device for device in served if device in proof.DEVICES and name in _PROVEN]
+        known = _proofs(name, torch.device(here[0], 0)) if here else None
         infos[name] = BackendInfo(name, bool(served), served, reason, known)
     return infos
 
 
-def _proofs(name: str) -> str:
-    """What is known of a backend's kernels on this machine's first GPU."""
+def _proofs(name: str, device: torch.device) -> str:
+    """What is known of a backend's kernels on this device (of several GPUs: the first)."""
     try:
-        known = proof.verdicts(torch.device("cuda", 0))
+        known = proof.verdicts(device)
     except Exception as error:
         return f"unknown ({type(error).__name__}: {error})"
     found = {key: verdict for key, verdict in known.items() if key.startswith(f"{name} ")}

@@ -1,13 +1,13 @@
 """What serves "auto" on a GPU: kernels that were proven on the machine at hand.
 
-:class:`Proven` stands before the raw functions of a GPU backend. A call whose kernels have not been met yet is described
-(:class:`.trials.Trial`), looked up in a file, and else compared with eager arithmetic there and then (:func:`.trials.run`).
-What passes serves from then on; what fails is told once with its figures, and eager serves, or, where the backend was
-asked for by name, the call raises. After that a call costs one look into a dictionary.
+:class:`Proven` stands before the raw functions of a GPU backend. A call whose kernels have not been met is
+described (:class:`.trials.Trial`), looked up in a file, and else compared with eager arithmetic there and then
+(:func:`.trials.run`). What passes serves from then on. What fails is told once with its figures, and eager serves;
+where the backend was asked for by name, the call raises. After that a call costs one look into a dictionary.
 
-The file, ``entrgi_kernels/proofs.json`` in $XDG_CACHE_HOME or ~/.cache, holds the verdicts of each machine: device, driver,
-torch, Triton, and the revision of the kernels. ``entrgi check`` proves everything anew and adds timings: of several
-proven engines the fastest then serves.
+The file, ``entrgi_kernels/proofs.json`` in $XDG_CACHE_HOME or ~/.cache, holds the verdicts of each machine: device,
+driver, torch, Triton, and the revision of the kernels. ``entrgi check`` proves everything anew and adds timings: of
+several proven engines the fastest then serves.
 
 Nothing can be proven while a CUDA graph is captured, since that waits for the device: what is known by then serves,
 and eager in place of the rest.
@@ -125,6 +125,20 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
+def _sound(kept: dict[str, Any]) -> tuple[dict[str, Verdict], dict[str, dict[str, float]]]:
+    """(verdicts, timings) of a machine in the file; what is not whole is left out."""
+    proofs, timings = {}, {}
+    for part, found, make in (
+        ("proofs", proofs, lambda one: Verdict(bool(one["passed"]), str(one["figures"]), float(one["seconds"]))),
+        ("timings", timings, lambda one: {str(engine): float(ms) for engine, ms in one.items()}),
+    ):
+        entries = kept.get(part)
+        for key, one in entries.items() if isinstance(entries, dict) else ():
+            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+                found[key] = make(one)
+    return proofs, timings
+
+
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """Alone among processes, where the system can; else, or after a few seconds, not."""
@@ -155,17 +169,9 @@ class _Memory:
     def read(self, name: str) -> None:
         """Take over what the file has of a machine."""
         file = path()
-        kept = {} if file is None else _read(file).get(name, {})
-        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # half a file is no proof
-            proofs = {
-                key: Verdict(bool(one["passed"]), str(one["figures"]), float(one["seconds"]))
-                for key, one in kept.get("proofs", {}).items()
-            }
-            timings = {
-                key: {engine: float(ms) for engine, ms in of.items()} for key, of in kept.get("timings", {}).items()
-            }
-            self.verdicts[name] = proofs | self.verdicts.get(name, {})
-            self.timings[name] = timings | self.timings.get(name, {})
+        proofs, timings = _sound({} if file is None else _read(file).get(name, {}))
+        self.verdicts[name] = proofs | self.verdicts.get(name, {})
+        self.timings[name] = timings | self.timings.get(name, {})
 
     def write(self, name: str) -> None:
         """Add what this process knows of a machine to the file."""
@@ -176,11 +182,11 @@ class _Memory:
             file.parent.mkdir(parents=True, exist_ok=True)
             with _locked(file):
                 machines = _read(file)
-                old = machines.pop(name, {})
-                proofs = {key: verdict._asdict() for key, verdict in self.verdicts.get(name, {}).items()}
+                proofs, timings = _sound(machines.pop(name, {}))
+                proofs |= self.verdicts.get(name, {})
                 machines[name] = {
-                    "proofs": _of(old, "proofs") | proofs,
-                    "timings": _of(old, "timings") | self.timings.get(name, {}),
+                    "proofs": {key: verdict._asdict() for key, verdict in proofs.items()},
+                    "timings": timings | self.timings.get(name, {}),
                 }
                 kept = dict(list(machines.items())[-_MOST_MACHINES:])
                 handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
@@ -196,11 +202,6 @@ class _Memory:
             if not self.told:
                 self.told = True
                 logger.info("proofs of GPU kernels are kept for this process alone: %s", error)
-
-
-def _of(kept: dict[str, Any], part: str) -> dict[str, Any]:
-    found = kept.get(part)
-    return found if isinstance(found, dict) else {}
 
 
 _memory = _Memory()
@@ -275,7 +276,7 @@ def verdicts(device: torch.device) -> dict[str, Verdict]:
 
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured here, so that nothing may wait for the device."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 # -- serving ----------------------------------------------------------------------------------------------------------

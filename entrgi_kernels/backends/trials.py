@@ -155,12 +155,14 @@ _LONG = ("softmax_entropy", "sample_tokens", "soft_embedding", "entrgi_embedding
 
 
 class Scale(NamedTuple):
-    """Sizes of a trial: V and D at the least, V where rows are split, and the limit of :attr:`Trial.v` and `d`."""
+    """Sizes of a trial: V and D at the least, V where rows are split, the limit of :attr:`Trial.v` and `d`, and how
+    many rows there are beyond the fewest that reach the entry."""
 
     v: int
     d: int
     split: int
     limit: int
+    more: int
 
 
 def _architecture(device: torch.device) -> Any:
@@ -175,8 +177,8 @@ def _architecture(device: torch.device) -> Any:
 def _scale(device: torch.device) -> Scale:
     architecture = _architecture(device)
     if architecture is not None and architecture.name == "interpreter":
-        return Scale(v=128, d=32, split=270, limit=32)
-    return Scale(v=4096, d=512, split=36_864, limit=256)
+        return Scale(v=128, d=32, split=270, limit=32, more=4)
+    return Scale(v=4096, d=512, split=36_864, limit=256, more=36)
 
 
 def _low(number: int, limit: int) -> int:
@@ -190,13 +192,11 @@ def _form(matrix: torch.Tensor) -> Form:
     return Form(matrix.dtype, _low(stride, 16), aligned, stride >= matrix.shape[1])
 
 
-def describe(
-    op: str, matrices: Sequence[torch.Tensor | None], flags: tuple[Any, ...], device: torch.device
-) -> Trial:
+def describe(op: str, matrices: Sequence[torch.Tensor | None], flags: tuple[Any, ...], device: torch.device) -> Trial:
     """The trial of a call, from what :data:`READERS` tell of it; the matrices may be on the meta device."""
     first, second = matrices[0], matrices[1] if len(matrices) > 1 else None
     assert first is not None
-    v, d = (second.shape if op.startswith("token") and second is not None else (first.shape[1], 0))
+    v, d = second.shape if op.startswith("token") and second is not None else (first.shape[1], 0)
     if second is not None:
         d = second.shape[1]
     limit = _scale(device).limit
@@ -236,7 +236,7 @@ class _Maker:
         self.trial, self.device = trial, device
         scale = _scale(device)
         first, last = trial.rows
-        self.n = first + 36 if last is None else min(last, first + 36)
+        self.n = first + scale.more if last is None else min(last, first + scale.more)
         # Long rows, which are split over programs, where the results are no wider than D and rows are few.
         base = scale.split if trial.op in _LONG and self.n < 128 else scale.v
         self.v, self.d = (
@@ -312,8 +312,8 @@ def _compared(name: str, ours: torch.Tensor, exact: torch.Tensor, bound: torch.T
     """The worst error over its bound; infinite where NaN or an infinity stands on one side alone."""
     ours, exact = ours.double(), exact.double()
     same = (ours == exact) | (ours.isnan() & exact.isnan())
-    error = torch.where(same, 0.0, (ours - exact).abs()).nan_to_num(nan=math.inf)
-    excess = torch.where(same, 0.0, error / bound).nan_to_num(nan=math.inf)
+    error = torch.where(same, 0.0, (ours - exact).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
+    excess = torch.where(same, 0.0, error / bound).nan_to_num(nan=math.inf, posinf=math.inf)
     if error.numel() == 0:
         return Finding(name, 0.0, 0.0)
     return Finding(name, float(excess.max()), float(error.max()))
@@ -338,8 +338,7 @@ def _near(exact: torch.Tensor, share: float = 2e-5) -> torch.Tensor:
 
 
 def _product_bound(operand: torch.dtype, mass: torch.Tensor) -> torch.Tensor | float:
-    """16-bit operands hold the numbers of the exact problems exactly: a quarter of their smallest step. float32 ones are
-    multiplied in parts."""
+    """16-bit operands hold the exact problems' numbers: a quarter of their smallest step. float32 ones are split."""
     return 2.0**-18 if operand.itemsize == 2 else 1e-5 * mass + 1e-6
 
 
@@ -347,7 +346,9 @@ def _try_statistics(make: _Maker, kernels: Any) -> Iterator[Problem]:
     for logits, tau in ((make.rows(), 0.7), (make.powers(), 1 / _LN2)):
 
         def found(out, logits=logits, tau=tau):
-            for name, ours, exact in zip(("lse", "entropy"), out, eager.softmax_entropy(logits.double(), tau)):
+            for name, ours, exact in zip(
+                ("lse", "entropy"), out, eager.softmax_entropy(logits.double(), tau), strict=True
+            ):
                 yield _compared(name, ours, exact, _near(exact))
 
         yield lambda logits=logits, tau=tau: kernels.softmax_entropy(logits, tau), found
@@ -480,7 +481,7 @@ def _try_update(make: _Maker, kernels: Any) -> Iterator[Problem]:
         first = 0.01 * make.normal(make.n, make.v) if reads else torch.full_like(logits, math.nan).float()
         second = 1e-4 * make.normal(make.n, make.v).square() if reads else first
         start = [make.placed(first, make.form(3)), make.placed(second, make.form(4))]
-    memory = [make.placed(x, make.form(place)) for x, place in zip([logits, *start], (0, 3, 4))]
+    memory = [make.placed(x, make.form(place)) for x, place in zip([logits, *start], (0, 3, 4), strict=False)]
 
     def call():
         for to, source in zip(memory, [logits, *start], strict=True):
@@ -491,12 +492,10 @@ def _try_update(make: _Maker, kernels: Any) -> Iterator[Problem]:
 
     def found(out):
         exact = [x.double() for x in (logits, *start)]
-        eager.guidance_update_(
-            exact[0], grad, table, soft.double(), lse.double(), *(exact[1:] or (None, None)), *rest
-        )
+        eager.guidance_update_(exact[0], grad, table, soft.double(), lse.double(), *(exact[1:] or (None, None)), *rest)
         size = exact[0].abs().nan_to_num(posinf=1.0)
         yield _compared("logits", out[0], exact[0], _eps(logits.dtype) * size + 1e-4 * _ADAM["lr"])
-        for name, ours, old, truth in zip(("first moment", "second moment"), out[1:], start, exact[1:]):
+        for name, ours, old, truth in zip(("first moment", "second moment"), out[1:], start, exact[1:], strict=False):
             small = torch.finfo(ours.dtype).smallest_normal
             terms = truth.abs() + old.double().abs().nan_to_num()
             bound = _eps(ours.dtype) * truth.abs() + 2e-5 * terms + max(small * _eps(ours.dtype), 1e-12)
