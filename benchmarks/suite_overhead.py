@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import torch
 from benchmarks import measure
 from benchmarks.inputs import Shape
 from entrgi_kernels import backends, ops
+from entrgi_kernels.ops import _vocabulary_head
 
 SHAPE = Shape(4, 8, 64)
 CALLS = 50  # a block
@@ -67,7 +69,9 @@ def pairs(device: str, backend: str) -> dict[str, Pair]:
         return blend
 
     entropy, sample, soft = raw("softmax_entropy"), raw("sample_tokens"), raw("soft_embedding")
-    confidence, log_prob = raw("unmask_confidence"), raw("token_log_prob")
+    confidence = raw("unmask_confidence")
+    kernels = backends.resolve(backend, phi, "soft_embedding")
+    log_prob = getattr(kernels, "token_log_prob", partial(_vocabulary_head.token_log_prob, kernels))
     return {
         "softmax_entropy": Pair(lambda: ops.softmax_entropy(phi, TAU, backend=backend), lambda: entropy(phi, TAU)),
         "sample_tokens": Pair(lambda: ops.sample_tokens(phi, **draw), lambda: sample(phi, rng, keys, TAU, 0, TOP_P)),

@@ -7,12 +7,11 @@ describes the algorithms, the instruction sets and how to run the sanitisers.
 
 from __future__ import annotations
 
-import sys
 from types import ModuleType
 
 import torch
 
-from . import extension, vocabulary_head
+from . import extension
 
 _MODULE = "entrgi_kernels._C"
 _INTERFACE = 2  # that of csrc/bindings.cpp; a checkout may be newer than what was built from it
@@ -158,22 +157,3 @@ def unmask_confidence(
 ) -> torch.Tensor:
     """Confidence [N] in acc of each row's token; NaN for a bad row; see the eager twin for `alg`."""
     return torch.ops.entrgi_native.unmask_confidence(logits, tokens, alg, temperature, top_k, top_p)
-
-
-def token_log_prob(
-    hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, slope: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log-probability of the targets [N], log-sum-exp [N], slope [N, D] or [0, D]), all acc; see the eager twin."""
-    return vocabulary_head.token_log_prob(sys.modules[__name__], hidden, head, bias, targets, slope)
-
-
-def token_log_prob_backward(
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    lse: torch.Tensor,
-    grad: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of hidden [N, D], head [V, D] and bias [V] ([0] without one); see the eager twin."""
-    return vocabulary_head.token_log_prob_backward(sys.modules[__name__], hidden, head, bias, targets, lse, grad)

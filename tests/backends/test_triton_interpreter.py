@@ -78,10 +78,11 @@ if INTERPRETED:
     import triton.language as tl
 
     from entrgi_kernels import backends, ops
-    from entrgi_kernels.backends import eager, vocabulary_head
+    from entrgi_kernels.backends import eager
     from entrgi_kernels.backends import philox as reference
     from entrgi_kernels.backends import triton as kernels
     from entrgi_kernels.backends.triton import config, launch, philox, sampling, statistics
+    from entrgi_kernels.ops import _vocabulary_head
 
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's opinion of inf - inf
     _patch_once()
@@ -579,7 +580,7 @@ def test_same_bits_twice():
 @pytest.mark.parametrize("bias", [True, False])
 def test_token_log_prob(dtype, bias, monkeypatch):
     """Chunks of 256 entries, so that their log-sum-exps have to be put together; one chunk has no mass at all."""
-    monkeypatch.setattr(vocabulary_head, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(_vocabulary_head, "_CHUNK_BYTES", 1)
     g = torch.Generator().manual_seed(3)
     hidden, head = torch.randn(5, 20, generator=g).to(dtype), torch.randn(600, 20, generator=g).to(dtype) / 4
     b = torch.randn(600, generator=g).to(dtype) if bias else None
@@ -587,13 +588,14 @@ def test_token_log_prob(dtype, bias, monkeypatch):
         b[256:512] = -math.inf
     targets, grad = torch.tensor([0, 599, 255, 512, 7]), torch.randn(5, generator=g)
     for slope in (True, False):
-        ours = kernels.token_log_prob(hidden, head, b, targets, slope)
+        ours = _vocabulary_head.token_log_prob(kernels, hidden, head, b, targets, slope)
         for name, x, y in zip(
             ("log p", "lse", "slope"), ours, eager.token_log_prob(hidden, head, b, targets, slope), strict=True
         ):
             assert x.shape == y.shape and x.dtype == torch.float32
             torch.testing.assert_close(x, y, rtol=TOLERANCE[dtype] * 4, atol=TOLERANCE[dtype] * 16, msg=name)
-    both = (module.token_log_prob_backward(hidden, head, b, targets, ours[1], grad) for module in (kernels, eager))
+    arguments = hidden, head, b, targets, ours[1], grad
+    both = _vocabulary_head.token_log_prob_backward(kernels, *arguments), eager.token_log_prob_backward(*arguments)
     for x, y in zip(*both, strict=True):
         assert x.shape == y.shape and x.dtype == dtype
         torch.testing.assert_close(x, y, rtol=TOLERANCE[dtype] * 4, atol=TOLERANCE[dtype] * 16)
