@@ -2,7 +2,7 @@
 
 :class:`Proven` stands before the raw functions of a GPU backend. A call whose kernels have not been met is
 described (:class:`.trials.Trial`), looked up in a file, and else compared with eager arithmetic there and then
-(:func:`.trials.run`). What passes serves from then on. What fails is told once with its figures, and eager serves;
+(:func:`.comparison.run`). What passes serves from then on. What fails is told once with its figures, and eager serves;
 where the backend was asked for by name, the call raises. After that a call costs one look into a dictionary.
 
 The file, ``entrgi_kernels/proofs.json`` in $XDG_CACHE_HOME or ~/.cache, holds the verdicts of each machine: device,
@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import tempfile
@@ -32,7 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import eager, ranges, trials
+from . import comparison, eager, ranges, trials
 
 logger = logging.getLogger("entrgi_kernels")
 
@@ -41,6 +42,7 @@ DEVICES = {"cuda"}
 _MOST_KEYS = 1 << 14  # calls of so many kinds are known at a time
 _MOST_MACHINES = 16  # kept in the file
 _LOCK_SECONDS = 5.0
+_LARGEST = 1e30  # stands for infinity in the file, which other readers of JSON do not know
 _lock = threading.RLock()
 
 
@@ -49,10 +51,11 @@ class BackendUnavailableError(RuntimeError):
 
 
 class Verdict(NamedTuple):
-    """Outcome of one proof: whether it passed, its figures in words, and how long it took."""
+    """Outcome of one proof: whether it passed, figures in words, worst error over its bound, and seconds it took."""
 
     passed: bool
     figures: str
+    excess: float
     seconds: float
 
 
@@ -129,7 +132,11 @@ def _sound(kept: dict[str, Any]) -> tuple[dict[str, Verdict], dict[str, dict[str
     """(verdicts, timings) of a machine in the file; what is not whole is left out."""
     proofs, timings = {}, {}
     for part, found, make in (
-        ("proofs", proofs, lambda one: Verdict(bool(one["passed"]), str(one["figures"]), float(one["seconds"]))),
+        (
+            "proofs",
+            proofs,
+            lambda one: Verdict(bool(one["passed"]), str(one["figures"]), float(one["excess"]), float(one["seconds"])),
+        ),
         ("timings", timings, lambda one: {str(engine): float(ms) for engine, ms in one.items()}),
     ):
         entries = kept.get(part)
@@ -220,32 +227,42 @@ def forget() -> None:
 # -- proving ----------------------------------------------------------------------------------------------------------
 
 
-def prove(name: str, kernels: Any, trial: trials.Trial, device: torch.device) -> Verdict:
-    """Compare a backend's kernels with eager arithmetic, now, whatever is known; remember and return the verdict."""
+def examine(name: str, kernels: Any, trial: trials.Trial, device: torch.device) -> Verdict:
+    """Compare a backend's kernels with eager arithmetic, now; nothing is remembered.
+
+    Raises:
+        torch.OutOfMemoryError: that says nothing about the kernels.
+    """
     started = time.perf_counter()
     listeners, ranges.listeners = ranges.listeners, ()  # whoever profiles did not ask for this
     try:
-        findings = trials.run(trial, kernels, device)
-        passed = all(finding.excess <= 1 for finding in findings)
-        figures = "; ".join(_words(finding) for finding in findings if passed or finding.excess > 1)
-        if passed:
-            figures = _words(max(findings, key=lambda finding: finding.excess))
+        findings = comparison.run(trial, kernels, device)
+        excess = max(finding.excess for finding in findings)
+        told = [finding for finding in findings if finding.excess > 1 or finding.excess == excess]
+        figures = "; ".join(map(_words, told[: 1 if excess <= 1 else None]))
     except torch.OutOfMemoryError:
-        raise  # says nothing about the kernel
+        raise
     except Exception as error:
-        passed, figures = False, f"{type(error).__name__}: {str(error)[:500]}"
+        excess, figures = math.inf, f"{type(error).__name__}: {str(error)[:500]}"
     finally:
         ranges.listeners = listeners
-    verdict = Verdict(passed, figures, round(time.perf_counter() - started, 3))
+    seconds = round(time.perf_counter() - started, 3)
+    verdict = Verdict(excess <= 1, figures, min(excess, _LARGEST), seconds)
+    logger.info("%s: %s %s in %.1f s: %s", name, trial, "proven" if verdict.passed else "FAILED", seconds, figures)
+    return verdict
+
+
+def prove(name: str, kernels: Any, trial: trials.Trial, device: torch.device) -> Verdict:
+    """:func:`examine`, whatever is known; the verdict is remembered, in the file too."""
+    verdict = examine(name, kernels, trial, device)
     with _lock:
         where = machine(device)
         _memory.verdicts.setdefault(where, {})[f"{name} {trial}"] = verdict
         _memory.write(where)
-    logger.info("%s: %s %s in %.1f s: %s", name, trial, "proven" if passed else "FAILED", verdict.seconds, figures)
     return verdict
 
 
-def _words(finding: trials.Finding) -> str:
+def _words(finding: comparison.Finding) -> str:
     return f"{finding.name} off by {finding.error:.2g} ({finding.excess:.2g} of its bound)"
 
 
@@ -340,8 +357,6 @@ class _Function:
         unknown = False
         with _lock:
             for name, module in self._ordered(trial, device):
-                if name == "eager":
-                    break
                 verdict, why = self._verdict(name, module, trial, device)
                 if verdict is not None and verdict.passed:
                     return self._keep(key, getattr(module, self._op))
@@ -378,8 +393,8 @@ class _Function:
         timings = _memory.timings.get(where, {}).get(str(trial))
         if self._strict or not timings:
             return self._engines
-        engines = [*self._engines, ("eager", eager)]
-        return sorted(engines, key=lambda engine: timings.get(engine[0], float("inf")))
+        # Eager stays last: it takes many times the memory, for which a call may have no room.
+        return sorted(self._engines, key=lambda engine: timings.get(engine[0], math.inf))
 
     def _keep(self, key: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         if len(self.served) >= _MOST_KEYS:

@@ -20,7 +20,8 @@ import torch
 pytest.importorskip("triton")
 
 from entrgi_kernels import backends, ops
-from entrgi_kernels.backends import eager, proof, trials
+from entrgi_kernels.backends import comparison, eager, proof, trials
+from entrgi_kernels.backends.triton import config
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -87,6 +88,9 @@ def door(monkeypatch, tmp_path):
     monkeypatch.setattr(backends, "_load", known.__getitem__)
     monkeypatch.setattr(backends, "_PREFERENCE", {"cpu": ("triton", "cuda", "eager")})
     monkeypatch.setattr(proof, "DEVICES", {"cpu"})
+    tables = config.ARCHITECTURES["interpreter"]
+    for module_with_it in (trials, comparison):
+        monkeypatch.setattr(module_with_it, "architecture", lambda device: tables)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("ENTRGI_BACKEND", raising=False)
     for function in (backends._choose, backends._resolved, backends._say_once, proof._say_once):
@@ -190,7 +194,7 @@ def test_other_rows_forms_dtypes_and_flags_are_other_proofs(door):
         raw = backends.resolve("auto", logits).soft_embedding
         raw(logits, torch.randn(logits.shape[1], D), 0.7)
         described.append(len(proof.verdicts(CPU)))
-    # The same entry of the tables; more rows; odd V; unaligned rows; half; a copy, as dense rows are; rows of distance 0.
+    # The same entry of the tables; more rows; odd V; unaligned rows; half; a copy, dense; rows of distance 0.
     assert described == [1, 1, 2, 3, 4, 5, 5, 6]
     raw = backends.resolve("auto", x).guidance_update_
     args = calls()["guidance_update_"]
@@ -270,7 +274,7 @@ def test_the_fastest_proven_engine_serves_where_the_file_has_times(door, monkeyp
     assert who() == "triton"
     assert who({"triton": 2.0, "cuda": 1.0, "eager": 9.0}) == "cuda"
     assert who({"triton": 1.0, "cuda": 2.0, "eager": 9.0}) == "triton"
-    assert who({"triton": 2.0, "cuda": 3.0, "eager": 1.0}) == "eager"
+    assert who({"triton": 2.0, "cuda": 3.0, "eager": 1.0}) == "triton"
     plant(other, "softmax_entropy", a_nan)
     Path(proof.path()).unlink()
     proof.forget()
@@ -291,7 +295,7 @@ def test_verdicts_are_remembered_failures_too(door, monkeypatch, caplog):
     proof.forget()  # another process
     proof._say_once.cache_clear()
     caplog.clear()
-    monkeypatch.setattr(trials, "run", lambda *args: pytest.fail("it is known already"))
+    monkeypatch.setattr(comparison, "run", lambda *args: pytest.fail("it is known already"))
     ops.softmax_entropy(x)
     assert "entropy off by inf" in caplog.text or "lse off by inf" in caplog.text
     info = backends.backends()["triton"]
@@ -375,9 +379,9 @@ def test_without_a_folder_to_write_to_proofs_hold_for_the_process(door, monkeypa
 def test_two_processes_at_once_lose_nothing(door):
     program = (
         "import sys, torch\n"
-        "from entrgi_kernels.backends import proof, trials\n"
+        "from entrgi_kernels.backends import comparison, proof, trials\n"
         "proof.DEVICES = {'cpu'}\n"
-        "trials.run = lambda *args: [trials.Finding('x', 0.0, 0.0)]\n"
+        "comparison.run = lambda *args: [comparison.Finding('x', 0.0, 0.0)]\n"
         "for number in range(40):\n"
         "    trial = trials.Trial(f'{sys.argv[1]}{number}', (1, None), 0, 0, (), ())\n"
         "    assert proof.prove('triton', None, trial, torch.device('cpu')).passed\n"
