@@ -11,7 +11,7 @@ but for draws: those are compared token by token in float32, and one tie within 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -361,60 +361,6 @@ def _try_confidence(make: _Maker, kernels: Any) -> Iterator[Problem]:
         yield call, found
 
 
-def _head_inputs(make: _Maker) -> tuple[torch.Tensor, ...]:
-    """Hidden states, head, bias and targets whose logits are small integers, exact in 16 bits."""
-    hidden = make.integers(make.n, make.d, 1)
-    hidden = make.placed(hidden * (make.normal(make.n, make.d) > 1.5), make.form(0))
-    head = make.integers(make.v, make.d, 1, make.form(1))
-    kind = make.trial.flags[0]
-    bias = None if kind is None else make.integers(1, make.v, 2)[0].to(kind)
-    return hidden, head, bias, (make.draw()[1] * 7) % make.v  # type: ignore[return-value]
-
-
-def _passes(make: _Maker, kernels: Any, names: Sequence[str]) -> Iterator[Problem]:
-    """The passes over a chunk's logits, for themselves: a whole chunk's, and that of the last, shorter one."""
-    dtype = torch.promote_types(make.form(0).dtype, make.form(1).dtype)
-    logits = torch.float32 if dtype.itemsize == 2 and make.device.type == "cuda" else dtype
-    for v in dict.fromkeys((limit(make.device), make.trial.v)):
-        forms = Form(logits, min(v, 16) or 1, True, True), Form(dtype, min(make.trial.d, 16) or 1, True, True)
-        for name in names:
-            flags = (dtype,) if name == "soft_embedding_grad_table" else ()
-            part = Trial(name, make.trial.rows, v, make.trial.d, forms, flags)
-            yield from _TRIALS[name](_Maker(part, make.device), kernels)
-
-
-def _try_log_prob(make: _Maker, kernels: Any) -> Iterator[Problem]:
-    slope = make.trial.flags[1]
-    yield from _passes(make, kernels, ("soft_embedding",) if slope else ("softmax_entropy",))
-    hidden, head, bias, targets = _head_inputs(make)
-
-    def found(out):
-        exact = eager.token_log_prob(hidden.double(), head, bias, targets, slope)
-        yield _compared("log-probability", out[0], exact[0], _near(exact[0]))
-        yield _compared("lse", out[1], exact[1], _near(exact[1]))
-        yield _compared("slope", out[2], exact[2], 2 * _eps(torch.promote_types(hidden.dtype, head.dtype)) + 1e-5)
-
-    yield lambda: kernels.token_log_prob(hidden, head, bias, targets, slope), found
-
-
-def _try_log_prob_backward(make: _Maker, kernels: Any) -> Iterator[Problem]:
-    yield from _passes(make, kernels, ("soft_embedding", "soft_embedding_grad_table"))
-    hidden, head, bias, targets = _head_inputs(make)
-    lse = eager.token_log_prob(hidden.double(), head, bias, targets, False)[1].float()
-    grad = torch.where(targets % 2 == 0, 1.0, -1.0)
-
-    def found(out):
-        truth = eager.token_log_prob_backward(
-            hidden.double(), head.double(), bias if bias is None else bias.double(), targets, lse.double(), grad
-        )
-        operand = _eps(torch.promote_types(hidden.dtype, head.dtype))
-        for name, ours, exact in zip(("gradient of hidden", "of the head", "of the bias"), out, truth, strict=True):
-            eps = 4 * max(operand, _eps(ours.dtype)) + 1e-5
-            yield _compared(name, ours, exact, eps * (1.0 + exact.abs()))
-
-    yield lambda: kernels.token_log_prob_backward(hidden, head, bias, targets, lse, grad), found
-
-
 _TRIALS: dict[str, Callable[[_Maker, Any], Iterator[Problem]]] = {
     "softmax_entropy": _try_statistics,
     "softmax_entropy_backward": _try_statistics_backward,
@@ -425,8 +371,6 @@ _TRIALS: dict[str, Callable[[_Maker, Any], Iterator[Problem]]] = {
     "entrgi_embedding": _try_entrgi,
     "guidance_update_": _try_update,
     "unmask_confidence": _try_confidence,
-    "token_log_prob": _try_log_prob,
-    "token_log_prob_backward": _try_log_prob_backward,
 }
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -95,14 +95,6 @@ def _confidence(logits, tokens, alg, temperature, top_k, top_p):
     return (logits,), (alg, _filters(logits.shape[1], top_k, top_p))
 
 
-def _log_prob(hidden, head, bias, targets, slope):
-    return (hidden, head), (bias if bias is None else bias.dtype, slope)
-
-
-def _log_prob_backward(hidden, head, bias, targets, lse, grad):
-    return (hidden, head), (bias if bias is None else bias.dtype,)
-
-
 READERS: dict[str, Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]] = {
     "softmax_entropy": _statistics,
     "softmax_entropy_backward": _statistics,
@@ -113,8 +105,6 @@ READERS: dict[str, Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]] = {
     "entrgi_embedding": _entrgi,
     "guidance_update_": _update,
     "unmask_confidence": _confidence,
-    "token_log_prob": _log_prob,
-    "token_log_prob_backward": _log_prob_backward,
 }
 # The tables that an operator reads beside that of the statistics.
 _TABLES = {
@@ -123,8 +113,6 @@ _TABLES = {
     "soft_embedding_backward": ("backward",),
     "guidance_update_": ("backward",),
     "soft_embedding_grad_table": ("table",),
-    "token_log_prob": ("forward",),
-    "token_log_prob_backward": ("forward", "table"),
 }
 
 
@@ -160,10 +148,8 @@ def describe(op: str, matrices: Sequence[torch.Tensor | None], flags: tuple[Any,
     """The trial of a call, from what :data:`READERS` tell of it; the matrices may be on the meta device."""
     first, second = matrices[0], matrices[1] if len(matrices) > 1 else None
     assert first is not None
-    v, d = second.shape if op.startswith("token") and second is not None else (first.shape[1], 0)
-    if second is not None:
-        d = second.shape[1]
-    sizes = (0 if size <= 1 else low(size, limit(device)) for size in (v, d))
+    widths = first.shape[1], 0 if second is None else second.shape[1]
+    sizes = (0 if size <= 1 else low(size, limit(device)) for size in widths)
     forms = tuple(None if matrix is None else _form(matrix) for matrix in matrices)
     return Trial(op, _bucket(op, first.shape[0], forms, flags, device), *sizes, forms, flags)
 
@@ -178,8 +164,6 @@ def _ends(op: str, forms: Sequence[Form | None], flags: tuple[Any, ...], device:
         dtypes = dtypes[:1]
     elif op == "soft_embedding_grad_table":
         dtypes.append(flags[0])
-    elif op.startswith("token") and forms[0] is not None:
-        dtypes = [torch.promote_types(forms[0].dtype, dtypes[0])]
     tables = [chosen.statistics]
     for family in _TABLES.get(op, ()):
         width = dtypes[0].itemsize if len(set(dtypes)) == 1 else 4
@@ -240,6 +224,9 @@ def _calls(n: int, logits_dtype: torch.dtype, table_dtype: torch.dtype) -> Itera
         yield "guidance_update_", (logits, grad, table, soft, lse, *held, step, *adam, keep)
     for alg in ("entropy", "maskgit_plus", "topk_margin", "anchor"):
         yield "unmask_confidence", (logits, keys, alg, 0.7, 0, 0.95)
-    if logits_dtype == table_dtype:
-        yield "token_log_prob", (grad, table, None, keys, True)
-        yield "token_log_prob_backward", (grad, table, None, keys, lse, lse)
+    if logits_dtype == table_dtype:  # passes of token_log_prob over a chunk's logits: a whole chunk, and the last one
+        for part in (25_600, v % 256):
+            chunk = empty(n, part, dtype=torch.float32 if table_dtype.itemsize == 2 else table_dtype)
+            yield "softmax_entropy", (chunk, 1.0)
+            yield "soft_embedding", (chunk, table[:part], 1.0)
+            yield "soft_embedding_grad_table", (chunk, grad, lse, 1.0, table_dtype)

@@ -31,8 +31,6 @@ FAMILIES = {
     "soft_embedding_grad_table": "gradient of the table",
     "entrgi_embedding": "whole forward",
     "guidance_update_": "guidance update",
-    "token_log_prob": "token log-probability",
-    "token_log_prob_backward": "its gradients",
 }
 
 
@@ -246,8 +244,6 @@ def _work(size: Size, dtype: Any, device: Any) -> Iterator[tuple[str, tuple[Any,
     yield "soft_embedding_backward", (logits, table, grad, soft, lse, 0.7), 0.0, product
     yield "guidance_update_", (logits, grad, table, soft, lse, *moments, 2, *adam, True), 0.0, product
     yield "soft_embedding_grad_table", (logits, grad, lse, 0.7, dtype), 0.0, product
-    yield "token_log_prob", (grad, table, None, keys, True), 0.0, 2 * product
-    yield "token_log_prob_backward", (grad, table, None, keys, lse, lse), 0.0, 4 * product
 
 
 def _sizes(device: Any) -> Sequence[Size]:

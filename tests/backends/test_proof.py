@@ -46,8 +46,6 @@ def calls(n: int = N, dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
         "entrgi_embedding": (logits, table, rng, rows, None, None, "entropy", 0.7, 0, 0.9),
         "guidance_update_": (logits, grad, table, soft, lse, None, None, 1, *ADAM),
         "unmask_confidence": (logits, rows, "maskgit_plus", 0.7, 0, 0.9),
-        "token_log_prob": (grad, table, None, rows, True),
-        "token_log_prob_backward": (grad, table, None, rows, lse, soft[:, 0].contiguous()),
     }
 
 
