@@ -23,13 +23,14 @@ import torch
 from benchmarks import measure
 from benchmarks.inputs import Shape
 from entrgi_kernels import backends, ops
+from entrgi_kernels.backends.arguments import Adam, Draw
 from entrgi_kernels.ops import _vocabulary_head
 
 SHAPE = Shape(4, 8, 64)
 CALLS = 50  # a block
 LIMIT = 25.0  # microseconds of the issue: more is red
 TAU, TOP_P, LR, BETAS, EPS = 0.7, 0.95, 0.5, (0.9, 0.999), 1e-8
-ADAM = (TAU, LR, *BETAS, EPS, True)
+ADAM = (LR, *BETAS, EPS)
 
 
 class Pair(NamedTuple):
@@ -56,7 +57,8 @@ def pairs(device: str, backend: str) -> dict[str, Pair]:
         return getattr(backends.resolve(backend, phi, name), name)
 
     forward, update = raw("entrgi_embedding"), raw("guidance_update_")
-    arguments = (phi, table, rng, keys, None, None, "entropy", TAU, 0, TOP_P)
+    how, step = Draw(rng, keys, TAU, 0, TOP_P), Adam(moments.exp_avg, moments.exp_avg_sq, 2, *ADAM)
+    arguments = (phi, table, how, None, None, "entropy")
 
     def public_step() -> Any:
         blend = ops.entrgi_embedding(phi, table, **draw)
@@ -65,7 +67,7 @@ def pairs(device: str, backend: str) -> dict[str, Pair]:
 
     def raw_step() -> Any:
         blend, _, _, _, soft, lse, _ = forward(*arguments)
-        update(phi, zero, table, soft, lse, moments.exp_avg, moments.exp_avg_sq, 2, *ADAM)
+        update(phi, zero, table, soft, lse, TAU, step)
         return blend
 
     entropy, sample, soft = raw("softmax_entropy"), raw("sample_tokens"), raw("soft_embedding")
@@ -74,14 +76,14 @@ def pairs(device: str, backend: str) -> dict[str, Pair]:
     log_prob = getattr(kernels, "token_log_prob", partial(_vocabulary_head.token_log_prob, kernels))
     return {
         "softmax_entropy": Pair(lambda: ops.softmax_entropy(phi, TAU, backend=backend), lambda: entropy(phi, TAU)),
-        "sample_tokens": Pair(lambda: ops.sample_tokens(phi, **draw), lambda: sample(phi, rng, keys, TAU, 0, TOP_P)),
+        "sample_tokens": Pair(lambda: ops.sample_tokens(phi, **draw), lambda: sample(phi, how)),
         "soft_embedding": Pair(
             lambda: ops.soft_embedding(phi, table, temperature=TAU, backend=backend), lambda: soft(phi, table, TAU)
         ),
         "entrgi_embedding": Pair(lambda: ops.entrgi_embedding(phi, table, **draw), lambda: forward(*arguments)),
         "guidance_update_": Pair(
             lambda: ops.guidance_update_(phi, zero, table, state, lr=LR, adam=adam, backend=backend),
-            lambda: update(phi, zero, table, *state[:2], moments.exp_avg, moments.exp_avg_sq, 2, *ADAM),
+            lambda: update(phi, zero, table, *state[:2], TAU, step),
         ),
         "unmask_confidence": Pair(
             lambda: ops.unmask_confidence(phi, targets, temperature=TAU, backend=backend),

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import eager
+from .arguments import Adam, Draw, Placement
 from .trials import Form, Trial, architecture, limit, low
 
 LAUNCHES = 50
@@ -209,11 +210,11 @@ def _try_sample(make: _Maker, kernels: Any) -> Iterator[Problem]:
                 worst = torch.where(good, best != logits.amax(1), out[0] != -1).sum()
                 yield Finding("argmax", 2.0 * float(worst), float(worst))
                 return
-            theirs = torch.cat([eager.sample_tokens(logits, *draw, *rest) for draw in draws])
+            theirs = torch.cat([eager.sample_tokens(logits, Draw(*draw, *rest)) for draw in draws])
             yield _tokens("tokens", out[0], theirs)
 
         def call(logits=logits, rest=rest, draws=draws):
-            return (torch.cat([kernels.sample_tokens(logits, *draw, *rest) for draw in draws]),)
+            return (torch.cat([kernels.sample_tokens(logits, Draw(*draw, *rest)) for draw in draws]),)
 
         yield call, found
 
@@ -243,17 +244,17 @@ def _try_entrgi(make: _Maker, kernels: Any) -> Iterator[Problem]:
         rest = (tau, *_filter_arguments("" if given is not None else filters, 0.95 if number else 0.6))
 
         def call(logits=logits, rng=rng, rest=rest):
-            out = None
-            if placed:
+            placement = None
+            if index is not None:
                 blank = torch.full((2 * make.n, make.d), math.nan, dtype=torch.float32, device=make.device)
-                out = make.placed(blank, make.form(2))
-            return kernels.entrgi_embedding(logits, table, rng, keys, given, None, "entropy", *rest, out, index)
+                placement = Placement(make.placed(blank, make.form(2)), index)
+            return kernels.entrgi_embedding(logits, table, Draw(rng, keys, *rest), given, None, "entropy", placement)
 
         def found(out, logits=logits, rng=rng, rest=rest, exactly=number == 0):
             mixed, tokens, weight, entropy, soft, lse, top = out
             wide = logits.double()
             good = ~eager.softmax_entropy(wide, 1.0)[1].isnan()
-            theirs = given if given is not None else eager.sample_tokens(logits, rng, keys, *rest)
+            theirs = given if given is not None else eager.sample_tokens(logits, Draw(rng, keys, *rest))
             yield _tokens("tokens", tokens, theirs)
             truth = eager.softmax_entropy(wide, 1.0)[1]
             yield _compared("entropy", entropy, truth, _near(truth))
@@ -300,7 +301,7 @@ def _try_soft_backward(make: _Maker, kernels: Any) -> Iterator[Problem]:
 def _try_update(make: _Maker, kernels: Any) -> Iterator[Problem]:
     logits, table, grad, soft, lse = _update_inputs(make)
     _, reads, keep = make.trial.flags
-    rest = (3 if reads else 1, 1 / _LN2, *_ADAM.values(), keep)
+    step, tau = 3 if reads else 1, 1 / _LN2
     start = []
     if make.trial.forms[3] is not None:
         first = 0.01 * make.normal(make.n, make.v) if reads else torch.full_like(logits, math.nan).float()
@@ -312,12 +313,13 @@ def _try_update(make: _Maker, kernels: Any) -> Iterator[Problem]:
         for to, source in zip(memory, [logits, *start], strict=True):
             to.copy_(source)
         moments = memory[1:] or (None, None)
-        kernels.guidance_update_(memory[0], grad, table, soft, lse, *moments, *rest)
+        kernels.guidance_update_(memory[0], grad, table, soft, lse, tau, Adam(*moments, step, **_ADAM, keep=keep))
         return tuple(x.clone() for x in memory)
 
     def found(out):
         exact = [x.double() for x in (logits, *start)]
-        eager.guidance_update_(exact[0], grad, table, soft.double(), lse.double(), *(exact[1:] or (None, None)), *rest)
+        adam = Adam(*(exact[1:] or (None, None)), step, **_ADAM, keep=keep)
+        eager.guidance_update_(exact[0], grad, table, soft.double(), lse.double(), tau, adam)
         size = exact[0].abs().nan_to_num(posinf=1.0)
         yield _compared("logits", out[0], exact[0], _eps(logits.dtype) * size + 1e-4 * _ADAM["lr"])
         for name, ours, old, truth in zip(("first moment", "second moment"), out[1:], start, exact[1:], strict=False):

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .arguments import Adam, Draw, Placement
+
 
 class Form(NamedTuple):
     """What kernels know of a matrix: dtype, largest power of two (up to 16) that divides the distance of its rows,
@@ -61,8 +63,9 @@ def _statistics(logits, *_):
     return (logits,), ()
 
 
-def _sample(logits, rng, rows, temperature, top_k, top_p):
-    return (logits,), ("argmax" if temperature == 0 else _filters(logits.shape[1], top_k, top_p),)
+def _sample(logits, draw):
+    filters = _filters(logits.shape[1], draw.top_k, draw.top_p)
+    return (logits,), ("argmax" if draw.temperature == 0 else filters,)
 
 
 def _soft(logits, embedding, temperature):
@@ -77,17 +80,17 @@ def _grad_table(logits, grad, lse, temperature, dtype):
     return (logits, grad), (dtype,)
 
 
-def _entrgi(logits, embedding, rng, rows, tokens, weight, mode, temperature, top_k, top_p, out=None, index=None):
-    draw = _filters(logits.shape[1], top_k, top_p)
+def _entrgi(logits, embedding, draw, tokens, weight, mode, placement=None):
+    filters = _filters(logits.shape[1], draw.top_k, draw.top_p)
     if tokens is not None or mode == "zero":
-        draw = "undrawn"
-    return (logits, embedding, out), (draw, temperature == 1.0)
+        filters = "undrawn"
+    return (logits, embedding, placement and placement.out), (filters, draw.temperature == 1.0)
 
 
-def _update(logits, grad, embedding, soft, lse, exp_avg, exp_avg_sq, step, *rest):
-    keep = exp_avg is not None and (rest[5] if len(rest) > 5 else True)
-    reads = exp_avg is not None and step > 1
-    moments = (exp_avg, exp_avg_sq) if reads or keep else (None, None)
+def _update(logits, grad, embedding, soft, lse, temperature, adam):
+    keep = adam.exp_avg is not None and adam.keep
+    reads = adam.exp_avg is not None and adam.step > 1
+    moments = (adam.exp_avg, adam.exp_avg_sq) if reads or keep else (None, None)
     return (logits, embedding, grad, *moments), (soft.dtype, reads, keep)
 
 
@@ -213,15 +216,16 @@ def _calls(n: int, logits_dtype: torch.dtype, table_dtype: torch.dtype) -> Itera
     yield "softmax_entropy", (logits, 1.0)
     yield "softmax_entropy_backward", (logits, lse, lse, lse, lse, 1.0)
     for top_k, top_p, temperature in ((0, 0.95, 0.7), (0, 1.0, 0.7), (50, 1.0, 0.7), (0, 1.0, 0.0)):
-        yield "sample_tokens", (logits, keys, keys, temperature, top_k, top_p)
+        yield "sample_tokens", (logits, Draw(keys, keys, temperature, top_k, top_p))
     yield "soft_embedding", (logits, table, 0.7)
     yield "soft_embedding_backward", (logits, table, grad, soft, lse, 0.7)
     yield "soft_embedding_grad_table", (logits, grad, lse, 0.7, table_dtype)
-    for top_p, places in ((0.95, None), (0.95, out), (1.0, out)):
-        yield "entrgi_embedding", (logits, table, keys, keys, None, None, "entropy", 0.7, 0, top_p, places, keys)
-    adam = 0.7, 0.5, 0.9, 0.999, 1e-8
+    for top_p, placement in ((0.95, None), (0.95, Placement(out, keys)), (1.0, Placement(out, keys))):
+        draw = Draw(keys, keys, 0.7, 0, top_p)
+        yield "entrgi_embedding", (logits, table, draw, None, None, "entropy", placement)
     for held, step, keep in (((None, None), 1, True), (moments, 1, True), (moments, 2, True), (moments, 3, False)):
-        yield "guidance_update_", (logits, grad, table, soft, lse, *held, step, *adam, keep)
+        adam = Adam(*held, step, 0.5, 0.9, 0.999, 1e-8, keep)
+        yield "guidance_update_", (logits, grad, table, soft, lse, 0.7, adam)
     for alg in ("entropy", "maskgit_plus", "topk_margin", "anchor"):
         yield "unmask_confidence", (logits, keys, alg, 0.7, 0, 0.95)
     if logits_dtype == table_dtype:  # passes of token_log_prob over a chunk's logits: a whole chunk, and the last one

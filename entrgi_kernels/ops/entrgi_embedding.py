@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..backends.arguments import Draw, Placement
 from . import _common
 from ._operator import operator
 from .sample_tokens import _sample_tokens
@@ -83,12 +84,12 @@ def _entrgi_embedding(
     top_p: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    run = _common.run("entrgi_embedding", backend, logits)
-    return run(logits, table, rng, keys, tokens, weight, weight_mode, temperature, top_k, top_p)
+    draw = Draw(rng, keys, temperature, top_k, top_p)
+    return _common.run("entrgi_embedding", backend, logits)(logits, table, draw, tokens, weight, weight_mode)
 
 
 @_entrgi_embedding.register_fake
-def _(logits, table, rng, keys, tokens, weight, weight_mode, temperature, top_k, top_p, backend):
+def _(logits, table, *_):
     return table.new_empty((logits.shape[0], table.shape[1])), *_beside_the_blend(logits, table)
 
 
@@ -135,12 +136,12 @@ def _entrgi_embedding_out(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     _common.check_apart(out, "out", logits=logits, table=table)
-    run = _common.run("entrgi_embedding", backend, logits)
-    return run(logits, table, rng, keys, tokens, weight, weight_mode, temperature, top_k, top_p, out, index)[1:]
+    draw, run = Draw(rng, keys, temperature, top_k, top_p), _common.run("entrgi_embedding", backend, logits)
+    return run(logits, table, draw, tokens, weight, weight_mode, Placement(out, index))[1:]
 
 
 @_entrgi_embedding_out.register_fake
-def _(logits, table, rng, keys, tokens, weight, weight_mode, temperature, top_k, top_p, out, index, backend):
+def _(logits, table, *_):
     return _beside_the_blend(logits, table)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..backends.arguments import Adam
 from . import _common
 from ._operator import operator
 from .entrgi_embedding import ForwardState
@@ -59,29 +60,12 @@ def _guidance_update_(
     keep: bool,
     backend: str,
 ) -> None:
-    _common.run("guidance_update_", backend, logits)(
-        logits, grad, table, soft, logsumexp, exp_avg, exp_avg_sq, step, temperature, lr, beta1, beta2, eps, keep
-    )
+    adam = Adam(exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, keep)
+    _common.run("guidance_update_", backend, logits)(logits, grad, table, soft, logsumexp, temperature, adam)
 
 
 @_guidance_update_.register_fake
-def _(
-    logits,
-    grad,
-    table,
-    soft,
-    logsumexp,
-    exp_avg,
-    exp_avg_sq,
-    step,
-    temperature,
-    lr,
-    beta1,
-    beta2,
-    eps,
-    keep,
-    backend,
-):
+def _(*_):
     return None
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from ..backends.arguments import Draw
 from . import _common
 from ._operator import operator
 
@@ -28,7 +29,7 @@ def _sample_tokens(
     top_p: float,
     backend: str,
 ) -> torch.Tensor:
-    return _common.run("sample_tokens", backend, logits)(logits, rng, keys, temperature, top_k, top_p)
+    return _common.run("sample_tokens", backend, logits)(logits, Draw(rng, keys, temperature, top_k, top_p))
 
 
 @_sample_tokens.register_fake

@@ -21,13 +21,14 @@ pytest.importorskip("triton")
 
 from entrgi_kernels import backends, ops
 from entrgi_kernels.backends import comparison, eager, proof, trials
+from entrgi_kernels.backends.arguments import Adam, Draw
 from entrgi_kernels.backends.triton import config
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 outer = pytest.mark.skipif(INTERPRETED, reason="runs in the outer process")
 CPU = torch.device("cpu")
-ADAM = (0.7, 0.5, 0.9, 0.999, 1e-8)
+ADAM = (0.5, 0.9, 0.999, 1e-8)
 N, V, D = 3, 304, 32
 
 
@@ -39,12 +40,12 @@ def calls(n: int = N, dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
     return {
         "softmax_entropy": (logits, 0.7),
         "softmax_entropy_backward": (logits, lse, entropy, lse, entropy, 0.7),
-        "sample_tokens": (logits, rng, rows, 0.7, 0, 0.9),
+        "sample_tokens": (logits, Draw(rng, rows, 0.7, 0, 0.9)),
         "soft_embedding": (logits, table, 0.7),
         "soft_embedding_backward": (logits, table, grad, soft, lse, 0.7),
         "soft_embedding_grad_table": (logits, grad, lse, 0.7, dtype),
-        "entrgi_embedding": (logits, table, rng, rows, None, None, "entropy", 0.7, 0, 0.9),
-        "guidance_update_": (logits, grad, table, soft, lse, None, None, 1, *ADAM),
+        "entrgi_embedding": (logits, table, Draw(rng, rows, 0.7, 0, 0.9), None, None, "entropy"),
+        "guidance_update_": (logits, grad, table, soft, lse, 0.7, Adam(None, None, 1, *ADAM)),
         "unmask_confidence": (logits, rows, "maskgit_plus", 0.7, 0, 0.9),
     }
 
@@ -198,9 +199,9 @@ def test_other_rows_forms_dtypes_and_flags_are_other_proofs(door):
     args = calls()["guidance_update_"]
     moments = torch.zeros(N, V), torch.zeros(N, V)
     for number, (m, step, keep) in enumerate([((None, None), 1, True), (moments, 1, True), (moments, 2, True)]):
-        raw(*args[:5], *m, step, *ADAM, keep)
+        raw(*args[:5], 0.7, Adam(*m, step, *ADAM, keep))
         assert len(proof.verdicts(CPU)) == described[-1] + 1 + number
-    raw(*args[:5], *moments, 1, *ADAM, False)  # neither read nor written: as without any
+    raw(*args[:5], 0.7, Adam(*moments, 1, *ADAM, False))  # neither read nor written: as without any
     assert len(proof.verdicts(CPU)) == described[-1] + 3
 
 
