@@ -227,8 +227,8 @@ def forget() -> None:
 # -- proving ----------------------------------------------------------------------------------------------------------
 
 
-def examine(name: str, kernels: Any, trial: trials.Trial, device: torch.device) -> Verdict:
-    """Compare a backend's kernels with eager arithmetic, now; nothing is remembered.
+def examine(name: str, kernels: Any, trial: trials.Trial, device: torch.device, launches: int | None = None) -> Verdict:
+    """Compare a backend's kernels with eager arithmetic, now; nothing is remembered. See :func:`.comparison.run`.
 
     Raises:
         torch.OutOfMemoryError: that says nothing about the kernels.
@@ -236,7 +236,7 @@ def examine(name: str, kernels: Any, trial: trials.Trial, device: torch.device) 
     started = time.perf_counter()
     listeners, ranges.listeners = ranges.listeners, ()  # whoever profiles did not ask for this
     try:
-        findings = comparison.run(trial, kernels, device)
+        findings = comparison.run(trial, kernels, device, launches)
         excess = max(finding.excess for finding in findings)
         told = [finding for finding in findings if finding.excess > 1 or finding.excess == excess]
         figures = "; ".join(map(_words, told[: 1 if excess <= 1 else None]))
