@@ -45,13 +45,14 @@ class Scale(NamedTuple):
     more: int
 
 
+GPU = Scale(v=4096, d=512, split=36_864, more=36)
+
+
 def _scale(device: torch.device) -> Scale:
     chosen = architecture(device)
     if chosen is not None and chosen.name == "interpreter":
         return Scale(v=128, d=32, split=270, more=4)
-    if device.type == "cpu":
-        return Scale(v=4096, d=256, split=8192, more=36)
-    return Scale(v=4096, d=512, split=36_864, more=36)
+    return Scale(v=4096, d=256, split=8192, more=36) if device.type == "cpu" else GPU
 
 
 class _Maker:
@@ -380,7 +381,7 @@ def _passes(make: _Maker, kernels: Any, names: Sequence[str]) -> Iterator[Proble
         for name in names:
             flags = (dtype,) if name == "soft_embedding_grad_table" else ()
             part = Trial(name, make.trial.rows, v, make.trial.d, forms, flags)
-            yield from _TRIALS[name](_Maker(part, make.device), kernels)
+            yield from problems(part, kernels, make.device)
 
 
 def _try_log_prob(make: _Maker, kernels: Any) -> Iterator[Problem]:
@@ -437,6 +438,11 @@ def _differing(one: Outputs, other: Outputs) -> torch.Tensor:
     return torch.stack([(a.view(_BITS[a.itemsize]) != b.view(_BITS[b.itemsize])).sum() for a, b in pairs]).sum()
 
 
+def problems(trial: Trial, kernels: Any, device: torch.device) -> Iterator[Problem]:
+    """What a trial consists of: each a call, and what its results are compared with."""
+    return _TRIALS[trial.op](_Maker(trial, device), kernels)
+
+
 def run(trial: Trial, kernels: Any, device: torch.device, launches: int | None = None) -> list[Finding]:
     """Compare `kernels` (a backend's module) with eager arithmetic; waits for the device. What a kernel raises goes on.
 
@@ -446,7 +452,7 @@ def run(trial: Trial, kernels: Any, device: torch.device, launches: int | None =
     findings: list[Finding] = []
     launches = launches or LAUNCHES
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        for call, found in _TRIALS[trial.op](_Maker(trial, device), kernels):
+        for call, found in problems(trial, kernels, device):
             first = call()
             # The allocator gives the same memory again: what nobody writes is NaN.
             poison = [torch.full_like(x, math.nan if x.is_floating_point() else -77) for x in first]

@@ -207,6 +207,37 @@ def test_other_rows_forms_dtypes_and_flags_are_other_proofs(door):
 
 
 @outer
+@pytest.mark.parametrize(
+    ("n", "v", "d", "logits", "table"),
+    [
+        (64, 151_936, 1024, torch.bfloat16, torch.bfloat16),
+        (7, 50_257, 100, torch.bfloat16, torch.bfloat16),  # neither rows nor columns on 16 bytes
+        (200, 50_272, 576, torch.float32, torch.bfloat16),  # rows that end inside a tile
+        (1100, 8192, 256, torch.bfloat16, torch.bfloat16),  # the chunked engine
+    ],
+)
+def test_a_proof_launches_the_very_machine_code_of_the_call(monkeypatch, n, v, d, logits, table):
+    """What Triton would compile for the call on an H100, argument for argument, is what the proof launches there."""
+    from entrgi_kernels.backends import triton as kernels
+    from entrgi_kernels.backends.triton import aot
+
+    machine = aot.SHIPPED["sm_90"]
+    for module in (trials, comparison):
+        monkeypatch.setattr(module, "architecture", lambda device: machine.tables.architecture)
+    monkeypatch.setattr(comparison, "_scale", lambda device: comparison.GPU)
+    for op, args in trials.calls(n, v, d, logits, table):
+        if op.startswith("token"):  # their chunks are made by products that want storage
+            continue
+        trial, called, proven = trials.describe(op, *trials.READERS[op](*args), CPU), set(), set()
+        with aot.recording(machine, called.add):
+            getattr(kernels, op)(*args)
+        with aot.recording(machine, proven.add):
+            for call, _ in comparison.problems(trial, kernels, CPU):
+                call()
+        assert called and called <= proven, str(trial)
+
+
+@outer
 def test_while_a_graph_is_captured_what_is_proven_serves_and_nothing_else(door, monkeypatch, caplog):
     served = []
 
