@@ -6,6 +6,7 @@ real ones in Triton's interpreter, in processes of their own.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ outer = pytest.mark.skipif(INTERPRETED, reason="runs in the outer process")
 CPU = torch.device("cpu")
 ADAM = (0.7, 0.5, 0.9, 0.999, 1e-8)
 N, V, D = 3, 304, 32
+REAL_PREFERENCE = backends._PREFERENCE
 
 
 def calls(n: int = N, dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
@@ -444,3 +446,48 @@ def test_nobody_who_listens_hears_of_a_proof(door):
     with ranges.listening(Listener()):
         ops.softmax_entropy(torch.randn(N, V))
     assert heard == ["entrgi::softmax_entropy"]
+
+
+@outer
+@pytest.mark.parametrize("fault", [None, a_nan])
+def test_auto_on_a_simulated_gpu(door, monkeypatch, caplog, fault):
+    """The real preference, a device called cuda: proven at the first call, and nothing waits for it at the second."""
+    file = ROOT / "tests" / "guidance" / "simulated_device.py"
+    spec = importlib.util.spec_from_file_location("simulated_device", file)
+    simulated = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(simulated)
+    facts = types.SimpleNamespace(name="Simulated H100", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    monkeypatch.setattr(backends, "_PREFERENCE", REAL_PREFERENCE)
+    monkeypatch.setattr(proof, "DEVICES", {"cuda"})
+
+    class Generator(torch.Generator):
+        def __new__(cls, device):
+            return super().__new__(cls, "cpu")
+
+    monkeypatch.setattr(torch, "Generator", Generator)
+    served = []
+
+    def marked(*args):
+        served.append(1)
+        result = eager.softmax_entropy(*args)
+        if fault is not None:
+            fault(simulated.unwrap(result[0]), 0)
+        return result
+
+    door.softmax_entropy = marked
+    with simulated.SimulatedDevice() as device:
+        x = simulated.DeviceTensor(torch.randn(N, V))
+        raw = backends.resolve("auto", x, "softmax_entropy").softmax_entropy
+        with device.counting() as waits:
+            raw(x, 0.7)
+            assert waits.total() > 0
+        served.clear()
+        with device.counting() as waits:
+            lse, _ = raw(x, 0.7)
+            assert waits.total() == 0
+    assert torch.equal(simulated.unwrap(lse), eager.softmax_entropy(simulated.unwrap(x), 0.7)[0])
+    assert len(served) == (fault is None) and ("eager torch serves" in caplog.text) == (fault is not None)
+    (verdict,) = proof.verdicts(torch.device("cuda", 0)).values()
+    assert verdict.passed == (fault is None)
+    assert proof.machine(torch.device("cuda", 0)).startswith("Simulated H100 9.0 | ")
