@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -443,6 +444,22 @@ def problems(trial: Trial, kernels: Any, device: torch.device) -> Iterator[Probl
     return _TRIALS[trial.op](_Maker(trial, device), kernels)
 
 
+@contextmanager
+def _plain_torch(device: torch.device) -> Iterator[None]:
+    """Torch as it is by default: a caller's autocast would change eager's arithmetic, its demand for determinism refuse
+    parts of it."""
+    strict, only_warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(False)
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=only_warns)
+
+
 def run(trial: Trial, kernels: Any, device: torch.device, launches: int | None = None) -> list[Finding]:
     """Compare `kernels` (a backend's module) with eager arithmetic; waits for the device. What a kernel raises goes on.
 
@@ -451,7 +468,7 @@ def run(trial: Trial, kernels: Any, device: torch.device, launches: int | None =
     """
     findings: list[Finding] = []
     launches = launches or LAUNCHES
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with _plain_torch(device):
         for call, found in problems(trial, kernels, device):
             first = call()
             # The allocator gives the same memory again: what nobody writes is NaN.

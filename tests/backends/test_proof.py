@@ -167,15 +167,43 @@ def test_a_kernel_that_raises_is_not_used_and_says_why(door, caplog):
 
 
 @outer
-def test_want_of_memory_is_no_verdict(door, monkeypatch, caplog):
-    right = door.softmax_entropy
-    door.softmax_entropy = lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError(), PermissionError("no such disk")])
+def test_want_of_memory_or_disk_is_no_verdict(door, caplog, error):
+    def hindered(*args):
+        raise error
+
+    right, door.softmax_entropy = door.softmax_entropy, hindered
     x = torch.randn(N, V)
-    ops.softmax_entropy(x)
-    assert "no memory is left" in caplog.text and proof.verdicts(CPU) == {}
+    assert torch.equal(ops.softmax_entropy(x)[0], eager.softmax_entropy(x, 1.0)[0])
+    assert f"could not be compared with eager arithmetic: {type(error).__name__}" in caplog.text
+    assert proof.verdicts(CPU) == {}
+    with pytest.raises(backends.BackendUnavailableError, match="could not be compared"):
+        ops.softmax_entropy(x, backend="triton")
     door.softmax_entropy = right
     ops.softmax_entropy(x)
     assert [verdict.passed for verdict in proof.verdicts(CPU).values()] == [True]
+
+
+@outer
+def test_the_callers_settings_of_torch_neither_hinder_a_proof_nor_change(door):
+    seen = []
+
+    def looks(*args):
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled("cpu")))
+        return eager.soft_embedding(*args)
+
+    door.soft_embedding = looks
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    state = torch.get_rng_state()
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            raw = backends.resolve("auto", torch.ones(1)).soft_embedding
+            raw(torch.ones(N, V), torch.ones(V, D), 0.7)
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert set(seen[:-1]) == {(False, False)} and seen[-1] == (True, True) and len(seen) == 51
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @outer
