@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -46,13 +47,14 @@ class Scale(NamedTuple):
     more: int
 
 
+GPU = Scale(v=4096, d=512, split=36_864, more=36)
+
+
 def _scale(device: torch.device) -> Scale:
     chosen = architecture(device)
     if chosen is not None and chosen.name == "interpreter":
         return Scale(v=128, d=32, split=270, more=4)
-    if device.type == "cpu":
-        return Scale(v=4096, d=256, split=8192, more=36)
-    return Scale(v=4096, d=512, split=36_864, more=36)
+    return Scale(v=4096, d=256, split=8192, more=36) if device.type == "cpu" else GPU
 
 
 class _Maker:
@@ -383,6 +385,27 @@ def _differing(one: Outputs, other: Outputs) -> torch.Tensor:
     return torch.stack([(a.view(_BITS[a.itemsize]) != b.view(_BITS[b.itemsize])).sum() for a, b in pairs]).sum()
 
 
+def problems(trial: Trial, kernels: Any, device: torch.device) -> Iterator[Problem]:
+    """What a trial consists of: each a call, and what its results are compared with."""
+    return _TRIALS[trial.op](_Maker(trial, device), kernels)
+
+
+@contextmanager
+def _plain_torch(device: torch.device) -> Iterator[None]:
+    """Torch as it is by default: a caller's autocast would change eager's arithmetic, its demand for determinism refuse
+    parts of it."""
+    strict, only_warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(False)
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=only_warns)
+
+
 def run(trial: Trial, kernels: Any, device: torch.device, launches: int | None = None) -> list[Finding]:
     """Compare `kernels` (a backend's module) with eager arithmetic; waits for the device. What a kernel raises goes on.
 
@@ -391,8 +414,8 @@ def run(trial: Trial, kernels: Any, device: torch.device, launches: int | None =
     """
     findings: list[Finding] = []
     launches = launches or LAUNCHES
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        for call, found in _TRIALS[trial.op](_Maker(trial, device), kernels):
+    with _plain_torch(device):
+        for call, found in problems(trial, kernels, device):
             first = call()
             # The allocator gives the same memory again: what nobody writes is NaN.
             poison = [torch.full_like(x, math.nan if x.is_floating_point() else -77) for x in first]

@@ -43,6 +43,7 @@ _MOST_KEYS = 1 << 14  # calls of so many kinds are known at a time
 _MOST_MACHINES = 16  # kept in the file
 _LOCK_SECONDS = 5.0
 _LARGEST = 1e30  # stands for infinity in the file, which other readers of JSON do not know
+_NO_VERDICT = (torch.OutOfMemoryError, MemoryError, OSError)
 _lock = threading.RLock()
 
 
@@ -227,20 +228,20 @@ def forget() -> None:
 # -- proving ----------------------------------------------------------------------------------------------------------
 
 
-def examine(name: str, kernels: Any, trial: trials.Trial, device: torch.device) -> Verdict:
-    """Compare a backend's kernels with eager arithmetic, now; nothing is remembered.
+def examine(name: str, kernels: Any, trial: trials.Trial, device: torch.device, launches: int | None = None) -> Verdict:
+    """Compare a backend's kernels with eager arithmetic, now; nothing is remembered. See :func:`.comparison.run`.
 
     Raises:
-        torch.OutOfMemoryError: that says nothing about the kernels.
+        torch.OutOfMemoryError, MemoryError, OSError: no memory, no disk; that says nothing about the kernels.
     """
     started = time.perf_counter()
     listeners, ranges.listeners = ranges.listeners, ()  # whoever profiles did not ask for this
     try:
-        findings = comparison.run(trial, kernels, device)
+        findings = comparison.run(trial, kernels, device, launches)
         excess = max(finding.excess for finding in findings)
         told = [finding for finding in findings if finding.excess > 1 or finding.excess == excess]
         figures = "; ".join(map(_words, told[: 1 if excess <= 1 else None]))
-    except torch.OutOfMemoryError:
+    except _NO_VERDICT:
         raise
     except Exception as error:
         excess, figures = math.inf, f"{type(error).__name__}: {str(error)[:500]}"
@@ -381,8 +382,8 @@ class _Function:
                 )
             try:
                 verdict = prove(name, module, trial, device)
-            except torch.OutOfMemoryError:
-                return None, "no memory is left to compare its kernels with eager arithmetic; run `entrgi check`"
+            except _NO_VERDICT as error:
+                return None, f"its kernels could not be compared with eager arithmetic: {type(error).__name__}: {error}"
         return verdict, f"its kernels failed the comparison with eager arithmetic: {verdict.figures}"
 
     def _ordered(self, trial: trials.Trial, device: torch.device) -> list[tuple[str, ModuleType]]:

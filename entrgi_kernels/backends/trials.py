@@ -183,6 +183,9 @@ def _bucket(
     return (ends[place - 1] + 1 if place else 1), (ends[place] if place < len(ends) else None)
 
 
+_WIDE = 151_936, 1024  # V, D
+
+
 def every(device: torch.device, pairs: Sequence[tuple[torch.dtype, torch.dtype]]) -> Iterator[Trial]:
     """All that guided generation and training call at wide, aligned matrices: every entry of the tables, each once.
 
@@ -190,38 +193,36 @@ def every(device: torch.device, pairs: Sequence[tuple[torch.dtype, torch.dtype]]
         pairs: dtypes of (logits, table).
     """
     found: dict[Trial, None] = {}
-    for logits_dtype, table_dtype in pairs:
+    for pair in pairs:
         n: int | None = 1
         while n is not None:
-            here = [describe(op, *READERS[op](*args), device) for op, args in _calls(n, logits_dtype, table_dtype)]
+            here = [describe(op, *READERS[op](*args), device) for op, args in calls(n, *_WIDE, *pair)]
             found.update(dict.fromkeys(here))
             n = min((trial.rows[1] + 1 for trial in here if trial.rows[1] is not None), default=None)
     yield from found
 
 
-def _calls(n: int, logits_dtype: torch.dtype, table_dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Raw functions' names and arguments, without storage."""
+def calls(
+    n: int, v: int, d: int, logits_dtype: torch.dtype, table_dtype: torch.dtype
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Raw functions' names and arguments, without storage, in the variants that choose different kernels."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    v, d = 151_936, 1024
-    logits, table, grad = (
-        empty(n, v, dtype=logits_dtype),
-        empty(v, d, dtype=table_dtype),
-        empty(n, d, dtype=table_dtype),
-    )
+    logits, table = empty(n, v, dtype=logits_dtype), empty(v, d, dtype=table_dtype)
+    grad = empty(n, d, dtype=table_dtype)
     moments, soft, lse, keys = (torch.empty_like(logits),) * 2, empty(n, d), empty(n), empty(n, dtype=torch.int64)
-    out = empty(2 * n, d, dtype=table_dtype)
+    out, rng = empty(2 * n, d, dtype=table_dtype), empty(2, dtype=torch.int64)
     yield "softmax_entropy", (logits, 1.0)
     yield "softmax_entropy_backward", (logits, lse, lse, lse, lse, 1.0)
     for top_k, top_p, temperature in ((0, 0.95, 0.7), (0, 1.0, 0.7), (50, 1.0, 0.7), (0, 1.0, 0.0)):
-        yield "sample_tokens", (logits, Draw(keys, keys, temperature, top_k, top_p))
+        yield "sample_tokens", (logits, Draw(rng, keys, temperature, top_k, top_p))
     yield "soft_embedding", (logits, table, 0.7)
     yield "soft_embedding_backward", (logits, table, grad, soft, lse, 0.7)
     yield "soft_embedding_grad_table", (logits, grad, lse, 0.7, table_dtype)
     for top_p, placement in ((0.95, None), (0.95, Placement(out, keys)), (1.0, Placement(out, keys))):
-        draw = Draw(keys, keys, 0.7, 0, top_p)
+        draw = Draw(rng, keys, 0.7, 0, top_p)
         yield "entrgi_embedding", (logits, table, draw, None, None, "entropy", placement)
     for held, step, keep in (((None, None), 1, True), (moments, 1, True), (moments, 2, True), (moments, 3, False)):
         adam = Adam(*held, step, 0.5, 0.9, 0.999, 1e-8, keep)
@@ -229,7 +230,7 @@ def _calls(n: int, logits_dtype: torch.dtype, table_dtype: torch.dtype) -> Itera
     for alg in ("entropy", "maskgit_plus", "topk_margin", "anchor"):
         yield "unmask_confidence", (logits, keys, alg, 0.7, 0, 0.95)
     if logits_dtype == table_dtype:  # passes of token_log_prob over a chunk's logits: a whole chunk, and the last one
-        for part in (25_600, v % 256):
+        for part in dict.fromkeys((min(v, 25_600), v % 256 or min(v, 256))):
             chunk = empty(n, part, dtype=torch.float32 if table_dtype.itemsize == 2 else table_dtype)
             yield "softmax_entropy", (chunk, 1.0)
             yield "soft_embedding", (chunk, table[:part], 1.0)

@@ -2,8 +2,8 @@
 
 Every kernel that guided generation and training call is compared with eager arithmetic, whatever was known of it: at
 each entry of the tables, in bfloat16 and float32. Then each family is timed, caches cold, beside eager torch, and its
-rate is set against what this machine gives at its best: the bandwidth of a copy and the rate of a matrix product. On a GPU
-the verdicts and times go to the file by which ``backend="auto"`` chooses (:mod:`entrgi_kernels.backends.proof`).
+rate is set against what this machine gives at its best: the bandwidth of a copy and the rate of a matrix product. On a
+GPU verdicts and times go to the file by which ``backend="auto"`` chooses (:mod:`entrgi_kernels.backends.proof`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,8 +164,11 @@ def _prove(engines: dict[str, Any], device: Any) -> dict[str, Any]:
     bar = tqdm(wanted, desc="proving", unit="kernel", disable=not sys.stderr.isatty(), leave=False)
     for name, module, trial in bar:
         bar.set_postfix_str(FAMILIES[trial.op])
-        prove = proof.prove if device.type == "cuda" else proof.examine
-        found[f"{name} {trial}"] = prove(name, module, trial, device)
+        if device.type == "cuda":
+            verdict = proof.prove(name, module, trial, device)
+        else:  # no race of programs to wait for, and nothing asks for the verdict later
+            verdict = proof.examine(name, module, trial, device, launches=3)
+        found[f"{name} {trial}"] = verdict
     return found
 
 
@@ -259,7 +263,7 @@ def _sizes(device: Any) -> Sequence[Size]:
 
 
 def _measure(engines: dict[str, Any], device: Any) -> tuple[Rates, list[dict[str, Any]]]:
-    """The machine's rates, and a row a family and size: milliseconds of each engine, share of the rate it is bound by."""
+    """The machine's rates, and a row a family and size: milliseconds of each engine, bytes and FLOP."""
     import torch
 
     from entrgi_kernels.backends import eager, proof, trials
@@ -274,7 +278,7 @@ def _measure(engines: dict[str, Any], device: Any) -> tuple[Rates, list[dict[str
                     continue
                 try:
                     with torch.no_grad():
-                        taken[name] = clock(lambda function=getattr(module, op), args=args: function(*args))
+                        taken[name] = clock(partial(getattr(module, op), *args))
                 except Exception as error:  # one kernel that cannot run is no reason to tell nothing of the rest
                     print(f"{FAMILIES[op]}: {name} {size}: {type(error).__name__}: {str(error)[:200]}", flush=True)
             rows.append(

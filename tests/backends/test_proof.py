@@ -6,6 +6,7 @@ real ones in Triton's interpreter, in processes of their own.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ outer = pytest.mark.skipif(INTERPRETED, reason="runs in the outer process")
 CPU = torch.device("cpu")
 ADAM = (0.5, 0.9, 0.999, 1e-8)
 N, V, D = 3, 304, 32
+REAL_PREFERENCE = backends._PREFERENCE
 
 
 def calls(n: int = N, dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
@@ -164,15 +166,43 @@ def test_a_kernel_that_raises_is_not_used_and_says_why(door, caplog):
 
 
 @outer
-def test_want_of_memory_is_no_verdict(door, monkeypatch, caplog):
-    right = door.softmax_entropy
-    door.softmax_entropy = lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError(), PermissionError("no such disk")])
+def test_want_of_memory_or_disk_is_no_verdict(door, caplog, error):
+    def hindered(*args):
+        raise error
+
+    right, door.softmax_entropy = door.softmax_entropy, hindered
     x = torch.randn(N, V)
-    ops.softmax_entropy(x)
-    assert "no memory is left" in caplog.text and proof.verdicts(CPU) == {}
+    assert torch.equal(ops.softmax_entropy(x)[0], eager.softmax_entropy(x, 1.0)[0])
+    assert f"could not be compared with eager arithmetic: {type(error).__name__}" in caplog.text
+    assert proof.verdicts(CPU) == {}
+    with pytest.raises(backends.BackendUnavailableError, match="could not be compared"):
+        ops.softmax_entropy(x, backend="triton")
     door.softmax_entropy = right
     ops.softmax_entropy(x)
     assert [verdict.passed for verdict in proof.verdicts(CPU).values()] == [True]
+
+
+@outer
+def test_the_callers_settings_of_torch_neither_hinder_a_proof_nor_change(door):
+    seen = []
+
+    def looks(*args):
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled("cpu")))
+        return eager.soft_embedding(*args)
+
+    door.soft_embedding = looks
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    state = torch.get_rng_state()
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            raw = backends.resolve("auto", torch.ones(1)).soft_embedding
+            raw(torch.ones(N, V), torch.ones(V, D), 0.7)
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert set(seen[:-1]) == {(False, False)} and seen[-1] == (True, True) and len(seen) == 51
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @outer
@@ -203,6 +233,35 @@ def test_other_rows_forms_dtypes_and_flags_are_other_proofs(door):
         assert len(proof.verdicts(CPU)) == described[-1] + 1 + number
     raw(*args[:5], 0.7, Adam(*moments, 1, *ADAM, False))  # neither read nor written: as without any
     assert len(proof.verdicts(CPU)) == described[-1] + 3
+
+
+@outer
+@pytest.mark.parametrize(
+    ("n", "v", "d", "logits", "table"),
+    [
+        (64, 151_936, 1024, torch.bfloat16, torch.bfloat16),
+        (7, 50_257, 100, torch.bfloat16, torch.bfloat16),  # neither rows nor columns on 16 bytes
+        (200, 50_272, 576, torch.float32, torch.bfloat16),  # rows that end inside a tile
+        (1100, 8192, 256, torch.bfloat16, torch.bfloat16),  # the chunked engine
+    ],
+)
+def test_a_proof_launches_the_very_machine_code_of_the_call(monkeypatch, n, v, d, logits, table):
+    """What Triton would compile for the call on an H100, argument for argument, is what the proof launches there."""
+    from entrgi_kernels.backends import triton as kernels
+    from entrgi_kernels.backends.triton import aot
+
+    machine = aot.SHIPPED["sm_90"]
+    for module in (trials, comparison):
+        monkeypatch.setattr(module, "architecture", lambda device: machine.tables.architecture)
+    monkeypatch.setattr(comparison, "_scale", lambda device: comparison.GPU)
+    for op, args in trials.calls(n, v, d, logits, table):
+        trial, called, proven = trials.describe(op, *trials.READERS[op](*args), CPU), set(), set()
+        with aot.recording(machine, called.add):
+            getattr(kernels, op)(*args)
+        with aot.recording(machine, proven.add):
+            for call, _ in comparison.problems(trial, kernels, CPU):
+                call()
+        assert called and called <= proven, str(trial)
 
 
 @outer
@@ -257,7 +316,7 @@ def test_the_fastest_proven_engine_serves_where_the_file_has_times(door, monkeyp
         module.softmax_entropy = lambda *args, name=name: (served.append(name), eager.softmax_entropy(*args))[1]
     known = {"eager": eager, "triton": door, "cuda": other, "native": "none"}
     monkeypatch.setattr(backends, "_load", known.__getitem__)
-    backends._choose.cache_clear()
+    backends._choose.cache_clear(), backends._resolved.cache_clear()
     x = torch.randn(N, V)
 
     def who(times=None) -> str:
@@ -412,3 +471,48 @@ def test_nobody_who_listens_hears_of_a_proof(door):
     with ranges.listening(Listener()):
         ops.softmax_entropy(torch.randn(N, V))
     assert heard == ["entrgi::softmax_entropy"]
+
+
+@outer
+@pytest.mark.parametrize("fault", [None, a_nan])
+def test_auto_on_a_simulated_gpu(door, monkeypatch, caplog, fault):
+    """The real preference, a device called cuda: proven at the first call, and nothing waits for it at the second."""
+    file = ROOT / "tests" / "guidance" / "simulated_device.py"
+    spec = importlib.util.spec_from_file_location("simulated_device", file)
+    simulated = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(simulated)
+    facts = types.SimpleNamespace(name="Simulated H100", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    monkeypatch.setattr(backends, "_PREFERENCE", REAL_PREFERENCE)
+    monkeypatch.setattr(proof, "DEVICES", {"cuda"})
+
+    class Generator(torch.Generator):
+        def __new__(cls, device):
+            return super().__new__(cls, "cpu")
+
+    monkeypatch.setattr(torch, "Generator", Generator)
+    served = []
+
+    def marked(*args):
+        served.append(1)
+        result = eager.softmax_entropy(*args)
+        if fault is not None:
+            fault(simulated.unwrap(result[0]), 0)
+        return result
+
+    door.softmax_entropy = marked
+    with simulated.SimulatedDevice() as device:
+        x = simulated.DeviceTensor(torch.randn(N, V))
+        raw = backends.resolve("auto", x, "softmax_entropy").softmax_entropy
+        with device.counting() as waits:
+            raw(x, 0.7)
+            assert waits.total() > 0
+        served.clear()
+        with device.counting() as waits:
+            lse, _ = raw(x, 0.7)
+            assert waits.total() == 0
+    assert torch.equal(simulated.unwrap(lse), eager.softmax_entropy(simulated.unwrap(x), 0.7)[0])
+    assert len(served) == (fault is None) and ("eager torch serves" in caplog.text) == (fault is not None)
+    (verdict,) = proof.verdicts(torch.device("cuda", 0)).values()
+    assert verdict.passed == (fault is None)
+    assert proof.machine(torch.device("cuda", 0)).startswith("Simulated H100 9.0 | ")
