@@ -1,7 +1,7 @@
 """The compiled CUDA kernels on a GPU: times against Triton, compute-sanitizer, and what Nsight Compute counts.
 
 `make gpu` calls :func:`compare` and :func:`nsight`. Times go with the other rows into benchmarks/results/<device>.json,
-where a row of entrgi_kernels/backends/evidence.py has to find them; Nsight's figures into <device>-ncu.txt beside it.
+Nsight's figures into <device>-ncu.txt beside it.
 Everything that is missing (the extension, a tool, time) is named and left out.
 """
 
@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -103,29 +103,7 @@ def compare(shapes: Sequence[Shape], left: Callable[[], float], add: Callable[[l
             add(here)
             groups += here
             torch.cuda.empty_cache()
-    print(*proposals(groups), sep="\n")
     return groups
-
-
-def proposals(groups: Iterable[Group]) -> list[str]:
-    """Rows for the table of evidence: unbroken ranges of N, at one V, over which the CUDA kernel was the faster."""
-    lines: list[str] = []
-    by_kind: dict[tuple[str, str, int], list[Group]] = {}
-    for group in groups:
-        if group.ratio("cuda", "triton") is not None:
-            by_kind.setdefault((group.op, group.dtype, group.shape.v), []).append(group)
-    for (op, dtype, v), measured in by_kind.items():
-        run: list[int] = []
-        for group in [*sorted(measured, key=lambda g: g.shape.n), None]:
-            if group is not None and (group.ratio("cuda", "triton") or 0) > 1:
-                run.append(group.shape.n)
-            elif run:
-                lines.append(
-                    f'evidence: Evidence("cuda", "{op}", <device>, torch.{dtype}, ({run[0]}, {run[-1]}), ({v}, {v}), '
-                    "<result>)"
-                )
-                run = []
-    return lines or ["evidence: the CUDA kernels are faster than Triton's at no shape measured"]
 
 
 # --- compute-sanitizer ------------------------------------------------------------------------------------------------

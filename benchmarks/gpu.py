@@ -116,6 +116,7 @@ def ceilings(machine: Machine, scratch: torch.Tensor) -> tuple[float, float, lis
 def kernel_group(machine: Machine, shape: Shape, scratch: torch.Tensor, bandwidth: float) -> list[Group]:
     """Kernels alone at a shape in bf16, by device events: no Python or launch gaps between them are left out."""
     from benchmarks.suite_step import Problem
+    from entrgi_kernels.backends.arguments import Adam, Draw
 
     kernels, device = machine.kernels(), machine.device
     p = Problem.make(shape, torch.bfloat16, device=device)
@@ -124,7 +125,6 @@ def kernel_group(machine: Machine, shape: Shape, scratch: torch.Tensor, bandwidt
     rng, rows = torch.zeros(2, dtype=torch.int64, device=device), torch.arange(n, device=device)
     soft, lse = kernels.soft_embedding(p.phi, p.table, s.temperature)
     moments = torch.zeros_like(p.phi), torch.zeros_like(p.phi)
-    scalars = (s.temperature, s.lr, *s.betas, s.eps)
     left, out, back = torch.rand_like(p.phi), torch.empty_like(p.grad), torch.empty_like(p.phi)
     n_v_d, read, thrice = 2.0 * n * v * d, size / bandwidth, 3 * size / bandwidth
 
@@ -136,13 +136,15 @@ def kernel_group(machine: Machine, shape: Shape, scratch: torch.Tensor, bandwidt
         return row_statistics(p.phi, 1.0, s.temperature, True)
 
     def sample(top_p: float) -> torch.Tensor:
-        return kernels.sample_tokens(p.phi, rng, rows, s.temperature, 0, top_p)
+        return kernels.sample_tokens(p.phi, Draw(rng, rows, s.temperature, 0, top_p))
 
     def embed() -> Any:
-        return kernels.entrgi_embedding(p.phi, p.table, rng, rows, None, None, "entropy", s.temperature, 0, s.top_p)
+        draw = Draw(rng, rows, s.temperature, 0, s.top_p)
+        return kernels.entrgi_embedding(p.phi, p.table, draw, None, None, "entropy")
 
     def update(state: tuple[Any, Any], step: int) -> None:
-        kernels.guidance_update_(p.phi, p.grad, p.table, soft, lse, *state, step, *scalars)
+        adam = Adam(*state, step, s.lr, *s.betas, s.eps)
+        kernels.guidance_update_(p.phi, p.grad, p.table, soft, lse, s.temperature, adam)
 
     def forward_product() -> None:
         torch.mm(left, p.table, out=out)

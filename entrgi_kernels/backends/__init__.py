@@ -2,7 +2,8 @@
 
 A backend is a module of raw functions on tensors (no autograd, no validation), with the names and the signatures of
 :mod:`entrgi_kernels.backends.eager`, the oracle. :func:`resolve` picks one; an explicit choice that cannot serve
-raises, only ``"auto"`` falls back. A backend that has some of the functions alone says why in ``LACKING``.
+raises, only ``"auto"`` falls back. A backend that has some of the functions alone says why in ``LACKING``. What is
+picked on a GPU stands behind :mod:`.proof`: kernels serve once they have been compared with eager arithmetic there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from types import ModuleType
 
 import torch
 
-from . import evidence
+from . import proof
+from .proof import BackendUnavailableError as BackendUnavailableError
 
 logger = logging.getLogger("entrgi_kernels")
 
@@ -24,15 +26,11 @@ EAGER, NATIVE, TRITON, CUDA = "eager", "native", "triton", "cuda"
 NAMES = (EAGER, NATIVE, TRITON, CUDA)
 _MODULES = {name: f"{__name__}.{name}" for name in NAMES}
 
-# What "auto" tries first on a device type; the rest of the list is what it falls back to. An engine is listed only
-# where a committed result shows it correct and fastest: native by benchmarks/results/ of a CPU. The triton backend has
-# not run on a GPU yet: `make gpu` makes the result that will put it in front of eager here; until then it is asked for
-# by name.
-_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": (NATIVE, EAGER), "cuda": (EAGER,)}
-
-
-class BackendUnavailableError(RuntimeError):
-    """An explicitly chosen backend cannot serve these tensors on this machine."""
+# What "auto" tries on a device type, in order: the first that can serve the device and the dtype and has the operator.
+# Where :data:`.proof.DEVICES` has the device type, those of _PROVEN also have to pass their proof on the machine at
+# hand, and where `entrgi check` has timed several that do, the fastest goes first.
+_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": (NATIVE, EAGER), "cuda": (TRITON, CUDA, EAGER)}
+_PROVEN = (TRITON, CUDA)
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,14 @@ class BackendInfo:
         available: True when it can serve tensors of at least one device of this machine.
         devices: device types it serves here.
         reason: why it is not available; None when it is.
+        proof: of an available GPU backend, what is known of its kernels on this machine, in words; else None.
     """
 
     name: str
     available: bool
     devices: tuple[str, ...]
     reason: str | None
+    proof: str | None = None
 
 
 @cache
@@ -82,15 +82,13 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, op: str | None
 
 
 @cache
-def _choose(device_type: str, dtype: torch.dtype) -> str:
-    """The backend that "auto" means for a device type and dtype; says once why a preferred one is passed over."""
-    device = torch.device(device_type)
-    for name in _PREFERENCE.get(device_type, (EAGER,)):
-        reason = _why_not(name, device, dtype)
-        if reason is None:
-            return name
-        _say_once(f"backend {name!r} is not used on {device_type}: {reason}")
-    return EAGER
+def _choose(device_type: str, dtype: torch.dtype, op: str | None) -> tuple[str, ...]:
+    """The backends that "auto" means, best first; says once why the very first of its list is passed over."""
+    device, names = torch.device(device_type), _PREFERENCE.get(device_type, (EAGER,))
+    reasons = {name: _why_not(name, device, dtype, op) for name in names}
+    if reasons[names[0]] is not None:
+        _say_once(f"backend {names[0]!r} is not used on {device_type}: {reasons[names[0]]}")
+    return tuple(name for name, reason in reasons.items() if reason is None) or (EAGER,)
 
 
 @cache
@@ -110,9 +108,13 @@ def resolve(name: str, tensor: torch.Tensor, op: str | None = None) -> ModuleTyp
 
     Args:
         name: "auto" or a backend's name. "auto" follows the environment variable ENTRGI_BACKEND where it is set, else
-            the table of :mod:`.evidence`, else the best engine for the tensor's device and dtype.
-        tensor: the logits of the call; device and dtype decide, and shape where the table speaks of it.
+            it is the best engine for the tensor's device and dtype.
+        tensor: the logits of the call; device and dtype decide.
         op: the raw function that is going to be called; None when any will do.
+
+    Returns:
+        A module, or on a GPU a :class:`.proof.Proven` with the same functions, whose calls may raise
+        BackendUnavailableError for a backend chosen by name.
 
     Raises:
         ValueError: no such backend.
@@ -121,18 +123,25 @@ def resolve(name: str, tensor: torch.Tensor, op: str | None = None) -> ModuleTyp
     check_name(name)
     if name == "auto":
         name = check_name(os.environ.get("ENTRGI_BACKEND") or "auto", "ENTRGI_BACKEND")
+    return _resolved(name, tensor.device, tensor.dtype, op)
+
+
+@cache
+def _resolved(name: str, device: torch.device, dtype: torch.dtype, op: str | None) -> ModuleType:
+    """:func:`resolve`, asked once: a call of an operator must not cost more than its kernel."""
+    names: tuple[str, ...] = (name,)
     if name == "auto":
-        name = evidence.fastest(op, tensor) or "auto"
-        if name == "auto" or _why_not(name, tensor.device, tensor.dtype, op) is not None:
-            name = _choose(tensor.device.type, tensor.dtype)
+        names = _choose(device.type, dtype, op)
     else:
-        reason = _why_not(name, tensor.device, tensor.dtype, op)
+        reason = _why_not(name, device, dtype, op)
         if reason is not None:
             raise BackendUnavailableError(
-                f"backend={name!r} cannot serve {op or 'operators'} on {tensor.dtype} tensors on "
-                f"{tensor.device.type}: {reason}"
+                f"backend={name!r} cannot serve {op or 'operators'} on {dtype} tensors on {device.type}: {reason}"
             )
-    module = _load(name)
+    if names[0] in _PROVEN and device.type in proof.DEVICES:
+        engines = [(one, _load(one)) for one in names if one in _PROVEN]
+        return proof.proven(engines, strict=name != "auto")  # type: ignore[arg-type, return-value]
+    module = _load(names[0])
     assert not isinstance(module, str)
     return module
 
@@ -154,5 +163,21 @@ def backends() -> dict[str, BackendInfo]:
         reasons = {device: _why_not(name, torch.device(device), torch.float32) for device in devices}
         served = tuple(device for device, reason in reasons.items() if reason is None)
         reason = None if served else "; ".join(dict.fromkeys(str(r) for r in reasons.values()))
-        infos[name] = BackendInfo(name, bool(served), served, reason)
+        here = [device for device in served if device in proof.DEVICES and name in _PROVEN]
+        known = _proofs(name, torch.device(here[0], 0)) if here else None
+        infos[name] = BackendInfo(name, bool(served), served, reason, known)
     return infos
+
+
+def _proofs(name: str, device: torch.device) -> str:
+    """What is known of a backend's kernels on this device (of several GPUs: the first)."""
+    try:
+        known = proof.verdicts(device)
+    except Exception as error:
+        return f"unknown ({type(error).__name__}: {error})"
+    found = {key: verdict for key, verdict in known.items() if key.startswith(f"{name} ")}
+    if not found:
+        return "no kernel proven here yet (each is at its first use; all by `entrgi check`)"
+    failed = [f"{key}: {verdict.figures}" for key, verdict in found.items() if not verdict.passed]
+    words = f"{len(found) - len(failed)} kinds of calls proven here"
+    return words + "".join(f"; FAILED, eager serves: {one}" for one in failed)

@@ -32,6 +32,7 @@ COMMANDS = {
     "evaluate": Command("entrgi.evaluate", "a grid of methods, models, temperatures, seeds and datasets; resumable"),
     "report": Command("entrgi.report.command", "tables and pictures of evaluations, as HTML, Markdown or LaTeX"),
     "tiny train": Command("entrgi.tiny.train", "train the built-in tiny models again (about twenty minutes on a CPU)"),
+    "check": Command("entrgi.check", "are the kernels right on this machine, and how fast: for a GPU, run this first"),
     "env": Command("entrgi.env", "what this machine has: versions, devices, backends and why the rest are missing"),
 }
 GROUPS = {"tiny": "the built-in tiny models"}

@@ -300,7 +300,7 @@ def _backend_section() -> dict[str, Callable[[], Any]]:
 def _backend(info: Any) -> str:
     if not info.available:
         raise Unavailable(info.reason)
-    return f"available on {', '.join(info.devices)}"
+    return f"available on {', '.join(info.devices)}" + (f"; {info.proof}" if info.proof else "")
 
 
 def _record() -> dict[str, Any]:

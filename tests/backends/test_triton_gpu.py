@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 from entrgi_kernels import ops  # noqa: E402
 from entrgi_kernels.backends import eager  # noqa: E402
 from entrgi_kernels.backends import triton as kernels  # noqa: E402
+from entrgi_kernels.backends.arguments import Adam, Draw, Placement  # noqa: E402
 from entrgi_kernels.backends.triton import aot, config  # noqa: E402
 from entrgi_kernels.backends.triton.soft_embedding import forward  # noqa: E402
 
@@ -65,8 +66,8 @@ def test_every_operator_against_float64(n, v, d, dtype):
     truth = eager.soft_embedding_grad_table(x, g, exact_lse, 0.7, torch.float64)
     assert error(ours, truth) <= 3 * error(p.T @ grad, truth) + LEAST[dtype]
     phi, wanted = logits.clone(), x.clone()
-    kernels.guidance_update_(phi, grad, table, soft, lse, None, None, 1, *ADAM)
-    eager.guidance_update_(wanted, g, e, exact, exact_lse, None, None, 1, *ADAM)
+    kernels.guidance_update_(phi, grad, table, soft, lse, ADAM[0], Adam(None, None, 1, *ADAM[1:]))
+    eager.guidance_update_(wanted, g, e, exact, exact_lse, ADAM[0], Adam(None, None, 1, *ADAM[1:]))
     moved, exact_move = (phi.double() - x), (wanted - x)
     told = exact_move.abs() > 0.05
     flips = ((moved * exact_move <= 0) & told).sum() / told.sum().clamp(min=1)
@@ -103,10 +104,10 @@ def test_a_new_number_of_rows_compiles_nothing(monkeypatch):
     for n in (64, 33, 34, 35, 48):
         phi = logits[:n].clone()
         own = keys[1 : n + 1]
-        out = kernels.entrgi_embedding(phi, table, rng, own, None, None, "entropy", 0.7, 0, 0.9)
-        kernels.entrgi_embedding(phi, table, rng, own, None, None, "entropy", 0.7, 0, 0.9, inputs, own)
+        out = kernels.entrgi_embedding(phi, table, Draw(rng, own, 0.7, 0, 0.9), None, None, "entropy")
+        kernels.entrgi_embedding(phi, table, Draw(rng, own, 0.7, 0, 0.9), None, None, "entropy", Placement(inputs, own))
         assert torch.equal(inputs[own], out[0])
-        kernels.guidance_update_(phi, grad[:n], table, out[4], out[5], None, None, 1, *ADAM)
+        kernels.guidance_update_(phi, grad[:n], table, out[4], out[5], ADAM[0], Adam(None, None, 1, *ADAM[1:]))
         if n == 64:
             made.clear()
     assert made == []
@@ -117,8 +118,8 @@ def test_a_new_number_of_rows_compiles_nothing(monkeypatch):
 def test_draws_are_the_oracles(dtype, top_k, top_p):
     logits, _, _ = make(512, V, 1, dtype)
     rng, rows = torch.tensor([3, 4], device="cuda"), torch.arange(512, device="cuda") * (1 << 33)
-    ours = kernels.sample_tokens(logits, rng, rows, 0.7, top_k, top_p)
-    assert int((ours != eager.sample_tokens(logits, rng, rows, 0.7, top_k, top_p)).sum()) <= 1
+    ours = kernels.sample_tokens(logits, Draw(rng, rows, 0.7, top_k, top_p))
+    assert int((ours != eager.sample_tokens(logits, Draw(rng, rows, 0.7, top_k, top_p))).sum()) <= 1
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0])
@@ -126,8 +127,8 @@ def test_flat_rows(scale):
     logits = torch.randn(16, V, device="cuda") * scale
     rng, rows = torch.tensor([3, 4], device="cuda"), torch.arange(16, device="cuda")
     for top_k, top_p in ((0, 0.9), (100_000, 1.0)):
-        ours = kernels.sample_tokens(logits, rng, rows, 1.0, top_k, top_p)
-        assert int((ours != eager.sample_tokens(logits, rng, rows, 1.0, top_k, top_p)).sum()) <= 1
+        ours = kernels.sample_tokens(logits, Draw(rng, rows, 1.0, top_k, top_p))
+        assert int((ours != eager.sample_tokens(logits, Draw(rng, rows, 1.0, top_k, top_p))).sum()) <= 1
 
 
 def test_bad_rows():
@@ -136,7 +137,7 @@ def test_bad_rows():
     logits[4] = -math.inf
     logits[4, 1234] = 0.5
     rng, rows = torch.tensor([3, 4], device="cuda"), torch.arange(8, device="cuda")
-    out = kernels.entrgi_embedding(logits, table, rng, rows, None, None, "entropy", 0.7, 0, 0.95)
+    out = kernels.entrgi_embedding(logits, table, Draw(rng, rows, 0.7, 0, 0.95), None, None, "entropy")
     assert out[1][1:4].tolist() == [-1, -1, -1] and int(out[1][4]) == 1234
     assert bool(out[0][1:4].isnan().all()) and bool(out[0][[0, 4, 5, 6, 7]].isfinite().all())
     assert float(out[3][4]) == 0.0
@@ -154,14 +155,14 @@ def test_more_than_2_to_the_31_entries():
     _, table, _ = make(1, V, 64, torch.bfloat16)
     grad = torch.randn(n, 64, device="cuda").bfloat16()
     rng, rows = torch.tensor([3, 4], device="cuda"), torch.arange(n, device="cuda")
-    out = kernels.entrgi_embedding(logits, table, rng, rows, None, None, "entropy", 0.7, 0, 0.95)
+    out = kernels.entrgi_embedding(logits, table, Draw(rng, rows, 0.7, 0, 0.95), None, None, "entropy")
     last = logits[-3:].clone()
-    alone = kernels.entrgi_embedding(last, table, rng, rows[-3:], None, None, "entropy", 0.7, 0, 0.95)
+    alone = kernels.entrgi_embedding(last, table, Draw(rng, rows[-3:], 0.7, 0, 0.95), None, None, "entropy")
     for a, b in zip(out, alone, strict=True):
         torch.testing.assert_close(a[-3:], b, rtol=2e-2, atol=2e-3)
     assert torch.equal(out[1][-3:], alone[1])
-    kernels.guidance_update_(logits, grad, table, out[4], out[5], None, None, 1, *ADAM)
-    kernels.guidance_update_(last, grad[-3:], table, alone[4], alone[5], None, None, 1, *ADAM)
+    kernels.guidance_update_(logits, grad, table, out[4], out[5], ADAM[0], Adam(None, None, 1, *ADAM[1:]))
+    kernels.guidance_update_(last, grad[-3:], table, alone[4], alone[5], ADAM[0], Adam(None, None, 1, *ADAM[1:]))
     assert float((logits[-3:] != last).float().mean()) < 1e-2
 
 
@@ -255,7 +256,7 @@ def test_a_captured_graph_draws_new_numbers(check_captured_draws):
     rng, rows = torch.tensor([3, 0], device="cuda"), torch.arange(64, device="cuda")
 
     def step():
-        out = kernels.entrgi_embedding(logits, table, rng, rows, None, None, "entropy", 1.0, 0, 1.0)
+        out = kernels.entrgi_embedding(logits, table, Draw(rng, rows, 1.0, 0, 1.0), None, None, "entropy")
         return out[1]
 
     check_captured_draws(step, rng)
@@ -268,8 +269,8 @@ def test_same_bits_run_to_run():
         results = []
         for _ in range(3):
             phi = logits.clone()
-            out = kernels.entrgi_embedding(phi, table, rng, rows, None, None, "entropy", 0.7, 0, 0.95)
-            kernels.guidance_update_(phi, grad, table, out[4], out[5], None, None, 1, *ADAM)
+            out = kernels.entrgi_embedding(phi, table, Draw(rng, rows, 0.7, 0, 0.95), None, None, "entropy")
+            kernels.guidance_update_(phi, grad, table, out[4], out[5], ADAM[0], Adam(None, None, 1, *ADAM[1:]))
             results.append((*out, phi))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -1,4 +1,4 @@
-"""The GPU part of the CUDA kernels, as far as it needs no GPU: reading the tools' output, proposing evidence."""
+"""The GPU part of the CUDA kernels, as far as it needs no GPU: reading the tools' output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 
 from benchmarks import cuda_engine, run_gpu
 from benchmarks.inputs import Shape
-from benchmarks.measure import Group, Timing
 
 # As ncu --csv --page details prints it: its own lines first, then a row a metric.
 REPORT = """==PROF== Connected to process 1
@@ -23,11 +22,6 @@ REPORT = """==PROF== Connected to process 1
 """
 
 
-def group(n: int, cuda: float, triton: float, op: str = "sample_tokens", v: int = 1000) -> Group:
-    timings = {"cuda": Timing("cuda", [cuda]), "triton": Timing("triton", [triton])}
-    return Group(op, "bfloat16", Shape(n, 64, v), timings, {})
-
-
 def test_counters_are_read_by_launch():
     first, second = cuda_engine.counters(REPORT)
     assert first == {
@@ -38,16 +32,6 @@ def test_counters_are_read_by_launch():
         "Tensor (All)": "0 %",
     }
     assert second == {"kernel": "void entrgi::cuda::other", "time": "3 us"}
-
-
-def test_proposals_are_unbroken_ranges_where_cuda_is_faster():
-    lines = cuda_engine.proposals([group(1024, 1, 2), group(64, 1, 2), group(512, 3, 2), group(2048, 1, 2)])
-    assert len(lines) == 2
-    assert '"sample_tokens", <device>, torch.bfloat16, (64, 64), (1000, 1000)' in lines[0]
-    assert "(1024, 2048)" in lines[1]
-    assert "at no shape" in cuda_engine.proposals([group(64, 2, 2)])[0]
-    alone = Group("sample_tokens", "bfloat16", Shape(64, 64, 1000), {"cuda": Timing("cuda", [1.0])}, {})
-    assert "at no shape" in cuda_engine.proposals([alone])[0]
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..arguments import Draw
 from ..ranges import ranged
 from . import config
 from .launch import aligned, cdiv, kernel, launch, rows_of, vector
@@ -611,20 +612,12 @@ def filter_thresholds(
     return _filtered(logits, statistics.maximum, statistics.logsum, temperature, top_k, top_p, None, None)
 
 
-def draw(
-    logits: torch.Tensor,
-    maximum: torch.Tensor,
-    logsum: torch.Tensor,
-    rng: torch.Tensor,
-    rows: torch.Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-) -> torch.Tensor:
+def drawn(logits: torch.Tensor, maximum: torch.Tensor, logsum: torch.Tensor, draw: Draw) -> torch.Tensor:
     """Tokens [N] int64 from dense-rowed `logits` whose maximum and logsum (at `temperature`) are known; -1 if bad."""
-    n, v = logits.shape
-    if is_filtered(v, top_k, top_p):
-        return _filtered(logits, maximum, logsum, temperature, top_k, top_p, rng, rows)
+    (n, v), temperature = logits.shape, draw.temperature
+    rng, rows = draw.rng.contiguous(), draw.keys
+    if is_filtered(v, draw.top_k, draw.top_p):
+        return _filtered(logits, maximum, logsum, temperature, draw.top_k, draw.top_p, rng, rows)
     target = config.target(logits.device)
     entry = target.architecture.sample.race
     length, splits = entry.slices(n, v, target.sms)
@@ -663,13 +656,11 @@ def draw(
 
 
 @ranged
-def sample_tokens(
-    logits: torch.Tensor, rng: torch.Tensor, rows: torch.Tensor, temperature: float, top_k: int, top_p: float
-) -> torch.Tensor:
+def sample_tokens(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
     """Tokens [N] int64; see :func:`entrgi_kernels.backends.eager.sample_tokens`."""
     logits = rows_of(logits)
-    if temperature == 0:
+    if draw.temperature == 0:
         statistics = row_statistics(logits, 1.0, argmax=True)
         return torch.where(statistics.maximum.isnan(), -1, statistics.argmax)
-    statistics = row_statistics(logits, temperature)
-    return draw(logits, statistics.maximum, statistics.logsum, rng.contiguous(), rows, temperature, top_k, top_p)
+    statistics = row_statistics(logits, draw.temperature)
+    return drawn(logits, statistics.maximum, statistics.logsum, draw)

@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 
 from .. import eager
+from ..arguments import Draw, Placement
 from ..ranges import ranged
 from . import chunked, config, hopper
 from .launch import aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
-from .sampling import draw
+from .sampling import drawn
 from .statistics import row_statistics
 
 _EMPTY_SPLIT_WASTE = 0.1
@@ -305,24 +306,17 @@ def soft_embedding(
 def entrgi_embedding(
     logits: torch.Tensor,
     embedding: torch.Tensor,
-    rng: torch.Tensor,
-    rows: torch.Tensor,
+    draw: Draw,
     tokens: torch.Tensor | None,
     weight: torch.Tensor | None,
     weight_mode: str,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    out: torch.Tensor | None = None,
-    index: torch.Tensor | None = None,
+    placement: Placement | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The whole forward: one pass of statistics, a draw, one product; see the eager backend for the outputs."""
     if embedding.dtype == torch.float64:
-        return eager.entrgi_embedding(
-            logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p, out, index
-        )
+        return eager.entrgi_embedding(logits, embedding, draw, tokens, weight, weight_mode, placement)
     logits = rows_of(logits)
-    found = row_statistics(logits, 1.0, second=temperature, argmax=True)
+    found = row_statistics(logits, 1.0, second=draw.temperature, argmax=True)
     if weight_mode == "entropy":
         weight = found.share
     elif weight_mode == "given":
@@ -333,10 +327,15 @@ def entrgi_embedding(
     if tokens is not None:
         tokens = tokens.clone()
     elif weight_mode == "zero":
-        tokens = torch.full_like(rows, -1)
+        tokens = torch.full_like(draw.keys, -1)
     else:
-        tokens = draw(logits, found.maximum, found.logsum2, rng.contiguous(), rows, temperature, top_k, top_p)
-    if out is None:
-        out = torch.empty((logits.shape[0], embedding.shape[1]), dtype=embedding.dtype, device=logits.device)
-    soft = forward(logits, embedding, found.maximum, found.logsum2, temperature, (tokens, weight, out), index)
+        tokens = drawn(logits, found.maximum, found.logsum2, draw)
+    if placement is None:
+        index, out = (
+            None,
+            torch.empty((logits.shape[0], embedding.shape[1]), dtype=embedding.dtype, device=logits.device),
+        )
+    else:
+        out, index = placement
+    soft = forward(logits, embedding, found.maximum, found.logsum2, draw.temperature, (tokens, weight, out), index)
     return out, tokens, weight, found.entropy, soft, found.lse2, found.argmax
