@@ -240,7 +240,7 @@ def test_compiled_update_is_tritons(monkeypatch, compiled, moments, n, v, d):
                     (torch.randn_like(phi) * 1e-3).to(moments),
                     (torch.rand_like(phi) * 1e-6).to(moments),
                 )
-            kernels.guidance_update_(phi, grad, table, soft, lse, *state, step, *ADAM, keep)
+            kernels.guidance_update_(phi, grad, table, soft, lse, ADAM[0], Adam(*state, step, *ADAM[1:], keep))
             results.append((phi, *state) if moments is not None else (phi,))
         ours, theirs, again = results
         assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))

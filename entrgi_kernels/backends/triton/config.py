@@ -1,9 +1,10 @@
 """Tile sizes and engines per architecture and shape: frozen threshold tables, no tuning at run time.
 
 An entry serves row counts up to its `most_rows`; the last entry of a list has none. `benchmarks/tune.py` measures the
-candidates on a GPU and prints the tables; `evidence` beside an entry says where its numbers come from. Every entry
-below was chosen WITHOUT A GPU, from what ahead-of-time compilation shows (registers, shared memory, no spills: the
-table in docs/gpu.md) and from a count of bytes and operations. None has been timed yet.
+candidates on a GPU and prints the tables; `evidence` beside an entry says where its numbers come from. Those
+of sm_90 in 16 bits were timed on an H100 (benchmarks/results/tiles-nvidia-h100-80gb-hbm3.json); every other was chosen
+WITHOUT A GPU, from what ahead-of-time compilation shows (registers, shared memory, no spills: the table in docs/gpu.md)
+and from a count of bytes and operations.
 """
 
 from __future__ import annotations
@@ -254,6 +255,43 @@ _BACKWARD_16_BIT_BULK = (
         "under the other's product",
     ),
 )
+_STATISTICS_SM_90 = (
+    _ROWS["statistics"][0],
+    RowConfig(
+        *(2048, 4, 8192, 64),
+        evidence="H100: 81, 90, 94, 97% of copy bandwidth at N 512, 1024, 2048, 4096 (the kernel, two temperatures); tiles "
+        "of 4,096 with slices from 12,288 on 75, 81, 87, 90%",
+    ),
+)
+_H100 = "H100, V 151,936, torch 2.11.0, Triton 3.6.0; ms at N 64, 512, 1024, 2048, 4096: "
+_FORWARD_16_BIT_SM_90 = (
+    GemmConfig(16, 128, 64, 4, 4, loads="descriptor", most_rows=32),
+    GemmConfig(64, 128, 64, 4, 4, loads="descriptor", most_rows=64, evidence=_H100 + "0.20; 64 x 64 x 64 takes 0.30"),
+    GemmConfig(
+        *(64, 64, 256, 4, 3),
+        loads="descriptor",
+        most_rows=1535,
+        evidence=_H100 + "0.32, 0.52, 1.49, 2.81, 7.69; 128 x 64 x 256 takes 0.63, 1.47, 2.91, 7.32 from 512 on",
+    ),
+    GemmConfig(128, 64, 128, 8, 3, engine="chunked", evidence=_H100 + "0.87, 1.32, 1.79, 2.29, 5.33"),
+)
+_BACKWARD_16_BIT_SM_90 = (
+    GemmConfig(16, 128, 64, 4, 4, loads="descriptor", most_rows=32),
+    GemmConfig(
+        *(64, 128, 64, 4, 3),
+        loads="descriptor",
+        parts=8,
+        most_rows=256,
+        evidence=_H100 + "0.25 at 64; in quarters 0.29",
+    ),
+    GemmConfig(
+        *(128, 256, 64, 8, 4),
+        loads="descriptor",
+        parts=16,
+        evidence=_H100
+        + "0.84, 2.12, 3.67, 8.02 from 512 on; two programs of 128 x 128 x 64 take 0.90, 2.19, 3.80, 9.01",
+    ),
+)
 _BACKWARD_32_BIT = (
     GemmConfig(16, 64, 64, 4, 3, most_rows=32),
     GemmConfig(64, 64, 32, 4, 3),
@@ -273,9 +311,9 @@ _SM_80 = Architecture(
 )
 _SM_90 = Architecture(
     "sm_90",
-    **_ROWS,
-    forward={2: _FORWARD_16_BIT_BULK, 4: _FORWARD_32_BIT},
-    backward={2: _BACKWARD_16_BIT_BULK, 4: _BACKWARD_32_BIT},
+    **_ROWS | dict(statistics=_STATISTICS_SM_90),
+    forward={2: _FORWARD_16_BIT_SM_90, 4: _FORWARD_32_BIT},
+    backward={2: _BACKWARD_16_BIT_SM_90, 4: _BACKWARD_32_BIT},
     table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
     unaligned=_UNALIGNED,
     bulk=True,
