@@ -353,6 +353,25 @@ def test_a_raised_cut_off_serves_or_is_found_out(dtype, together, monkeypatch):
 
 
 @inner
+def test_a_cut_off_between_two_values_of_the_dtype_keeps_neither_more_nor_less():
+    """One entry reaches the cut-off 1.3513; 299 lie at the value of bfloat16 just below it, and share its key."""
+    logits = torch.full((1, 300), 1.34375, dtype=torch.bfloat16)
+    logits[0, 7] = 10.0
+    keys = sampling.filter_thresholds(logits, statistics.row_statistics(logits, 1.0), 1.0, 0, 0.9)
+    assert kept_by(keys, logits).nonzero().tolist() == [[0, 7]]
+
+
+@inner
+def test_a_row_of_equal_entries_keeps_all_of_them():
+    """The cut-off, raised as long as the sample reaches it, stays at the maximum."""
+    for value in (-3.0, 0.0, 5.0):
+        logits = torch.full((1, 300), value, dtype=torch.bfloat16)
+        found = statistics.row_statistics(logits, 1.0)
+        for top_k, top_p in ((0, 0.5), (20, 1.0)):
+            assert kept_by(sampling.filter_thresholds(logits, found, 1.0, top_k, top_p), logits).all()
+
+
+@inner
 def test_the_threshold_keeps_exactly_the_oracles_set():
     logits = torch.randn(5, 140, generator=torch.Generator().manual_seed(4)).mul(2).round()  # ties, and -0.0
     for top_k, top_p in ((0, 0.7), (9, 1.0), (20, 0.9), (0, 0.999)):

@@ -70,6 +70,7 @@ def _cut_kernel(
     temperature,
     log_cut,
     most,
+    SHIFT: tl.constexpr,
     CHUNKS: tl.constexpr,
     DOUBLINGS: tl.constexpr,
 ):
@@ -95,8 +96,9 @@ def _cut_kernel(
             reach = tl.sum(tl.sum((x >= first + (more - 1) * temperature * _RAISE).to(tl.int32), axis=1), axis=0)
             raises = tl.where(reach > allowed, more, raises)
     tl.store(raises_ptr + row, raises)
-    # No higher than the maximum: what is listed is then all that lies above the key below the cut-off's.
-    tl.store(cuts_ptr + row, tl.minimum(first + raises * temperature * _RAISE, m))
+    # No higher than the maximum, and lowered to where its key begins: what is listed is then what has at least that key.
+    key = ordered_key(tl.minimum(first + raises * temperature * _RAISE, m), SHIFT) << SHIFT
+    tl.store(cuts_ptr + row, (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True))
 
 
 @kernel("splits")
@@ -547,6 +549,7 @@ def _filtered(
         log_cut,
         capacity * splits * entry.use if v > capacity else float(v),
         num_warps=entry.cut_warps,
+        SHIFT=_KEY_SHIFT[logits.dtype],
         CHUNKS=entry.sample // 32,
         DOUBLINGS=_DOUBLINGS,
     )
