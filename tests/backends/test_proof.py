@@ -237,6 +237,7 @@ def test_other_rows_forms_dtypes_and_flags_are_other_proofs(door):
 
 
 @outer
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "v", "d", "logits", "table"),
     [
