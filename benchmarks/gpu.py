@@ -19,7 +19,6 @@ from benchmarks.inputs import CANONICAL, SMALL_N, Shape
 from benchmarks.measure import Candidate, Group
 from benchmarks.models import Network
 
-
 # Clock cycles: about half a millisecond, longer than any one function here takes to enqueue.
 _HEAD_START = 1_000_000
 

@@ -209,7 +209,7 @@ EXACT = [(64, V, 1024), (33, 50_272, 576), (100, 200, 144), (130, 50_272, 576), 
 @pytest.mark.parametrize(("n", "v", "d"), EXACT)
 @pytest.mark.parametrize("engine", ["compiled", "triton"])
 def test_products_of_integers_are_exact(monkeypatch, compiled, engine, n, v, d):
-    """Powers of two times small integers: every launch gives the exact sums, or registers were overwritten in flight."""
+    """Powers of two times small integers: every launch gives the exact sums, unless operands were overwritten."""
     monkeypatch.setattr(config, "override", dataclasses.replace(compiled, compiled=engine == "compiled"))
     generator = torch.Generator("cuda").manual_seed(1)
     logits = -torch.randint(0, 7, (n, v), device="cuda", generator=generator).bfloat16()

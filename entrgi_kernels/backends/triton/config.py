@@ -259,8 +259,8 @@ _STATISTICS_SM_90 = (
     _ROWS["statistics"][0],
     RowConfig(
         *(2048, 4, 8192, 64),
-        evidence="H100: 81, 90, 94, 97% of copy bandwidth at N 512, 1024, 2048, 4096 (the kernel, two temperatures); tiles "
-        "of 4,096 with slices from 12,288 on 75, 81, 87, 90%",
+        evidence="H100: 81, 90, 94, 97% of copy bandwidth at N 512, 1024, 2048, 4096 (the kernel, two temperatures); "
+        "tiles of 4,096 with slices from 12,288 on 75, 81, 87, 90%",
     ),
 )
 _H100 = "H100, V 151,936, torch 2.11.0, Triton 3.6.0; ms at N 64, 512, 1024, 2048, 4096: "
@@ -384,7 +384,8 @@ class Target:
     `precision` is Triton's input_precision of float32 products: three TF32 products ("tf32x3": about 2^-22 relative,
     on tensor cores) on NVIDIA, plain float32 ("ieee") elsewhere. A single TF32 product would miss the error bound.
     `waits`: products whose left operand is computed in registers end before it is computed anew. On Hopper Triton 3.6
-    to 3.8 overwrite it while the product still reads it (triton-lang/triton #9433, #9514, #9530, #11781); 3.9 does not. `compiled`: the extension has this GPU's products
+    to 3.8 overwrite it while the product still reads it (triton-lang/triton #9433, #9514, #9530, #11781; an H100 gave
+    wrong sums in 250 of 250 launches); 3.9 does not. `compiled`: the extension has this GPU's products
     (:mod:`.hopper`).
     """
 

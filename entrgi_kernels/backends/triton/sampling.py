@@ -96,7 +96,7 @@ def _cut_kernel(
             reach = tl.sum(tl.sum((x >= first + (more - 1) * temperature * _RAISE).to(tl.int32), axis=1), axis=0)
             raises = tl.where(reach > allowed, more, raises)
     tl.store(raises_ptr + row, raises)
-    # No higher than the maximum, and lowered to where its key begins: what is listed is then what has at least that key.
+    # No higher than the maximum, and lowered to where its key begins: listed is then what has at least that key.
     key = ordered_key(tl.minimum(first + raises * temperature * _RAISE, m), SHIFT) << SHIFT
     tl.store(cuts_ptr + row, (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True))
 
