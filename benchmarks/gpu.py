@@ -20,6 +20,10 @@ from benchmarks.measure import Candidate, Group
 from benchmarks.models import Network
 
 
+# Clock cycles: about half a millisecond, longer than any one function here takes to enqueue.
+_HEAD_START = 1_000_000
+
+
 @dataclass(frozen=True)
 class Machine:
     """Where this runs, and how large: a GPU with this project's kernels for it, or a CPU that rehearses.
@@ -70,7 +74,10 @@ REHEARSAL = Machine(
 
 
 def timed(run: Callable[[], Any], scratch: torch.Tensor, runs: int = 15) -> list[float]:
-    """Seconds of each run by device events, the L2 cache swept before it; by the clock on a CPU."""
+    """Seconds of each run by device events, the L2 cache swept before it; by the clock on a CPU.
+
+    The device is kept busy until all of a run is enqueued: what Python takes for its launches is no time of kernels.
+    """
     run()
     seconds = []
     for _ in range(runs):
@@ -81,6 +88,7 @@ def timed(run: Callable[[], Any], scratch: torch.Tensor, runs: int = 15) -> list
             seconds.append(time.perf_counter() - begun)
             continue
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_HEAD_START)
         begin.record()
         run()
         end.record()

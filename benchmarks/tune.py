@@ -99,7 +99,7 @@ def with_entry(target: Any, family: str, entry: Any) -> Any:
     else:
         table = getattr(architecture, family) | {2: (entry,)}
         changed = dataclasses.replace(architecture, **{family: table})
-    return dataclasses.replace(target, architecture=changed)
+    return dataclasses.replace(target, architecture=changed, compiled=False)
 
 
 def present_entry(target: Any, family: str, rows: int) -> Any:

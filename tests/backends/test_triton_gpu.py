@@ -18,6 +18,7 @@ from entrgi_kernels.backends import eager  # noqa: E402
 from entrgi_kernels.backends import triton as kernels  # noqa: E402
 from entrgi_kernels.backends.arguments import Adam, Draw, Placement  # noqa: E402
 from entrgi_kernels.backends.triton import aot, config  # noqa: E402
+from entrgi_kernels.backends.triton.soft_embedding import forward  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 V = 151_936
@@ -186,11 +187,68 @@ def test_every_tile_of_the_tables(monkeypatch, loads):
                 forward={width: (dataclasses.replace(forward, most_rows=None),)},
                 backward={width: (dataclasses.replace(backward, most_rows=None),)},
             )
-            monkeypatch.setattr(config, "override", dataclasses.replace(target, architecture=only))
+            monkeypatch.setattr(config, "override", dataclasses.replace(target, architecture=only, compiled=False))
             soft, got = kernels.soft_embedding(logits, table, 0.7)
             assert error(soft, exact) <= (1e-2 if width == 2 else 1e-5), forward
             ours = kernels.soft_embedding_backward(logits, table, grad, soft, got, 0.7)
             assert error(ours, truth) <= (2e-2 if width == 2 else 2e-5), backward
+
+
+@pytest.fixture
+def compiled():
+    """This GPU's tables with the compiled products."""
+    target = config.target(torch.device("cuda", 0))
+    if not target.compiled:
+        pytest.skip("this GPU, or this build, has no compiled products")
+    return target
+
+
+EXACT = [(64, V, 1024), (33, 50_272, 576), (100, 200, 144), (130, 50_272, 576), (200, 5008, 144), (1000, V, 2048)]
+
+
+@pytest.mark.parametrize(("n", "v", "d"), EXACT)
+@pytest.mark.parametrize("engine", ["compiled", "triton"])
+def test_products_of_integers_are_exact(monkeypatch, compiled, engine, n, v, d):
+    """Powers of two times small integers: every launch gives the exact sums, or registers were overwritten in flight."""
+    monkeypatch.setattr(config, "override", dataclasses.replace(compiled, compiled=engine == "compiled"))
+    generator = torch.Generator("cuda").manual_seed(1)
+    logits = -torch.randint(0, 7, (n, v), device="cuda", generator=generator).bfloat16()
+    table = torch.randint(-8, 9, (v, d), device="cuda", generator=generator).bfloat16()
+    exact = torch.zeros(n, d, device="cuda", dtype=torch.float64)
+    for first in range(0, v, 16384):
+        some = slice(first, first + 16384)
+        exact += torch.exp2(logits[:, some].double()) @ table[some].double()
+    zero, wrong = torch.zeros(n, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(50):
+        wrong += (forward(logits, table, zero, zero, math.log2(math.e)).double() != exact).any()
+    assert int(wrong) == 0
+
+
+@pytest.mark.parametrize("moments", [torch.bfloat16, torch.float32, None])
+@pytest.mark.parametrize(("n", "v", "d"), [(33, 50_272, 576), (130, 32_000, 1000), (300, 5008, 144), (1000, V, 1024)])
+def test_compiled_update_is_tritons(monkeypatch, compiled, moments, n, v, d):
+    logits, table, grad = make(n, v, d, torch.bfloat16)
+    soft, lse = kernels.soft_embedding(logits, table, 0.7)
+    for step, keep in ((1, True), (2, True), (3, False)) if moments else ((1, True),):
+        results = []
+        for engine in (True, False, True):
+            monkeypatch.setattr(config, "override", dataclasses.replace(compiled, compiled=engine))
+            phi, state = logits.clone(), (None, None)
+            if moments is not None:
+                torch.manual_seed(2)
+                state = (
+                    (torch.randn_like(phi) * 1e-3).to(moments),
+                    (torch.rand_like(phi) * 1e-6).to(moments),
+                )
+            kernels.guidance_update_(phi, grad, table, soft, lse, ADAM[0], Adam(*state, step, *ADAM[1:], keep))
+            results.append((phi, *state) if moments is not None else (phi,))
+        ours, theirs, again = results
+        assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+        # An entry whose gradient is lost to rounding may move the other way at a first step, by twice the rate.
+        apart = (ours[0].float() - theirs[0].float()).abs() > 0.02 + 0.01 * theirs[0].float().abs()
+        assert float(apart.float().mean()) < 1e-4
+        for a, b in zip(ours[1:], theirs[1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-7)
 
 
 def test_a_captured_graph_draws_new_numbers(check_captured_draws):

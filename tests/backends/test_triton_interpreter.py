@@ -300,6 +300,19 @@ def test_a_flat_row_keeps_more_than_its_list_holds_and_is_searched_in_full():
         assert torch.equal(ours, eager.sample_tokens(logits, Draw(rng, rows, 1.0, top_k, top_p)))
 
 
+def spy_on_lists(launched):
+    """A launch that notes (how often cut-offs were raised, entries in the lists, room in a list) of every draw."""
+
+    def spy(function, grid, *args, **options):
+        launch.launch(function, grid, *args, **options)
+        if function is sampling._cut_kernel:
+            launched.append((args[4].tolist(),))
+        if function is sampling._collect_kernel:
+            launched[-1] += args[5].tolist(), args[9]
+
+    return spy
+
+
 @inner
 def test_a_list_that_overflows_is_not_believed(monkeypatch):
     """What passes the cut-off lies where the sample does not look (32 to 63, 240 to 271): in both slices, in one."""
@@ -309,16 +322,11 @@ def test_a_list_that_overflows_is_not_believed(monkeypatch):
         logits[1, start : start + 32] = logits[0, start : start + 32]
     logits, launched = logits.half(), []
 
-    def spy(function, grid, *args, **options):
-        launch.launch(function, grid, *args, **options)
-        if function is sampling._collect_kernel:
-            launched.append((args[6].tolist(), args[7].tolist(), args[14]))
-
-    monkeypatch.setattr(sampling, "launch", spy)
+    monkeypatch.setattr(sampling, "launch", spy_on_lists(launched))
     for top_k, top_p in ((0, 0.6), (70, 1.0)):
         keys = sampling.filter_thresholds(logits, statistics.row_statistics(logits, 1.0), 1.0, top_k, top_p)
         assert torch.equal(kept_by(keys, logits), oracle_keeps(logits, 1.0, top_k, top_p))
-    assert launched == [([[96, 80], [96, 0]], [0, 0], 64)] * 2  # in each slice; raised never; room for
+    assert launched == [([0, 0], [[96, 80], [96, 0]], 64)] * 2  # raised never; in each slice; room for
 
 
 @inner
@@ -329,12 +337,7 @@ def test_a_raised_cut_off_serves_or_is_found_out(dtype, together, monkeypatch):
     logits[:, ::10] += torch.tensor([9.0, 4.5, 3.0, 0.5, 5.0])[:, None]
     logits, launched = logits.to(dtype), []
 
-    def spy(function, grid, *args, **options):
-        launch.launch(function, grid, *args, **options)
-        if function is sampling._collect_kernel:
-            launched.append([tensor.clone() for tensor in args[6:8]])
-
-    monkeypatch.setattr(sampling, "launch", spy)
+    monkeypatch.setattr(sampling, "launch", spy_on_lists(launched))
     rng = torch.tensor([3, 4])
     for top_k, top_p in ((0, 0.9), (25, 1.0)):
         launched.clear()
@@ -345,8 +348,8 @@ def test_a_raised_cut_off_serves_or_is_found_out(dtype, together, monkeypatch):
             keys = sampling.filter_thresholds(logits[rows], found, 1.0, top_k, top_p)
             assert torch.equal(kept_by(keys, logits[rows]), oracle_keeps(logits[rows], 1.0, top_k, top_p))
         if together and top_p < 1.0:
-            counts, raises = launched[0]
-            assert int(raises[0]) == 0 < int(raises[1]) and counts[:2, 0].tolist() == [30, 30]
+            raises, counts, _ = launched[0]
+            assert raises[0] == 0 < raises[1] and counts[:2] == [[30], [30]]
 
 
 @inner

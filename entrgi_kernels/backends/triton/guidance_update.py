@@ -17,7 +17,7 @@ import triton.language as tl
 from .. import eager
 from ..arguments import Adam
 from ..ranges import ranged
-from . import chunked, config
+from . import chunked, config, hopper
 from .chunked import NO_STEP, AdamStep, adam
 from .launch import aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
 
@@ -236,6 +236,18 @@ def _backward(
     grad = rows_of(grad.to(product_dtype(grad.dtype, embedding.dtype)))
     delta = torch.empty(n, dtype=torch.float32, device=logits.device)
     launch(_rowdot_kernel, (n,), grad, soft, delta, d, grad.stride(0), soft.stride(0), num_warps=4, BLOCK=512)
+    if (
+        target.compiled
+        and step.moves
+        and n >= config.LEAST_COMPILED
+        and hopper.serves(logits, grad, embedding)
+        and (moments is None or hopper.serves_moments(*moments))
+    ):
+        torch.ops.entrgi_cuda.hopper_update_(
+            *(logits, grad, embedding, delta, lse, *(moments or (None, None))),
+            *(step.reads, step.writes, temperature, *step.scalars),
+        )
+        return
     even = aligned(logits, embedding, grad, out, *(moments or ()))
     whole = bulk(grad, embedding)
     entry = config.pick_product(target.architecture, "backward", grad.element_size(), n, even, whole)

@@ -21,7 +21,7 @@ import triton.language as tl
 from .. import eager
 from ..arguments import Draw, Placement
 from ..ranges import ranged
-from . import chunked, config
+from . import chunked, config, hopper
 from .launch import aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
 from .sampling import drawn
 from .statistics import row_statistics
@@ -212,7 +212,11 @@ def forward(
     scale = scale_of(embedding.dtype)
     if n == 0:
         return torch.empty((0, d), dtype=torch.float32, device=device)
-    if entry.engine == "chunked":
+    if target.compiled and n >= config.LEAST_COMPILED and hopper.serves(logits, embedding):
+        spare = target.architecture.spare_bytes(logits, d, embedding.element_size())
+        arguments = (logits, embedding, vector(maximum), vector(logsum), temperature, spare, target.sms)
+        soft, parts, splits = hopper.forward(*arguments)
+    elif entry.engine == "chunked":
         soft = parts = chunked.forward(logits, embedding, maximum, logsum, temperature, scale)
         splits = 1
     else:
