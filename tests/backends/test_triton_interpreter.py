@@ -296,8 +296,8 @@ def test_a_flat_row_keeps_more_than_its_list_holds_and_is_searched_in_full():
     entry = config.target(logits.device).architecture.sample
     assert entry.capacity_share > 2  # all entries pass the cut-off: more than twice what the lists hold
     for top_k, top_p in ((0, 0.6), (250, 1.0), (100, 0.9)):
-        ours = kernels.sample_tokens(logits, Draw(rng, rows, 1.0, top_k, top_p))
-        assert torch.equal(ours, eager.sample_tokens(logits, Draw(rng, rows, 1.0, top_k, top_p)))
+        draw = Draw(rng, rows, 1.0, top_k, top_p)
+        assert torch.equal(kernels.sample_tokens(logits, draw), eager.sample_tokens(logits, draw))
 
 
 def spy_on_lists(launched):
@@ -386,16 +386,13 @@ def test_draws_at_temperature_zero_and_of_empty_batches():
     rng, rows = torch.tensor([1, 2]), torch.arange(8)
     ours = kernels.sample_tokens(logits, Draw(rng, rows, 0.0, 0, 1.0))
     assert torch.equal(ours, eager.sample_tokens(logits, Draw(rng, rows, 0.0, 0, 1.0)))
-    none = kernels.entrgi_embedding(logits[:0], table, Draw(rng, rows[:0], 0.7, 0, 0.9), None, None, "entropy")
+    draw = Draw(rng, rows[:0], 0.7, 0, 0.9)
+    none = kernels.entrgi_embedding(logits[:0], table, draw, None, None, "entropy")
     assert [tuple(t.shape) for t in none] == [(0, 4), (0,), (0,), (0,), (0, 4), (0,), (0,)]
     out = torch.full((3, 4), math.nan)
-    kernels.entrgi_embedding(
-        logits[:0], table, Draw(rng, rows[:0], 0.7, 0, 0.9), None, None, "one", Placement(out, rows[:0])
-    )
-    outside = torch.tensor([3, 1, -1, 1 << 40])
-    kernels.entrgi_embedding(
-        logits[:4], table, Draw(rng, rows[:4], 0.7, 0, 1.0), None, None, "zero", Placement(out, outside)
-    )
+    kernels.entrgi_embedding(logits[:0], table, draw, None, None, "one", Placement(out, rows[:0]))
+    outside = Placement(out, torch.tensor([3, 1, -1, 1 << 40]))
+    kernels.entrgi_embedding(logits[:4], table, Draw(rng, rows[:4], 0.7, 0, 1.0), None, None, "zero", outside)
     assert out.isnan().all(dim=-1).tolist() == [True, False, True]  # what has no place there is left out
     embedding, tokens, _, entropy, soft, lse, _ = none
     kernels.guidance_update_(logits[:0], embedding, table, soft, lse, ADAM[0], Adam(None, None, 1, *ADAM[1:]))
@@ -442,13 +439,12 @@ def test_logits_far_below_zero_in_a_tile_that_ends_beyond_the_row():
 def test_injected_tokens_strided_inputs_and_float64_tables():
     logits, table, _ = make(3, 130, 12, torch.float32)
     rng, rows, tokens = torch.tensor([5, 6]), torch.arange(3), torch.tensor([0, 129, 64])
-    theirs = eager.entrgi_embedding(logits, table, Draw(rng, rows, 0.7, 0, 1.0), tokens, None, "one")
+    draw = Draw(rng, rows, 0.7, 0, 1.0)
+    theirs = eager.entrgi_embedding(logits, table, draw, tokens, None, "one")
     wide = torch.full((3, 260), math.nan)
     wide[:, :130] = logits
     for strided in (logits.t().contiguous().t(), wide[:, :130]):
-        ours = kernels.entrgi_embedding(
-            strided, table.t().contiguous().t(), Draw(rng, rows, 0.7, 0, 1.0), tokens, None, "one"
-        )
+        ours = kernels.entrgi_embedding(strided, table.t().contiguous().t(), draw, tokens, None, "one")
         close(ours[0], theirs[0], torch.float32)
         assert torch.equal(ours[0], table[tokens])  # weight 1 gives the hard token's embedding, exactly
     expanded = logits[:1].expand(3, -1)
@@ -614,15 +610,10 @@ def test_token_log_prob(dtype, bias, monkeypatch):
     if b is not None:
         b[256:512] = -math.inf
     targets, grad = torch.tensor([0, 599, 255, 512, 7]), torch.randn(5, generator=g)
+    bounds = {"rtol": TOLERANCE[dtype] * 4, "atol": TOLERANCE[dtype] * 16}
     for slope in (True, False):
         ours = _vocabulary_head.token_log_prob(kernels, hidden, head, b, targets, slope)
-        for name, x, y in zip(
-            ("log p", "lse", "slope"), ours, eager.token_log_prob(hidden, head, b, targets, slope), strict=True
-        ):
-            assert x.shape == y.shape and x.dtype == torch.float32
-            torch.testing.assert_close(x, y, rtol=TOLERANCE[dtype] * 4, atol=TOLERANCE[dtype] * 16, msg=name)
-    arguments = hidden, head, b, targets, ours[1], grad
-    both = _vocabulary_head.token_log_prob_backward(kernels, *arguments), eager.token_log_prob_backward(*arguments)
-    for x, y in zip(*both, strict=True):
-        assert x.shape == y.shape and x.dtype == dtype
-        torch.testing.assert_close(x, y, rtol=TOLERANCE[dtype] * 4, atol=TOLERANCE[dtype] * 16)
+        torch.testing.assert_close(ours, eager.token_log_prob(hidden, head, b, targets, slope), **bounds)
+    args = hidden, head, b, targets, ours[1], grad
+    theirs = eager.token_log_prob_backward(*args)
+    torch.testing.assert_close(_vocabulary_head.token_log_prob_backward(kernels, *args), theirs, **bounds)
