@@ -1,4 +1,4 @@
-"""Prints requirements.lock as constraints for pip beside the torch of the environment that runs this.
+"""Prints a lock file as constraints for pip beside the torch of the environment that runs this.
 
 An interpreter's own torch (another version, a CUDA build) may need other versions of a few packages, its Triton above
 all. The lock's pins of those are left out: torch's own choice stays.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import sys
 from pathlib import Path
 
 from pip._vendor.packaging.requirements import Requirement
@@ -21,7 +22,7 @@ for text in importlib.metadata.requires("torch") or []:
 # Some builds of torch come with a Triton that their metadata do not name.
 triton_is_there = importlib.util.find_spec("triton") is not None
 
-for line in Path(__file__).resolve().parents[1].joinpath("requirements.lock").read_text(encoding="utf-8").splitlines():
+for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines():
     if not line or line.startswith("#"):
         continue
     pin = Requirement(line)
