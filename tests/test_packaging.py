@@ -107,6 +107,37 @@ def test_every_data_file_is_packaged() -> None:
     assert not forgotten, "neither Python nor in [tool.setuptools.package-data]"
 
 
+@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-oldest.lock"])
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_the_lock_pins_once_what_pyproject_asks_for(python: str, machine: str, lock: str) -> None:
+    requirements = pytest.importorskip("packaging.requirements")
+    version = pytest.importorskip("packaging.version").Version
+    here = {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": machine, "extra": ""}
+    here |= {"sys_platform": "linux", "platform_system": "Linux"}
+
+    def applying(lines: list[str]) -> list[Any]:
+        parsed = [requirements.Requirement(line) for line in lines if line and not line.startswith("#")]
+        return [item for item in parsed if item.marker is None or item.marker.evaluate(here)]
+
+    pins: dict[str, list[str]] = {}
+    for pin in applying((ROOT / lock).read_text(encoding="utf-8").splitlines()):
+        assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), pin
+        pins.setdefault(pin.name.lower(), []).append(str(pin.specifier)[2:])
+    assert all(len(versions) == 1 for versions in pins.values()), pins
+    # torch is the Makefile's own, and with it what only its CUDA builds need.
+    assert not [name for name in pins if name == "torch" or name.startswith("nvidia-")]
+
+    project = pyproject()["project"]
+    extras = project["optional-dependencies"]
+    for wanted in applying([*project["dependencies"], *extras["test"], *extras["real"], *extras["dev"]]):
+        if wanted.name != "torch":
+            pin = pins[wanted.name.lower()][0]
+            assert wanted.specifier.contains(pin), wanted
+            floors = [bound.version for bound in wanted.specifier if bound.operator == ">="]
+            assert "oldest" not in lock or version(pin) == version(floors[0]), f"{wanted}: the oldest lock has {pin}"
+
+
 # -- imports -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,9 @@
 """Running a causal decoder in parts: on top of kept keys and values, and in its last layer at one position only.
 
 Nothing of an architecture is written down again here. The network's own forward runs, with what transformers offers
-for it (input embeddings, position ids, a prepared attention mask, ``past_key_values``); the last layer is narrowed by
-a forward pre-hook. What an architecture makes of that is for the caller to check against a plain forward.
+for it (input embeddings, position ids, a prepared attention mask, a cache); the last layer is narrowed by a forward
+pre-hook. By which argument a cache is taken is found out by handing one over: transformers 5.24 renamed it. What an
+architecture makes of all that is for the caller to check against a plain forward.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entrgi_kernels.models.modules import accepted_arguments
+from entrgi_kernels.models.modules import accepted_arguments, input_embedding
 from entrgi_kernels.rewards.attention import IN_PLACE_OF, products_in
 
 # Attention implementations that take a prepared 4-D mask, and the kinds of layer such a mask is known for.
@@ -24,6 +25,8 @@ _IMPLEMENTATIONS = ("sdpa", "eager")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 # Where "sliding_window" in the config means query - key < window, as tests show; elsewhere, no window may be reached.
 _WINDOWED = ("qwen2", "qwen3", "mistral", "gemma2", "gemma3_text")
+# Families whose savings the tests see in use; one that is not in use there is worth a warning.
+KNOWN_FAMILIES = (*_WINDOWED, "llama", "gemma")
 # Rotary embeddings whose frequencies depend on the longest position of a call, so that parts would not agree.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -112,8 +115,8 @@ class CachedDecoder:
     Attributes:
         why_not: why this network cannot be run in parts at all; None when it may be tried.
         why_no_prefix: why its keys and values cannot be kept from one forward to another, None when they may.
+        why_no_last_layer: why its last layer cannot be run at some positions alone, None when it may be tried.
         why_no_products: why its attention cannot be given to others, None when it can.
-        last_layer: the last decoder layer, None where none is found.
         window: the attention window of its sliding layers, None without any.
     """
 
@@ -127,15 +130,23 @@ class CachedDecoder:
         # Without layer types, as in Mistral, a window is every layer's.
         self.window = window if isinstance(window, int) and (not types or "sliding_attention" in types) else None
         self._types = types
-        self.last_layer = self._last_layer()
+        self._layers = self._decoder_layers()
+        # The arguments by which the network and each of its layers take a cache; None where none was found.
+        self._cache: str | None = None
+        self._layer_cache: str | None = None
         self.why_not = self._why_not()
+        self.why_no_last_layer = self._why_no_last_layer()
         self.why_no_prefix = self._why_no_prefix()
         self.why_no_products = self._why_no_products()
 
     def serves(self, columns: int) -> bool:
         """Whether sequences of this many positions are covered: elsewhere than in known families, below the window."""
-        known = getattr(self.config, "model_type", None) in _WINDOWED
-        return self.window is None or known or columns <= self.window
+        return self.window is None or self.family in _WINDOWED or columns <= self.window
+
+    @property
+    def family(self) -> str | None:
+        """What the configuration calls the architecture."""
+        return getattr(self.config, "model_type", None)
 
     def encode(self, embeddings: Tensor, positions: Tensor, valid: Tensor) -> tuple[KeyValues, Tensor]:
         """Keys and values of all positions of [B, T, D] embeddings and the last one's final state, without gradient."""
@@ -176,10 +187,14 @@ class CachedDecoder:
             "attention_mask": self._masks(positions, key_positions, key_valid, embeddings.dtype),
         }
         if past is not None:
-            arguments["past_key_values"] = past
+            arguments[self._cache] = past
         if "use_cache" in self._accepts:
             arguments["use_cache"] = past is not None
-        narrowed = nullcontext([True]) if last_layer_at is None else _at_places(self.last_layer, last_layer_at)
+        narrowed = nullcontext([True])
+        if last_layer_at is not None:
+            if self.why_no_last_layer is not None:
+                raise RuntimeError(self.why_no_last_layer)
+            narrowed = _at_places(self._layers[-1], self._layer_cache, last_layer_at)
         with narrowed as applied, products_in(self.config) if products else nullcontext():
             output = self.backbone(**arguments)
         if not applied:
@@ -214,22 +229,73 @@ class CachedDecoder:
         near = form(seen & (distance < self.window) | itself)
         return {"full_attention": form(seen), "sliding_attention": near} if len(self._types) > 1 else near
 
-    def _last_layer(self) -> nn.Module | None:
+    def _decoder_layers(self) -> nn.ModuleList | None:
         count = getattr(self.config, "num_hidden_layers", None)
         for name, child in self.backbone.named_modules():
             if name.rpartition(".")[2] == "layers" and isinstance(child, nn.ModuleList) and len(child) == count:
-                return child[-1]
+                return child
         return None
 
     def _why_not(self) -> str | None:
         implementation = getattr(self.config, "_attn_implementation", None)
         if implementation not in _IMPLEMENTATIONS:
             return f"attention implementation {implementation!r}: only 'sdpa' and 'eager' take a prepared 4-D mask"
-        wanted = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
+        if strange := self._types - set(_LAYER_TYPES):
+            return f"layers of type {', '.join(sorted(strange))}"
+        wanted = {"inputs_embeds", "attention_mask", "position_ids"}
         if not wanted <= self._accepts:
             return f"{type(self.backbone).__name__} takes no {', '.join(sorted(wanted - self._accepts))}"
-        strange = self._types - set(_LAYER_TYPES)
-        return f"layers of type {', '.join(sorted(strange))}" if strange else None
+        return self._find_cache()
+
+    def _find_cache(self) -> str | None:
+        """Hand a cache over by one argument after the other until a layer asks it for keys and values.
+
+        Returns:
+            Why none was found, None when one was.
+        """
+        embedding = getattr(input_embedding(self.backbone), "weight", None)
+        if not isinstance(embedding, Tensor):
+            return f"{type(self.backbone).__name__} exposes no input embedding to try a cache with"
+        token = torch.zeros(1, 1, embedding.shape[1], dtype=embedding.dtype, device=embedding.device)
+        place = torch.zeros(1, 1, dtype=torch.long, device=embedding.device)
+        real = torch.ones_like(place, dtype=torch.bool)
+        arguments = {"inputs_embeds": token, "position_ids": place}
+        arguments["attention_mask"] = self._masks(place, place, real, token.dtype)
+        if "use_cache" in self._accepts:
+            arguments["use_cache"] = True
+        names = self._accepts - arguments.keys() - {"input_ids", "**"}
+        # The likely ones first. A forward that takes anything may hand it on under any name.
+        names = sorted(names, key=lambda name: ("cache" not in name and "past" not in name, name))
+        names += [name for name in ("cache", "past_key_values") if "**" in self._accepts and name not in names]
+        failure: Exception | None = None
+        for name in names:
+            witness = _Catch(None)
+            seen: list[str] = []
+
+            def look(
+                module: nn.Module, args: Any, kwargs: dict[str, Any], witness: _Catch = witness, seen: Any = seen
+            ) -> None:
+                seen.extend(name for name, value in kwargs.items() if value is witness)
+
+            handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in self._layers or ()]
+            try:
+                with torch.no_grad():
+                    self.backbone(**arguments, **{name: witness})
+            except _CaughtError:
+                self._cache, self._layer_cache = name, seen[0] if seen else None
+                return None
+            except Exception as error:  # whatever a network says to a cache where it wants something else
+                failure = failure or error
+            finally:
+                for handle in handles:
+                    handle.remove()
+        reason = f" ({type(failure).__name__}: {failure})"[:300] if failure is not None else ""
+        return f"no argument of {type(self.backbone).__name__}'s forward takes a cache of keys and values{reason}"
+
+    def _why_no_last_layer(self) -> str | None:
+        if self._layers is None:
+            return "no list of decoder layers was found in the network"
+        return None if self._layer_cache is not None else "the decoder layers take no cache by name"
 
     def _why_no_products(self) -> str | None:
         implementation = getattr(self.config, "_attn_implementation", None)
@@ -270,17 +336,16 @@ class _Given(_Catch):
 
 
 @contextmanager
-def _at_places(layer: nn.Module | None, places: Tensor | int) -> Iterator[list[bool]]:
+def _at_places(layer: nn.Module, cache: str, places: Tensor | int) -> Iterator[list[bool]]:
     """Run a decoder layer for some queries, with the keys and values of all; yields a list, non-empty once done.
 
-    Wanted is one place of each row [B], or a number of places at the end of all rows.
+    Wanted is one place of each row [B], or a number of places at the end of all rows. `cache` names the argument by
+    which the layer takes one.
 
     The layer is run twice: on all positions until it hands its keys and values to the cache, then for the wanted
     positions alone with these as its cache. So projections, norms and rotation of keys are the layer's own. Other
     threads' calls are left alone.
     """
-    if layer is None:
-        raise RuntimeError("no decoder layers were found")
     applied: list[bool] = []
     thread = threading.get_ident()
 
@@ -296,17 +361,17 @@ def _at_places(layer: nn.Module | None, places: Tensor | int) -> Iterator[list[b
             rows = torch.arange(len(places), device=places.device)
             return tensor.expand(len(places), *tensor.shape[1:])[rows, places][:, None]
 
-        catch = _Catch(kwargs.get("past_key_values"))
+        catch = _Catch(kwargs.get(cache))
         try:
             # Not the module itself, which would come back here.
-            module.forward(*args, **{**kwargs, "past_key_values": catch})
+            module.forward(*args, **{**kwargs, cache: catch})
         except _CaughtError:
             pass
         if catch.states is None:
             return None
         given = _Given(None)
         given.states = catch.states
-        changed = {**kwargs, "past_key_values": given}
+        changed = {**kwargs, cache: given}
         if args:
             args = (pick(args[0]), *args[1:])
         else:

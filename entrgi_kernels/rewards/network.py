@@ -380,6 +380,7 @@ class NetworkReward(EmbeddingReward):
             return torch.cat(found), torch.cat(gradients, dim=1)
 
         savings.probe(measure)
+        savings.warn()
 
     def _probe_targets(self, ids: list[list[int]]) -> Tensor | None:
         """What the probe's responses hold; ``ids`` are the reward model's own tokens."""

@@ -19,6 +19,8 @@ Which of them a model can be served with is found out by trying (:meth:`ExactSav
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -26,7 +28,9 @@ import torch
 from torch import Tensor
 
 from entrgi_kernels.rewards.base import PreparedPrompts, Sequences
-from entrgi_kernels.rewards.decoder import CachedDecoder, KeyValues, Past, Rows
+from entrgi_kernels.rewards.decoder import KNOWN_FAMILIES, CachedDecoder, KeyValues, Past, Rows
+
+logger = logging.getLogger("entrgi_kernels")
 
 PREFIX, COMMITTED, DEAD, LAST_LAYER, ATTENTION = NAMES = (
     "reward_prefix",
@@ -171,8 +175,8 @@ class ExactSavings:
             return
         if decoder.why_no_prefix is not None:
             self.refused |= dict.fromkeys((PREFIX, COMMITTED), decoder.why_no_prefix)
-        if decoder.last_layer is None:
-            self.refused[LAST_LAYER] = "no list of decoder layers was found in the network"
+        if decoder.why_no_last_layer is not None:
+            self.refused[LAST_LAYER] = decoder.why_no_last_layer
         if decoder.why_no_products is not None:
             self.refused[ATTENTION] = decoder.why_no_products
 
@@ -186,6 +190,22 @@ class ExactSavings:
         if PREFIX in off:
             off.setdefault(COMMITTED, f"it builds on {PREFIX}, which is not in use ({off[PREFIX]})")
         return {name: off[name] for name in NAMES if name in off}
+
+    def warn(self) -> None:
+        """Warn of savings that a network of a known family should have and has not: once for each reason.
+
+        What its configuration rules out (a rotary embedding, eager attention) is no surprise and not warned of.
+        """
+        if self.decoder.family not in KNOWN_FAMILIES:
+            return
+        explained = {self.decoder.why_no_prefix, self.decoder.why_no_products} - {None}
+        lost: dict[str, list[str]] = {}
+        for name in NAMES:
+            reason = self.refused.get(name)
+            if name in self.requested and reason is not None and reason not in explained:
+                lost.setdefault(reason, []).append(name)
+        for reason, names in lost.items():
+            _warn_once(f"{type(self.decoder.backbone).__name__} is guided without {', '.join(names)}: {reason}")
 
     def for_call(self, prepared: PreparedPrompts, columns: int, device: torch.device) -> frozenset[str]:
         """The savings that a call over sequences of this many positions is served with."""
@@ -353,6 +373,11 @@ class ExactSavings:
         if far <= bound and apart <= bound:
             return None
         return f"not exact for this network: rewards differ by {far:.1e}, gradients by {apart:.1e} (relative)"
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s; rewards are right, but cost up to twice the time (docs/savings.md)", text)
 
 
 def _reads_are_free(device: torch.device) -> bool:

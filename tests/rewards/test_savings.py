@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -403,6 +405,91 @@ def test_an_accelerator_is_not_waited_for(make, monkeypatch):
     assert saved.tolist() == pytest.approx(
         reward.score_embeddings(prepared, index, response, alive).tolist(), abs=1e-10
     )
+
+
+class Renamed(torch.nn.Module):
+    """A backbone, and layers in it, that take their cache by names of their own."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.config = backbone, backbone.config
+        theirs = "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
+        for layer in backbone.layers:
+            layer.forward = functools.partial(self._layer, layer.forward, theirs)
+        self._theirs = theirs
+
+    @staticmethod
+    def _layer(forward, theirs, hidden_states, kept_states=None, **kwargs):
+        # What the backbone hands on under its name was put under ours by the hook below.
+        return forward(hidden_states, **{**kwargs, theirs: kept_states})
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        audio=None,
+        memory=None,
+        inputs_embeds=None,
+        use_cache=None,
+        **ignored,
+    ):
+        if audio is not None:
+            raise ValueError("audio must be a waveform")
+        handles = [
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs: (
+                    args,
+                    {"kept_states" if k == self._theirs else k: v for k, v in kwargs.items()},
+                ),
+                with_kwargs=True,
+                prepend=True,
+            )
+            for layer in self.backbone.layers
+        ]
+        try:
+            arguments = {"attention_mask": attention_mask, "position_ids": position_ids, self._theirs: memory}
+            return self.backbone(input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **arguments)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def get_input_embeddings(self):
+        return self.backbone.get_input_embeddings()
+
+
+def test_a_cache_is_handed_over_by_whatever_name_it_is_taken(make, tokenizer):
+    module = make().module
+    module.model = Renamed(module.model)
+    reward = rewards.wrap(module, tokenizer)
+    assert reward.savings == NAMES, reward.savings_off
+    index, calls = torch.arange(2).repeat_interleave(4), steps(4, torch.float64)
+    saved = measure(reward, reward.prepare([SHORT, LONG]), index, calls)
+    assert reward.last_savings == set(NAMES)
+    reward.exact_savings = None
+    assert_same(saved, measure(reward, reward.prepare([SHORT, LONG]), index, calls), 1e-10)
+
+
+def test_a_known_family_without_its_savings_is_warned_of_once(make, tokenizer, caplog):
+    module = make().module
+    own = module.model.forward
+
+    def forward(input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, use_cache=None, **ignored):
+        return own(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, use_cache=False)
+
+    module.model.forward = forward
+    savings._warn_once.cache_clear()
+    with caplog.at_level("WARNING", "entrgi_kernels"):
+        reward = [rewards.wrap(module, tokenizer) for _ in range(2)][0]
+    assert reward.savings == () and len(caplog.records) == 1
+    said = caplog.text
+    assert all(name in said for name in NAMES) and "takes a cache" in said and "docs/savings.md" in said
+    caplog.clear()
+    module.config.model_type = "unheard_of"  # other networks are tried, with no promise
+    savings._warn_once.cache_clear()
+    rewards.wrap(module, tokenizer, exact_savings="none")
+    make("Qwen3", attention="eager")  # its reward_attention is the configuration's choice
+    assert not caplog.records
 
 
 # ---- networks that cannot be served

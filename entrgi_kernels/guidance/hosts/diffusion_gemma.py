@@ -10,6 +10,7 @@ steps: smaller learning rates go further than with mask tokens.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -63,18 +64,12 @@ class GemmaGeneration:
             raise ValueError(
                 f"input_ids={None if input_ids is None else list(input_ids.shape)}: expected prompt ids [B, P]"
             )
-        processor = kwargs.pop("logits_processor", None)
-        if len(args) > 3:  # past_key_values, streamer, generation_config, logits_processor, stopping_criteria
-            processor, args = args[3], (*args[:3], None, *args[4:])
-        mask = kwargs.get("attention_mask")
-        self._logits = CanvasLogits(self._guidance, input_ids, mask)
-        ours = LogitsProcessorList([self._logits, *(processor or [])])
-        if len(args) > 3:
-            args = (*args[:3], ours, *args[4:])
-        else:
-            kwargs["logits_processor"] = ours
+        given = inspect.signature(self._own).bind_partial(input_ids, *args, **kwargs)
+        others = given.arguments.get("logits_processor")
+        self._logits = CanvasLogits(self._guidance, input_ids, kwargs.get("attention_mask"))
+        given.arguments["logits_processor"] = LogitsProcessorList([self._logits, *(others or [])])
         try:
-            output = self._own(input_ids, *args, **kwargs)
+            output = self._own(*given.args, **given.kwargs)
         finally:
             self._logits = None
         sequences = output if isinstance(output, torch.Tensor) else output.sequences

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -264,9 +264,21 @@ def _doubled(tokens: torch.Tensor, mask_token_id: int) -> bool:
 
 
 def _cached(given: dict[str, Any]) -> bool:
-    """Whether a call builds on keys and values of earlier ones."""
-    past = given.get("past_key_values")
-    if past is None:
+    """Whether a call builds on keys and values of earlier ones, whatever the argument that holds them is called."""
+    return any(_holds_keys(value) for value in given.values())
+
+
+def _holds_keys(value: Any) -> bool:
+    """Whether an argument is a cache that is not empty: an object with a length, or tensors by layer."""
+    length = getattr(value, "get_seq_length", None)
+    if callable(length):
+        return bool(length())
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif callable(getattr(value, "update", None)):  # a class of the host's own; one without a length counts as filled
+        return not isinstance(value, Sized) or len(value) > 0
+    if not isinstance(value, (list, tuple)) or not value:
         return False
-    length = getattr(past, "get_seq_length", None)
-    return bool(length()) if callable(length) else len(past) > 0
+    # One (keys, values) for each layer. A flat tuple of tensors is something else: position embeddings, say.
+    layers = [layer for layer in value if isinstance(layer, (list, tuple))]
+    return any(isinstance(tensor, torch.Tensor) for layer in layers for tensor in layer)

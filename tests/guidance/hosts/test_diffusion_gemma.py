@@ -98,7 +98,7 @@ class Processor(SimpleNamespace):
 
 
 @pytest.fixture(params=["BlockRefinementScheduler", "EntropyBoundScheduler", "DiscreteDDIMScheduler"])
-def gemma_pipeline(request, make_gemma, tokenizer):
+def gemma_pipeline(request, make_gemma, tokenizer, of_a_working_pair):
     diffusers = pytest.importorskip("diffusers", reason="needs the extra entrgi_kernels[diffusers]")
     tokenizer.padding_side = "left"
     scheduler = getattr(diffusers, request.param)
@@ -109,6 +109,8 @@ def gemma_pipeline(request, make_gemma, tokenizer):
         return pipe
 
     settings = dict(prompt=["Why?", "A longer question?"], gen_length=16, num_inference_steps=4, temperature=0.8)
+    with of_a_working_pair():
+        make()(**settings)
     return make, settings
 
 

@@ -22,10 +22,11 @@ def run(monkeypatch, name: str, *arguments: str) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_runs(name, monkeypatch, capsys):
+def test_a_script_runs(name, monkeypatch, capsys, of_a_working_pair):
     if name.startswith("diffusers"):
         pytest.importorskip("diffusers", reason="needs the extra entrgi_kernels[diffusers]")
-    plain, guided = run(monkeypatch, name, "--tokens", "16")
+    with of_a_working_pair():
+        plain, guided = run(monkeypatch, name, "--tokens", "16")
     assert capsys.readouterr().out.count("mean reward") == 2
     if name not in ("published", "training_sampler"):  # there both runs are guided
         assert guided > plain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import entrgi_kernels
 from entrgi_kernels.guidance.hosts.steering import Steering
@@ -182,30 +183,71 @@ class Cached(torch.nn.Module):
         super().__init__()
         self.network, self.config = network, network.config
 
-    def forward(self, input_ids, attention_mask=None, past_key_values=None):
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, cache=None, **kwargs):
         return self.network(input_ids)
 
     def get_input_embeddings(self):
         return self.network.get_input_embeddings()
 
 
+class OwnCache:
+    """A host's own class, with keys and values in it and no word of how many."""
+
+    def update(self, key, value, layer):
+        return key, value
+
+
+def grown(filled: bool) -> DynamicCache:
+    cache = DynamicCache()
+    if filled:
+        cache.update(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4), 0)
+    return cache
+
+
+LEGACY = ((torch.zeros(1), torch.zeros(1)),)
+HIDING = {
+    "past_key_values": LEGACY,  # before transformers 5.24
+    "cache": grown(True),  # since then
+    "layer_past": list(LEGACY),
+    "kv": dict(enumerate(LEGACY)),
+    "state": OwnCache(),
+}
+HARMLESS = {
+    "cache": grown(False),
+    "past_key_values": (),
+    "position_embeddings": LEGACY[0],
+    "masks": {"full_attention": torch.ones(1, 1, 1, 1)},
+}
+
+
 @torch.no_grad()
-def test_a_hidden_canvas_is_refused_or_given(make_network, reward, tokenizer, chat):
+@pytest.mark.parametrize("name", HIDING)
+def test_a_hidden_canvas_is_refused_or_given(name, make_network, reward, tokenizer, chat):
     network = make_network()
     model = Cached(network)
     mask = tokenizer.mask_token_id
     tokens = torch.nn.functional.pad(chat.input_ids, (0, 6), value=mask)
-    block, past = tokens[:, -6:-2], ((torch.zeros(1),),)
+    block, past = tokens[:, -6:-2], {name: HIDING[name]}
     entrgi_kernels.guide(model, reward, tokenizer, **SETTINGS)
     with pytest.raises(ValueError, match="canvas="):
-        model(block, past_key_values=past)
+        model(block, **past)
     model.entrgi.remove()
-    plain = model(block, past_key_values=past).logits
+    plain = model(block, **past).logits
     start = tokens.shape[1] - 6
     entrgi_kernels.guide(model, reward, tokenizer, canvas=lambda ids, arguments: (tokens, start), **SETTINGS)
-    guided = model(block, past_key_values=past).logits
+    guided = model(block, **past).logits
     assert (guided - plain)[..., :256].abs().mean() > 1
     assert model.entrgi.score(tokens) is model.entrgi.rewards
+
+
+@torch.no_grad()
+def test_a_whole_canvas_beside_an_empty_cache_is_guided(make_network, reward, tokenizer, chat):
+    model = Cached(make_network())
+    tokens = torch.nn.functional.pad(chat.input_ids, (0, 6), value=tokenizer.mask_token_id)
+    plain = model(tokens).logits
+    entrgi_kernels.guide(model, reward, tokenizer, **SETTINGS)
+    guided = model(tokens, **HARMLESS).logits
+    assert (guided - plain)[:, -6:, :256].abs().mean() > 1
 
 
 def test_a_network_is_guided_through_one_handle_only(make_network, reward, tokenizer):
