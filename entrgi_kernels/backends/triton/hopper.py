@@ -1,7 +1,7 @@
 """The third engine of both products: compiled CUDA for Hopper (csrc/cuda/hopper), where the extension has it.
 
-Triton's own products reach 50 to 55% of cuBLAS's rate on an H100: below Triton 3.9 one with a computed left operand
-may not run while the next operand is formed, and none has its epilogue run under the next tile's product. These do both.
+Triton's own products reach 50 to 55% of cuBLAS's rate on an H100. Below Triton 3.9 one with a computed left operand may
+not run while the next operand is formed, and none has its epilogue under the next tile's product. These do both.
 It serves bfloat16 logits, tables and gradients whose rows start on 16 bytes, on compute capability 9.0.
 """
 
