@@ -46,7 +46,7 @@ os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.
 
 def sources(*patterns: str) -> list[str]:
     """Paths below the repository root, relative to it and sorted, as setuptools wants them."""
-    return sorted(path for pattern in patterns for path in glob.glob(pattern))
+    return sorted(path for pattern in patterns for path in glob.glob(pattern, recursive=True))
 
 
 def choose_compiler() -> str | None:
@@ -112,7 +112,7 @@ def cuda_sources() -> list[str]:
     """Sources of the CUDA module; none where torch was built without CUDA, which needs no word."""
     import torch
 
-    return sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp") if torch.version.cuda else []
+    return sources("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp") if torch.version.cuda else []
 
 
 def nvcc() -> str | None:

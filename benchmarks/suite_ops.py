@@ -166,7 +166,7 @@ class OpSuite:
                 from entrgi_kernels import ops
 
                 expected = ops.sample_tokens(
-                    p.phi[p.rows], temperature=s.temperature, seed=7, backend="eager", rows=p.rows, **self.filters
+                    p.phi[p.rows], temperature=s.temperature, seed=7, backend="eager", keys=p.rows, **self.filters
                 )
                 checks.append(Check(torch.equal(tokens, expected), "draws equal the eager oracle's"))
             return oracle.combine(checks)
@@ -274,21 +274,18 @@ class OpSuite:
                 mean.zero_(), square.zero_()
         else:
             from entrgi_kernels import ops
-            from entrgi_kernels.ops.entrgi_embedding import forward
 
             # What the forward of the same backend leaves behind, as in use: soft and log-sum-exp in accumulation dtype.
-            _, left = forward(p.phi, p.table, temperature=tau, tokens=p.tokens, backend=name)
-            state = ops.AdamState(torch.zeros_like(phi), torch.zeros_like(phi))
+            left = ops.entrgi_embedding(p.phi, p.table, temperature=tau, tokens=p.tokens, backend=name).state
+            moments = ops.AdamState(torch.zeros_like(phi), torch.zeros_like(phi))
 
             def run() -> Any:
                 ops.guidance_update_(
                     phi,
                     p.grad,
                     p.table,
-                    left.soft,
-                    left.logsumexp,
-                    temperature=tau,
-                    state=state,
+                    left,
+                    adam=moments,
                     lr=s.lr,
                     betas=s.betas,
                     eps=s.eps,
@@ -296,8 +293,8 @@ class OpSuite:
                 )
 
             def reset(taken: int) -> None:
-                state.exp_avg.zero_(), state.exp_avg_sq.zero_()
-                state.step = taken
+                moments.exp_avg.zero_(), moments.exp_avg_sq.zero_()
+                moments.step = taken
 
         def prepare() -> None:
             phi.copy_(p.phi)

@@ -20,11 +20,12 @@ from benchmarks import measure, oracle
 from benchmarks.inputs import Shape, embedding_table, peaked_logits
 from benchmarks.measure import Group, Timing
 from entrgi_kernels.backends import eager, native
+from entrgi_kernels.backends.arguments import Adam, Draw
 
 Call = Callable[[ModuleType], object]
 TEMPERATURE = 0.7
 SAMPLE = 3e-4  # seconds
-ADAM = (2, TEMPERATURE, 1e-4, 0.9, 0.999, 1e-8)  # step, temperature, lr, betas, eps
+ADAM = (2, 1e-4, 0.9, 0.999, 1e-8)  # step, lr, betas, eps
 
 
 def calls(n: int, v: int, widths: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[str, int, Call]]:
@@ -40,14 +41,14 @@ def calls(n: int, v: int, widths: Sequence[int], dtype: torch.dtype) -> Iterator
         lambda b: b.softmax_entropy_backward(x, lse, entropy, ones, ones, TEMPERATURE),
     )
     for label, filters in (("", (0, 1.0)), (" top-p", (0, 0.95)), (" top-k", (50, 1.0))):
-        yield f"sample_tokens{label}", 0, lambda b, f=filters: b.sample_tokens(x, rng, rows, TEMPERATURE, *f)
-    yield "sample_tokens argmax", 0, lambda b: b.sample_tokens(x, rng, rows, 0.0, 0, 1.0)
+        yield f"sample_tokens{label}", 0, lambda b, f=filters: b.sample_tokens(x, Draw(rng, rows, TEMPERATURE, *f))
+    yield "sample_tokens argmax", 0, lambda b: b.sample_tokens(x, Draw(rng, rows, 0.0, 0, 1.0))
     for alg in ("entropy", "maskgit_plus", "topk_margin", "anchor"):
         yield f"unmask_confidence {alg}", 0, lambda b, a=alg: b.unmask_confidence(x, tokens, a, TEMPERATURE, 0, 0.95)
     for d in widths:
         table, grad = embedding_table(v, d, dtype=dtype), torch.randn(n, d).to(dtype)
         soft, lse = eager.soft_embedding(x, table, TEMPERATURE)
-        step = (rng, rows, None, None, "entropy", TEMPERATURE, 0, 0.95)
+        draw = Draw(rng, rows, TEMPERATURE, 0, 0.95)
         state = (x.clone(), torch.zeros_like(x), torch.zeros_like(x))
         yield "soft_embedding", d, lambda b, e=table: b.soft_embedding(x, e, TEMPERATURE)
         yield (
@@ -60,11 +61,13 @@ def calls(n: int, v: int, widths: Sequence[int], dtype: torch.dtype) -> Iterator
             d,
             lambda b, a=(grad, lse), e=table: b.soft_embedding_grad_table(x, *a, TEMPERATURE, e.dtype),
         )
-        yield "entrgi_embedding", d, lambda b, e=table, s=step: b.entrgi_embedding(x, e, *s)
+        yield "entrgi_embedding", d, lambda b, e=table, s=draw: b.entrgi_embedding(x, e, s, None, None, "entropy")
         yield (
             "guidance_update_",
             d,
-            lambda b, a=(grad, table, soft, lse), s=state: b.guidance_update_(s[0], *a, *s[1:], *ADAM),
+            lambda b, a=(grad, table, soft, lse), s=state: b.guidance_update_(
+                s[0], *a, TEMPERATURE, Adam(*s[1:], *ADAM)
+            ),
         )
 
 

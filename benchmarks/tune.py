@@ -99,7 +99,7 @@ def with_entry(target: Any, family: str, entry: Any) -> Any:
     else:
         table = getattr(architecture, family) | {2: (entry,)}
         changed = dataclasses.replace(architecture, **{family: table})
-    return dataclasses.replace(target, architecture=changed)
+    return dataclasses.replace(target, architecture=changed, compiled=False)
 
 
 def present_entry(target: Any, family: str, rows: int) -> Any:
@@ -116,6 +116,7 @@ def present_entry(target: Any, family: str, rows: int) -> Any:
 def workload(family: str, p: Any) -> Callable[[], tuple[torch.Tensor, ...]]:
     """A call that runs the family's kernel on a problem and returns what it computed."""
     from entrgi_kernels.backends import triton as kernels
+    from entrgi_kernels.backends.arguments import Adam, Draw
     from entrgi_kernels.backends.triton.statistics import row_statistics
 
     s = p.settings
@@ -125,7 +126,7 @@ def workload(family: str, p: Any) -> Callable[[], tuple[torch.Tensor, ...]]:
     if family == "collect":
         device = p.phi.device
         rng, rows = torch.zeros(2, dtype=torch.int64, device=device), torch.arange(p.phi.shape[0], device=device)
-        return lambda: (kernels.sample_tokens(p.phi, rng, rows, s.temperature, 0, s.top_p),)
+        return lambda: (kernels.sample_tokens(p.phi, Draw(rng, rows, s.temperature, 0, s.top_p)),)
     if family == "forward":
         from entrgi_kernels.backends.triton.soft_embedding import forward
 
@@ -135,8 +136,8 @@ def workload(family: str, p: Any) -> Callable[[], tuple[torch.Tensor, ...]]:
     start = p.phi.clone()
 
     def update() -> tuple[torch.Tensor, ...]:
-        scalars = (2, s.temperature, s.lr, *s.betas, s.eps)
-        kernels.guidance_update_(p.phi, p.grad, p.table, soft, lse, *moments, *scalars)
+        adam = Adam(*moments, 2, s.lr, *s.betas, s.eps)
+        kernels.guidance_update_(p.phi, p.grad, p.table, soft, lse, s.temperature, adam)
         return p.phi, start, moments[0], moments[1]
 
     return update

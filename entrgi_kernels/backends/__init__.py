@@ -123,16 +123,20 @@ def resolve(name: str, tensor: torch.Tensor, op: str | None = None) -> ModuleTyp
     check_name(name)
     if name == "auto":
         name = check_name(os.environ.get("ENTRGI_BACKEND") or "auto", "ENTRGI_BACKEND")
-    device = tensor.device
+    return _resolved(name, tensor.device, tensor.dtype, op)
+
+
+@cache
+def _resolved(name: str, device: torch.device, dtype: torch.dtype, op: str | None) -> ModuleType:
+    """:func:`resolve`, asked once: a call of an operator must not cost more than its kernel."""
     names: tuple[str, ...] = (name,)
     if name == "auto":
-        names = _choose(device.type, tensor.dtype, op)
+        names = _choose(device.type, dtype, op)
     else:
-        reason = _why_not(name, device, tensor.dtype, op)
+        reason = _why_not(name, device, dtype, op)
         if reason is not None:
             raise BackendUnavailableError(
-                f"backend={name!r} cannot serve {op or 'operators'} on {tensor.dtype} tensors on "
-                f"{device.type}: {reason}"
+                f"backend={name!r} cannot serve {op or 'operators'} on {dtype} tensors on {device.type}: {reason}"
             )
     if names[0] in _PROVEN and device.type in proof.DEVICES:
         engines = [(one, _load(one)) for one in names if one in _PROVEN]

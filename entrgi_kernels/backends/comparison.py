@@ -11,13 +11,14 @@ but for draws: those are compared token by token in float32, and one tie within 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
 from . import eager
+from .arguments import Adam, Draw, Placement
 from .trials import Form, Trial, architecture, limit, low
 
 LAUNCHES = 50
@@ -211,11 +212,11 @@ def _try_sample(make: _Maker, kernels: Any) -> Iterator[Problem]:
                 worst = torch.where(good, best != logits.amax(1), out[0] != -1).sum()
                 yield Finding("argmax", 2.0 * float(worst), float(worst))
                 return
-            theirs = torch.cat([eager.sample_tokens(logits, *draw, *rest) for draw in draws])
+            theirs = torch.cat([eager.sample_tokens(logits, Draw(*draw, *rest)) for draw in draws])
             yield _tokens("tokens", out[0], theirs)
 
         def call(logits=logits, rest=rest, draws=draws):
-            return (torch.cat([kernels.sample_tokens(logits, *draw, *rest) for draw in draws]),)
+            return (torch.cat([kernels.sample_tokens(logits, Draw(*draw, *rest)) for draw in draws]),)
 
         yield call, found
 
@@ -245,17 +246,17 @@ def _try_entrgi(make: _Maker, kernels: Any) -> Iterator[Problem]:
         rest = (tau, *_filter_arguments("" if given is not None else filters, 0.95 if number else 0.6))
 
         def call(logits=logits, rng=rng, rest=rest):
-            out = None
-            if placed:
+            placement = None
+            if index is not None:
                 blank = torch.full((2 * make.n, make.d), math.nan, dtype=torch.float32, device=make.device)
-                out = make.placed(blank, make.form(2))
-            return kernels.entrgi_embedding(logits, table, rng, keys, given, None, "entropy", *rest, out, index)
+                placement = Placement(make.placed(blank, make.form(2)), index)
+            return kernels.entrgi_embedding(logits, table, Draw(rng, keys, *rest), given, None, "entropy", placement)
 
         def found(out, logits=logits, rng=rng, rest=rest, exactly=number == 0):
             mixed, tokens, weight, entropy, soft, lse, top = out
             wide = logits.double()
             good = ~eager.softmax_entropy(wide, 1.0)[1].isnan()
-            theirs = given if given is not None else eager.sample_tokens(logits, rng, keys, *rest)
+            theirs = given if given is not None else eager.sample_tokens(logits, Draw(rng, keys, *rest))
             yield _tokens("tokens", tokens, theirs)
             truth = eager.softmax_entropy(wide, 1.0)[1]
             yield _compared("entropy", entropy, truth, _near(truth))
@@ -302,7 +303,7 @@ def _try_soft_backward(make: _Maker, kernels: Any) -> Iterator[Problem]:
 def _try_update(make: _Maker, kernels: Any) -> Iterator[Problem]:
     logits, table, grad, soft, lse = _update_inputs(make)
     _, reads, keep = make.trial.flags
-    rest = (3 if reads else 1, 1 / _LN2, *_ADAM.values(), keep)
+    step, tau = 3 if reads else 1, 1 / _LN2
     start = []
     if make.trial.forms[3] is not None:
         first = 0.01 * make.normal(make.n, make.v) if reads else torch.full_like(logits, math.nan).float()
@@ -314,12 +315,13 @@ def _try_update(make: _Maker, kernels: Any) -> Iterator[Problem]:
         for to, source in zip(memory, [logits, *start], strict=True):
             to.copy_(source)
         moments = memory[1:] or (None, None)
-        kernels.guidance_update_(memory[0], grad, table, soft, lse, *moments, *rest)
+        kernels.guidance_update_(memory[0], grad, table, soft, lse, tau, Adam(*moments, step, **_ADAM, keep=keep))
         return tuple(x.clone() for x in memory)
 
     def found(out):
         exact = [x.double() for x in (logits, *start)]
-        eager.guidance_update_(exact[0], grad, table, soft.double(), lse.double(), *(exact[1:] or (None, None)), *rest)
+        adam = Adam(*(exact[1:] or (None, None)), step, **_ADAM, keep=keep)
+        eager.guidance_update_(exact[0], grad, table, soft.double(), lse.double(), tau, adam)
         size = exact[0].abs().nan_to_num(posinf=1.0)
         yield _compared("logits", out[0], exact[0], _eps(logits.dtype) * size + 1e-4 * _ADAM["lr"])
         for name, ours, old, truth in zip(("first moment", "second moment"), out[1:], start, exact[1:], strict=False):
@@ -363,60 +365,6 @@ def _try_confidence(make: _Maker, kernels: Any) -> Iterator[Problem]:
         yield call, found
 
 
-def _head_inputs(make: _Maker) -> tuple[torch.Tensor, ...]:
-    """Hidden states, head, bias and targets whose logits are small integers, exact in 16 bits."""
-    hidden = make.integers(make.n, make.d, 1)
-    hidden = make.placed(hidden * (make.normal(make.n, make.d) > 1.5), make.form(0))
-    head = make.integers(make.v, make.d, 1, make.form(1))
-    kind = make.trial.flags[0]
-    bias = None if kind is None else make.integers(1, make.v, 2)[0].to(kind)
-    return hidden, head, bias, (make.draw()[1] * 7) % make.v  # type: ignore[return-value]
-
-
-def _passes(make: _Maker, kernels: Any, names: Sequence[str]) -> Iterator[Problem]:
-    """The passes over a chunk's logits, for themselves: a whole chunk's, and that of the last, shorter one."""
-    dtype = torch.promote_types(make.form(0).dtype, make.form(1).dtype)
-    logits = torch.float32 if dtype.itemsize == 2 and make.device.type == "cuda" else dtype
-    for v in dict.fromkeys((limit(make.device), make.trial.v)):
-        forms = Form(logits, min(v, 16) or 1, True, True), Form(dtype, min(make.trial.d, 16) or 1, True, True)
-        for name in names:
-            flags = (dtype,) if name == "soft_embedding_grad_table" else ()
-            part = Trial(name, make.trial.rows, v, make.trial.d, forms, flags)
-            yield from problems(part, kernels, make.device)
-
-
-def _try_log_prob(make: _Maker, kernels: Any) -> Iterator[Problem]:
-    slope = make.trial.flags[1]
-    yield from _passes(make, kernels, ("soft_embedding",) if slope else ("softmax_entropy",))
-    hidden, head, bias, targets = _head_inputs(make)
-
-    def found(out):
-        exact = eager.token_log_prob(hidden.double(), head, bias, targets, slope)
-        yield _compared("log-probability", out[0], exact[0], _near(exact[0]))
-        yield _compared("lse", out[1], exact[1], _near(exact[1]))
-        yield _compared("slope", out[2], exact[2], 2 * _eps(torch.promote_types(hidden.dtype, head.dtype)) + 1e-5)
-
-    yield lambda: kernels.token_log_prob(hidden, head, bias, targets, slope), found
-
-
-def _try_log_prob_backward(make: _Maker, kernels: Any) -> Iterator[Problem]:
-    yield from _passes(make, kernels, ("soft_embedding", "soft_embedding_grad_table"))
-    hidden, head, bias, targets = _head_inputs(make)
-    lse = eager.token_log_prob(hidden.double(), head, bias, targets, False)[1].float()
-    grad = torch.where(targets % 2 == 0, 1.0, -1.0)
-
-    def found(out):
-        truth = eager.token_log_prob_backward(
-            hidden.double(), head.double(), bias if bias is None else bias.double(), targets, lse.double(), grad
-        )
-        operand = _eps(torch.promote_types(hidden.dtype, head.dtype))
-        for name, ours, exact in zip(("gradient of hidden", "of the head", "of the bias"), out, truth, strict=True):
-            eps = 4 * max(operand, _eps(ours.dtype)) + 1e-5
-            yield _compared(name, ours, exact, eps * (1.0 + exact.abs()))
-
-    yield lambda: kernels.token_log_prob_backward(hidden, head, bias, targets, lse, grad), found
-
-
 _TRIALS: dict[str, Callable[[_Maker, Any], Iterator[Problem]]] = {
     "softmax_entropy": _try_statistics,
     "softmax_entropy_backward": _try_statistics_backward,
@@ -427,8 +375,6 @@ _TRIALS: dict[str, Callable[[_Maker, Any], Iterator[Problem]]] = {
     "entrgi_embedding": _try_entrgi,
     "guidance_update_": _try_update,
     "unmask_confidence": _try_confidence,
-    "token_log_prob": _try_log_prob,
-    "token_log_prob_backward": _try_log_prob_backward,
 }
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

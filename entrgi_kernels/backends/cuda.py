@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from . import extension
+from .arguments import Draw
 from .ranges import ranged
 
 _MODULE = "entrgi_kernels._C_cuda"
@@ -77,13 +78,11 @@ def softmax_entropy_backward(
 
 
 @ranged
-def sample_tokens(
-    logits: torch.Tensor, rng: torch.Tensor, rows: torch.Tensor, temperature: float, top_k: int, top_p: float
-) -> torch.Tensor:
+def sample_tokens(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
     """Tokens [N] int64 drawn from the filtered softmax(logits / temperature); argmax at temperature 0; -1 if bad."""
-    if temperature == 0:
+    if draw.temperature == 0:
         return torch.ops.entrgi_cuda.row_statistics(logits, 1.0, 0.0, -1)[1]
-    return torch.ops.entrgi_cuda.draw(logits, rng, rows, temperature, top_k, top_p, False)[0]
+    return torch.ops.entrgi_cuda.draw(logits, *draw, False)[0]
 
 
 @ranged

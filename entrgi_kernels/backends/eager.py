@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import torch
 
 from . import philox
+from .arguments import Adam, Draw, Placement
 
 # Elements of a temporary that a chunk may hold: 2^22 float32 are 16 MiB.
 _CHUNK_ELEMENTS = 1 << 22
@@ -30,7 +31,10 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """float64 when one of the tensors is, else float32: the dtype of statistics and of sums."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:  # a plain loop: every call of an operator comes by here
+        if tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def _slices(total: int, width: int) -> Iterator[slice]:
@@ -106,9 +110,7 @@ def filter_threshold(logits: torch.Tensor, temperature: float, top_k: int, top_p
     return threshold
 
 
-def sample_tokens(
-    logits: torch.Tensor, rng: torch.Tensor, rows: torch.Tensor, temperature: float, top_k: int, top_p: float
-) -> torch.Tensor:
+def sample_tokens(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
     """Tokens [N] int64 drawn from the filtered softmax(logits / temperature); argmax at temperature 0; -1 if bad.
 
     An exponential race: the largest (logit - maximum) / temperature - log(E) wins, E standard exponential from Philox.
@@ -118,14 +120,14 @@ def sample_tokens(
     tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
     for part in _slices(n, v):
         x = logits[part].to(acc)
-        if temperature == 0:
+        if draw.temperature == 0:
             winner, maximum = x.argmax(dim=-1), x.amax(dim=-1)
         else:
-            threshold = filter_threshold(x, temperature, top_k, top_p)
-            shifted, maximum = _shifted(x, temperature)
+            threshold = filter_threshold(x, draw.temperature, draw.top_k, draw.top_p)
+            shifted, maximum = _shifted(x, draw.temperature)
             kept = (x >= threshold[:, None]) & (shifted > -math.inf)
             row, index = kept.nonzero(as_tuple=True)
-            noise = philox.exponential(rng, rows[part][row], index, acc).log()
+            noise = philox.exponential(draw.rng, draw.keys[part][row], index, acc).log()
             score = torch.full_like(x, -math.inf)
             score[row, index] = shifted[row, index] - noise
             winner = score.argmax(dim=-1)
@@ -196,33 +198,27 @@ def soft_embedding_grad_table(
 def entrgi_embedding(
     logits: torch.Tensor,
     embedding: torch.Tensor,
-    rng: torch.Tensor,
-    rows: torch.Tensor,
+    draw: Draw,
     tokens: torch.Tensor | None,
     weight: torch.Tensor | None,
     weight_mode: str,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    out: torch.Tensor | None = None,
-    index: torch.Tensor | None = None,
+    placement: Placement | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The whole forward: soft + weight (E[token] - soft).
 
     Args:
         weight_mode: "entropy" (H / log V), "one", "zero" or "given" (reads `weight`). With "zero" nothing is drawn:
             tokens are -1 unless they are given.
-        out, index: [M, D] of the table's dtype with dense rows, and int64 [N]: row i of the blend is written to
-            out[index[i]], the rest of `out` is left alone. Both or neither.
+        placement: where the rows of the blend are written; None makes a tensor of them.
 
     Returns:
-        (embedding [N, D] of the table's dtype, or `out` itself, tokens [N] int64, weight [N] acc, entropy [N] acc at
-        temperature 1, soft [N, D] acc, log-sum-exp [N] acc at `temperature`, argmax [N] int64).
+        (embedding [N, D] of the table's dtype, or the placement's `out`, tokens [N] int64, weight [N] acc, entropy [N]
+        acc at temperature 1, soft [N, D] acc, log-sum-exp [N] acc at the draw's temperature, argmax [N] int64).
     """
     acc = accumulation_dtype(logits, embedding)
     x = logits.to(acc)
     _, _, entropy = _distribution(x, 1.0)
-    soft, lse = soft_embedding(logits, embedding, temperature)
+    soft, lse = soft_embedding(logits, embedding, draw.temperature)
     if weight_mode == "entropy":
         # V = 1: the entropy is 0, so is the weight. Divided all the same: two outputs may not share memory.
         weight = entropy / (math.log(logits.shape[1]) or 1.0)
@@ -234,13 +230,13 @@ def entrgi_embedding(
     if tokens is not None:
         tokens = tokens.clone()
     elif weight_mode == "zero":
-        tokens = torch.full_like(rows, -1)
+        tokens = torch.full_like(draw.keys, -1)
     else:
-        tokens = sample_tokens(logits, rng, rows, temperature, top_k, top_p)
+        tokens = sample_tokens(logits, draw)
     hard = embedding[tokens.clamp(min=0)].to(acc)
     mixed = torch.lerp(soft, hard, weight[:, None]).to(embedding.dtype)
-    if out is not None and index is not None:
-        mixed = out.index_copy_(0, index, mixed)
+    if placement is not None:
+        mixed = placement.out.index_copy_(0, placement.index, mixed)
     return mixed, tokens, weight, entropy, soft, lse, x.argmax(dim=-1)
 
 
@@ -250,21 +246,14 @@ def guidance_update_(
     embedding: torch.Tensor,
     soft: torch.Tensor,
     lse: torch.Tensor,
-    exp_avg: torch.Tensor | None,
-    exp_avg_sq: torch.Tensor | None,
-    step: int,
     temperature: float,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    keep: bool = True,
+    adam: Adam,
 ) -> None:
     """One Adam step on the logits, in place, from `grad` = d loss/d embedding [N, D].
 
-    torch.optim.Adam's arithmetic with bias correction, `step` counted from 1. At step 1 the moments are taken as zero,
-    whatever they hold; they may be absent there. Without `keep` they are not written.
+    torch.optim.Adam's arithmetic; see :class:`.arguments.Adam` for when moments are read and written.
     """
+    exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, keep = adam
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     for part, g in _logit_gradient(logits, embedding, grad, soft, lse, temperature):
         m, v = (1 - beta1) * g, (1 - beta2) * g * g

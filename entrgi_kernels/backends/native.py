@@ -7,12 +7,12 @@ describes the algorithms, the instruction sets and how to run the sanitisers.
 
 from __future__ import annotations
 
-import sys
 from types import ModuleType
 
 import torch
 
-from . import extension, vocabulary_head
+from . import extension
+from .arguments import Adam, Draw, Placement
 
 _MODULE = "entrgi_kernels._C"
 _INTERFACE = 2  # that of csrc/bindings.cpp; a checkout may be newer than what was built from it
@@ -76,11 +76,9 @@ def softmax_entropy_backward(
     return torch.ops.entrgi_native.softmax_entropy_backward(logits, lse, entropy, grad_lse, grad_entropy, temperature)
 
 
-def sample_tokens(
-    logits: torch.Tensor, rng: torch.Tensor, rows: torch.Tensor, temperature: float, top_k: int, top_p: float
-) -> torch.Tensor:
+def sample_tokens(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
     """Tokens [N] int64 drawn from the filtered softmax(logits / temperature); argmax at temperature 0; -1 if bad."""
-    return torch.ops.entrgi_native.sample_tokens(logits, rng, rows, temperature, top_k, top_p)
+    return torch.ops.entrgi_native.sample_tokens(logits, *draw)
 
 
 def soft_embedding(
@@ -112,22 +110,20 @@ def soft_embedding_grad_table(
 def entrgi_embedding(
     logits: torch.Tensor,
     embedding: torch.Tensor,
-    rng: torch.Tensor,
-    rows: torch.Tensor,
+    draw: Draw,
     tokens: torch.Tensor | None,
     weight: torch.Tensor | None,
     weight_mode: str,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    out: torch.Tensor | None = None,
-    index: torch.Tensor | None = None,
+    placement: Placement | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The whole forward: soft + weight (E[token] - soft); see the eager twin for arguments and returns."""
-    if out is None:
-        out = torch.empty(logits.shape[0], embedding.shape[1], dtype=embedding.dtype, device=embedding.device)
+    if placement is None:
+        index, out = None, embedding.new_empty((logits.shape[0], embedding.shape[1]))
+    else:
+        out, index = placement
+    rng, keys, *rest = draw
     return out, *torch.ops.entrgi_native.entrgi_embedding(
-        logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p, out, index
+        logits, embedding, rng, keys, tokens, weight, weight_mode, *rest, out, index
     )
 
 
@@ -137,20 +133,11 @@ def guidance_update_(
     embedding: torch.Tensor,
     soft: torch.Tensor,
     lse: torch.Tensor,
-    exp_avg: torch.Tensor | None,
-    exp_avg_sq: torch.Tensor | None,
-    step: int,
     temperature: float,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    keep: bool = True,
+    adam: Adam,
 ) -> None:
     """One Adam step on the logits, in place, from `grad` = d loss/d embedding [N, D]; see the eager twin."""
-    torch.ops.entrgi_native.guidance_update_(
-        logits, grad, embedding, soft, lse, exp_avg, exp_avg_sq, step, temperature, lr, beta1, beta2, eps, keep
-    )
+    torch.ops.entrgi_native.guidance_update_(logits, grad, embedding, soft, lse, *adam[:3], temperature, *adam[3:])
 
 
 def unmask_confidence(
@@ -158,22 +145,3 @@ def unmask_confidence(
 ) -> torch.Tensor:
     """Confidence [N] in acc of each row's token; NaN for a bad row; see the eager twin for `alg`."""
     return torch.ops.entrgi_native.unmask_confidence(logits, tokens, alg, temperature, top_k, top_p)
-
-
-def token_log_prob(
-    hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, slope: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log-probability of the targets [N], log-sum-exp [N], slope [N, D] or [0, D]), all acc; see the eager twin."""
-    return vocabulary_head.token_log_prob(sys.modules[__name__], hidden, head, bias, targets, slope)
-
-
-def token_log_prob_backward(
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    lse: torch.Tensor,
-    grad: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of hidden [N, D], head [V, D] and bias [V] ([0] without one); see the eager twin."""
-    return vocabulary_head.token_log_prob_backward(sys.modules[__name__], hidden, head, bias, targets, lse, grad)

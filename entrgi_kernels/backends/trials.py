@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .arguments import Adam, Draw, Placement
+
 
 class Form(NamedTuple):
     """What kernels know of a matrix: dtype, largest power of two (up to 16) that divides the distance of its rows,
@@ -61,8 +63,9 @@ def _statistics(logits, *_):
     return (logits,), ()
 
 
-def _sample(logits, rng, rows, temperature, top_k, top_p):
-    return (logits,), ("argmax" if temperature == 0 else _filters(logits.shape[1], top_k, top_p),)
+def _sample(logits, draw):
+    filters = _filters(logits.shape[1], draw.top_k, draw.top_p)
+    return (logits,), ("argmax" if draw.temperature == 0 else filters,)
 
 
 def _soft(logits, embedding, temperature):
@@ -77,30 +80,22 @@ def _grad_table(logits, grad, lse, temperature, dtype):
     return (logits, grad), (dtype,)
 
 
-def _entrgi(logits, embedding, rng, rows, tokens, weight, mode, temperature, top_k, top_p, out=None, index=None):
-    draw = _filters(logits.shape[1], top_k, top_p)
+def _entrgi(logits, embedding, draw, tokens, weight, mode, placement=None):
+    filters = _filters(logits.shape[1], draw.top_k, draw.top_p)
     if tokens is not None or mode == "zero":
-        draw = "undrawn"
-    return (logits, embedding, out), (draw, temperature == 1.0)
+        filters = "undrawn"
+    return (logits, embedding, placement and placement.out), (filters, draw.temperature == 1.0)
 
 
-def _update(logits, grad, embedding, soft, lse, exp_avg, exp_avg_sq, step, *rest):
-    keep = exp_avg is not None and (rest[5] if len(rest) > 5 else True)
-    reads = exp_avg is not None and step > 1
-    moments = (exp_avg, exp_avg_sq) if reads or keep else (None, None)
+def _update(logits, grad, embedding, soft, lse, temperature, adam):
+    keep = adam.exp_avg is not None and adam.keep
+    reads = adam.exp_avg is not None and adam.step > 1
+    moments = (adam.exp_avg, adam.exp_avg_sq) if reads or keep else (None, None)
     return (logits, embedding, grad, *moments), (soft.dtype, reads, keep)
 
 
 def _confidence(logits, tokens, alg, temperature, top_k, top_p):
     return (logits,), (alg, _filters(logits.shape[1], top_k, top_p))
-
-
-def _log_prob(hidden, head, bias, targets, slope):
-    return (hidden, head), (bias if bias is None else bias.dtype, slope)
-
-
-def _log_prob_backward(hidden, head, bias, targets, lse, grad):
-    return (hidden, head), (bias if bias is None else bias.dtype,)
 
 
 READERS: dict[str, Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]] = {
@@ -113,8 +108,6 @@ READERS: dict[str, Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]] = {
     "entrgi_embedding": _entrgi,
     "guidance_update_": _update,
     "unmask_confidence": _confidence,
-    "token_log_prob": _log_prob,
-    "token_log_prob_backward": _log_prob_backward,
 }
 # The tables that an operator reads beside that of the statistics.
 _TABLES = {
@@ -123,8 +116,6 @@ _TABLES = {
     "soft_embedding_backward": ("backward",),
     "guidance_update_": ("backward",),
     "soft_embedding_grad_table": ("table",),
-    "token_log_prob": ("forward",),
-    "token_log_prob_backward": ("forward", "table"),
 }
 
 
@@ -160,10 +151,8 @@ def describe(op: str, matrices: Sequence[torch.Tensor | None], flags: tuple[Any,
     """The trial of a call, from what :data:`READERS` tell of it; the matrices may be on the meta device."""
     first, second = matrices[0], matrices[1] if len(matrices) > 1 else None
     assert first is not None
-    v, d = second.shape if op.startswith("token") and second is not None else (first.shape[1], 0)
-    if second is not None:
-        d = second.shape[1]
-    sizes = (0 if size <= 1 else low(size, limit(device)) for size in (v, d))
+    widths = first.shape[1], 0 if second is None else second.shape[1]
+    sizes = (0 if size <= 1 else low(size, limit(device)) for size in widths)
     forms = tuple(None if matrix is None else _form(matrix) for matrix in matrices)
     return Trial(op, _bucket(op, first.shape[0], forms, flags, device), *sizes, forms, flags)
 
@@ -178,8 +167,6 @@ def _ends(op: str, forms: Sequence[Form | None], flags: tuple[Any, ...], device:
         dtypes = dtypes[:1]
     elif op == "soft_embedding_grad_table":
         dtypes.append(flags[0])
-    elif op.startswith("token") and forms[0] is not None:
-        dtypes = [torch.promote_types(forms[0].dtype, dtypes[0])]
     tables = [chosen.statistics]
     for family in _TABLES.get(op, ()):
         width = dtypes[0].itemsize if len(set(dtypes)) == 1 else 4
@@ -230,33 +217,21 @@ def calls(
     yield "softmax_entropy", (logits, 1.0)
     yield "softmax_entropy_backward", (logits, lse, lse, lse, lse, 1.0)
     for top_k, top_p, temperature in ((0, 0.95, 0.7), (0, 1.0, 0.7), (50, 1.0, 0.7), (0, 1.0, 0.0)):
-        yield "sample_tokens", (logits, rng, keys, temperature, top_k, top_p)
+        yield "sample_tokens", (logits, Draw(rng, keys, temperature, top_k, top_p))
     yield "soft_embedding", (logits, table, 0.7)
     yield "soft_embedding_backward", (logits, table, grad, soft, lse, 0.7)
     yield "soft_embedding_grad_table", (logits, grad, lse, 0.7, table_dtype)
-    for top_p, places in ((0.95, None), (0.95, out), (1.0, out)):
-        yield (
-            "entrgi_embedding",
-            (
-                logits,
-                table,
-                rng,
-                keys,
-                None,
-                None,
-                "entropy",
-                0.7,
-                0,
-                top_p,
-                places,
-                keys if places is not None else None,
-            ),
-        )
-    adam = 0.7, 0.5, 0.9, 0.999, 1e-8
+    for top_p, placement in ((0.95, None), (0.95, Placement(out, keys)), (1.0, Placement(out, keys))):
+        draw = Draw(rng, keys, 0.7, 0, top_p)
+        yield "entrgi_embedding", (logits, table, draw, None, None, "entropy", placement)
     for held, step, keep in (((None, None), 1, True), (moments, 1, True), (moments, 2, True), (moments, 3, False)):
-        yield "guidance_update_", (logits, grad, table, soft, lse, *held, step, *adam, keep)
+        adam = Adam(*held, step, 0.5, 0.9, 0.999, 1e-8, keep)
+        yield "guidance_update_", (logits, grad, table, soft, lse, 0.7, adam)
     for alg in ("entropy", "maskgit_plus", "topk_margin", "anchor"):
         yield "unmask_confidence", (logits, keys, alg, 0.7, 0, 0.95)
-    if logits_dtype == table_dtype:
-        yield "token_log_prob", (grad, table, None, keys, True)
-        yield "token_log_prob_backward", (grad, table, None, keys, lse, lse)
+    if logits_dtype == table_dtype:  # passes of token_log_prob over a chunk's logits: a whole chunk, and the last one
+        for part in dict.fromkeys((min(v, 25_600), v % 256 or min(v, 256))):
+            chunk = empty(n, part, dtype=torch.float32 if table_dtype.itemsize == 2 else table_dtype)
+            yield "softmax_entropy", (chunk, 1.0)
+            yield "soft_embedding", (chunk, table[:part], 1.0)
+            yield "soft_embedding_grad_table", (chunk, grad, lse, 1.0, table_dtype)

@@ -288,8 +288,8 @@ class Denoiser:
                 top_k=config.top_k,
                 top_p=config.top_p,
                 seed=config.seed,
-                step=step_key(step, FINAL_DRAW),
-                rows=keys,
+                counter=step_key(step, FINAL_DRAW),
+                keys=keys,
                 backend=config.backend,
             )
         self._note_failures(step, rows, drawn < 0)

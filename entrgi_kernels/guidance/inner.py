@@ -153,7 +153,7 @@ class InnerLoop:
         Args:
             rows, slots, keys: [N]. Rows may be R: such rows of phi are guided like any other but reach no reward.
             response: [R, L] tokens.
-            rngs: int64 [M, 2], (seed, step) of each inner step's draw.
+            rngs: int64 [M, 2], (seed, counter) of each inner step's draw.
         """
         config = self._config
         saves_state = config.saves("adam_state")
@@ -166,7 +166,7 @@ class InnerLoop:
             top_k=config.top_k,
             top_p=config.top_p,
             seed=rngs,
-            rows=keys,
+            keys=keys,
             betas=config.betas,
             eps=config.eps,
             state_dtype=config.resolved_state_dtype(),

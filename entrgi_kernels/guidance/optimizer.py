@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..ops import AdamState, EntrgiEmbedding, ForwardState, guidance_update_
-from ..ops.entrgi_embedding import forward
+from ..ops import AdamState, EntrgiEmbedding, ForwardState, entrgi_embedding, guidance_update_
 from .buffers import Buffers
 from .weights import WeightFunction, resolve_weight
 
@@ -29,14 +28,14 @@ class LogitOptimizer:
 
     Args:
         phi: [N, V] logits, float64/float32/bfloat16/float16; changed **in place** by :meth:`step`.
-        embedding: [V, D] table, a row per vocabulary entry.
+        table: [V, D] embeddings, a row per vocabulary entry.
         lr: learning rate, eta.
         temperature: tau of the soft embedding and of the draw; 0 draws the argmax and blends at temperature 1.
         weight: "entropy" (or "linear"), "one", "zero", another schedule's name, or a callable of (entropy [N], V).
         top_k, top_p: filters of the draw; None keeps all.
-        seed, step, rows: keys of the draw, as in :func:`entrgi_kernels.ops.sample_tokens`; each :meth:`embed` counts
-            `step` up by one. `seed` may also be an int64 tensor [M, 2], the (seed, step) of each :meth:`embed` in turn:
-            a CUDA graph replays with new numbers when its content is changed between replays.
+        seed, counter, keys: of the draw, as in :func:`entrgi_kernels.ops.sample_tokens`; each :meth:`embed` adds one to
+            `counter`. `seed` may also be an int64 tensor [M, 2], the (seed, counter) of each :meth:`embed` in turn: a
+            CUDA graph replays with new numbers when its content is changed between replays.
         betas, eps: Adam's.
         state_dtype: dtype of Adam's moments; None takes that of phi.
         keep_state: False when only one :meth:`step` will follow: the moments are then never formed (M = 1). With more,
@@ -53,7 +52,7 @@ class LogitOptimizer:
     def __init__(
         self,
         phi: torch.Tensor,
-        embedding: torch.Tensor,
+        table: torch.Tensor,
         *,
         lr: float = 0.5,
         temperature: float = 1.0,
@@ -61,8 +60,8 @@ class LogitOptimizer:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | torch.Tensor = 0,
-        step: int = 0,
-        rows: torch.Tensor | None = None,
+        counter: int = 0,
+        keys: torch.Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         state_dtype: torch.dtype | None = None,
@@ -73,24 +72,24 @@ class LogitOptimizer:
         if phi.requires_grad and phi.is_leaf:
             raise ValueError("phi requires grad: pass phi.detach(), it is changed in place outside of autograd")
         self.phi = phi.detach()
-        self.embedding = embedding.detach()
-        self._forward = dict(temperature=temperature, top_k=top_k, top_p=top_p, rows=rows, backend=backend)
+        self.table = table.detach()
+        self._forward = dict(temperature=temperature, top_k=top_k, top_p=top_p, keys=keys, backend=backend)
         self._forward["weight"] = resolve_weight(weight)
-        self._update = dict(lr=lr, temperature=temperature, betas=tuple(betas), eps=eps, backend=backend)
-        self._seed, self._step, self._draws = seed, step, 0
+        self._update = dict(lr=lr, betas=tuple(betas), eps=eps, backend=backend)
+        self._seed, self._counter, self._draws = seed, counter, 0
         self._buffers = Buffers() if buffers is None else buffers
         self._state_dtype = state_dtype
         self._keep_state = keep_state
         self._adam: AdamState | None = None
-        self._context: ForwardState | None = None
+        self._state: ForwardState | None = None
         self._ended = False
 
     @property
     def argmax(self) -> torch.Tensor:
         """[N] int64: each row's most likely token at the last :meth:`embed`."""
-        if self._context is None:
+        if self._state is None:
             raise RuntimeError("argmax is known after embed()")
-        return self._context.argmax
+        return self._state.argmax
 
     def embed(
         self,
@@ -115,13 +114,21 @@ class LogitOptimizer:
                 leaf on the memory of `out`, of its shape: good until that is written to again.
         """
         listed = isinstance(self._seed, torch.Tensor) and self._seed.dim() == 2
-        rng = dict(seed=self._seed[self._draws]) if listed else dict(seed=self._seed, step=self._step + self._draws)
+        seed, counter = (self._seed[self._draws], 0) if listed else (self._seed, self._counter + self._draws)
         with torch.no_grad():
-            result, self._context = forward(
-                self.phi, self.embedding, tokens=tokens, out=out, index=index, **rng, **self._forward
+            blend = entrgi_embedding(
+                self.phi,
+                self.table,
+                tokens=tokens,
+                seed=seed,
+                counter=counter,
+                out=out,
+                index=index,
+                **self._forward,
             )
+        self._state = blend.state
         self._draws += 1
-        return result._replace(embedding=result.embedding.detach().requires_grad_())
+        return blend._replace(embedding=blend.embedding.detach().requires_grad_())
 
     @torch.no_grad()
     def step(self, grad: torch.Tensor, last: bool = False) -> None:
@@ -133,7 +140,7 @@ class LogitOptimizer:
         Raises:
             RuntimeError: without a fresh embed(), or after a step whose moments were not kept.
         """
-        soft, lse, _ = self._ready()
+        state = self._ready()
         keep = self._keep_state and not last
         if keep and self._adam is None:
             dtype = self._state_dtype or self.phi.dtype
@@ -141,9 +148,8 @@ class LogitOptimizer:
             self._adam = AdamState(
                 *(self._buffers.take(name, self.phi.shape, dtype, self.phi.device) for name in _MOMENTS)
             )
-        state = dict(state=self._adam, keep_state=keep)
-        guidance_update_(self.phi, grad, self.embedding, soft, lse, **state, **self._update)
-        self._context = None
+        guidance_update_(self.phi, grad, self.table, state, adam=self._adam, keep=keep, **self._update)
+        self._state = None
         self._ended = not keep
 
     @torch.no_grad()
@@ -163,19 +169,18 @@ class LogitOptimizer:
         Raises:
             RuntimeError: without a fresh embed(), or after a step whose moments were not kept.
         """
-        soft, lse, _ = self._ready()
-        moved, state = self._buffers.rows("moved phi", self.phi, rows), None
+        state = self._ready()
+        moved, adam = self._buffers.rows("moved phi", self.phi, rows), None
         if self._adam is not None:
             moments = zip(_MOMENTS, (self._adam.exp_avg, self._adam.exp_avg_sq), strict=True)
             taken = (self._buffers.rows(f"moved {name}", moment, rows) for name, moment in moments)
-            state = AdamState(*taken, self._adam.step)
-        own = (grad[rows], self.embedding, soft[rows], lse[rows])
-        guidance_update_(moved, *own, state=state, keep_state=False, **self._update)
+            adam = AdamState(*taken, self._adam.step)
+        guidance_update_(moved, grad[rows], self.table, state.rows(rows), adam=adam, keep=False, **self._update)
         return moved
 
     def _ready(self) -> ForwardState:
-        if self._context is None:
+        if self._state is None:
             raise RuntimeError("step() needs an embed() before it: the gradient belongs to that embedding")
         if self._ended:
             raise RuntimeError("a step after one with last=True or keep_state=False: Adam's moments were not kept")
-        return self._context
+        return self._state

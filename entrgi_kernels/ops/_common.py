@@ -11,6 +11,7 @@ import torch
 
 from .. import backends
 from ..backends.eager import accumulation_dtype as accumulation_dtype  # that of statistics and of sums
+from ._operator import Operator
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,15 +38,15 @@ def check_dtype(tensor: torch.Tensor, name: str) -> None:
         raise TypeError(f"{name} is {tensor.dtype}: expected one of {', '.join(map(str, _FLOATS))}")
 
 
-def check_embedding(logits: torch.Tensor, embedding: torch.Tensor) -> None:
-    """Raise unless `embedding` is a floating [V, D] table on the logits' device."""
-    check_matrix(embedding, "embedding", "[V, D] with D >= 1")
-    if embedding.shape[0] != logits.shape[1]:
+def check_table(logits: torch.Tensor, table: torch.Tensor) -> None:
+    """Raise unless `table` is floating, [V, D] and on the logits' device."""
+    check_matrix(table, "table", "[V, D] with D >= 1")
+    if table.shape[0] != logits.shape[1]:
         raise ValueError(
-            f"embedding has {embedding.shape[0]} rows but logits have {logits.shape[1]} columns: expected one row per "
+            f"table has {table.shape[0]} rows but logits have {logits.shape[1]} columns: expected one row per "
             "vocabulary entry (map a reward model's table through the vocabulary first)"
         )
-    check_same_device(logits, embedding=embedding)
+    check_same_device(logits, table=table)
 
 
 def check_same_device(logits: torch.Tensor, called: str = "logits", /, **others: torch.Tensor | None) -> None:
@@ -94,6 +95,8 @@ def check_vector(
 
 def check_number(value: float, name: str, expected: str) -> float:
     """The value as a float; raise TypeError unless it is a real number (a tensor would cost a wait for the device)."""
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r} is {type(value).__name__}: expected {expected}")
     return float(value)
@@ -117,7 +120,7 @@ def distribution_temperature(temperature: float) -> float:
 def check_filters(top_k: int | None, top_p: float | None) -> tuple[int, float]:
     """(top_k, top_p) in the backends' form, where 0 and 1.0 mean no filter."""
     if top_k is not None:
-        if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral):
+        if not _is_integer(top_k):
             raise TypeError(f"top_k={top_k!r} is {type(top_k).__name__}: expected None or an integer >= 1")
         if top_k < 1:
             raise ValueError(f"top_k={top_k}: expected None or an integer >= 1")
@@ -128,43 +131,66 @@ def check_filters(top_k: int | None, top_p: float | None) -> tuple[int, float]:
     return 0 if top_k is None else int(top_k), 1.0 if top_p is None else top_p
 
 
-def make_rng(logits: torch.Tensor, seed: int | torch.Tensor, step: int | torch.Tensor) -> torch.Tensor:
-    """int64 [2] = (seed, step) on the logits' device, without waiting for the device.
+def make_rng(logits: torch.Tensor, seed: int | torch.Tensor, counter: int | torch.Tensor) -> torch.Tensor:
+    """int64 [2] = (seed, counter) on the logits' device, without waiting for the device.
 
-    `seed` may already be such a tensor (then `step` must be 0 and is ignored): a CUDA graph replays with new numbers
+    `seed` may already be such a tensor (then `counter` must be 0 and is ignored): a CUDA graph replays with new numbers
     when the tensor's content is changed between replays.
     """
     if isinstance(seed, torch.Tensor) and seed.dim() == 1:
         if seed.shape[0] != 2 or seed.dtype != torch.int64:
             raise ValueError(f"seed is a {seed.dtype} tensor of shape {list(seed.shape)}: expected int64 [2]")
         check_same_device(logits, seed=seed)
-        if isinstance(step, torch.Tensor) or step != 0:
-            raise ValueError(f"step={step}: expected 0 where seed is a tensor of (seed, step), which holds the step")
+        if isinstance(counter, torch.Tensor) or counter != 0:
+            raise ValueError(
+                f"counter={counter}: expected 0 where seed is a tensor of (seed, counter), which holds the counter"
+            )
         return seed
-    return torch.stack([_scalar(seed, "seed", -(1 << 63), 1 << 63, logits), _scalar(step, "step", 0, 1 << 32, logits)])
+    seed = _scalar(seed, "seed", -(1 << 63), 1 << 63)
+    counter = _scalar(counter, "counter", 0, 1 << 32)
+    # Filled, not copied from the host: a copy to a GPU would wait for it.
+    rng = torch.full((2,), 0 if isinstance(seed, torch.Tensor) else seed, dtype=torch.int64, device=logits.device)
+    if isinstance(seed, torch.Tensor):
+        rng[:1].copy_(seed)
+    if isinstance(counter, torch.Tensor):
+        rng[1:].copy_(counter)
+    else:
+        rng[1:].fill_(counter)
+    return rng
 
 
-def _scalar(value: int | torch.Tensor, name: str, low: int, high: int, logits: torch.Tensor) -> torch.Tensor:
+def _scalar(value: int | torch.Tensor, name: str, low: int, high: int) -> int | torch.Tensor:
+    """The value, an int in [low, high) or an int64 scalar tensor; raises for anything else."""
     if isinstance(value, torch.Tensor):
         if value.dim() != 0 or value.dtype != torch.int64:
             raise ValueError(f"{name} is a {value.dtype} tensor of shape {list(value.shape)}: expected an int64 scalar")
-        return value.to(logits.device)
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        return value
+    if not _is_integer(value):
         raise TypeError(f"{name}={value!r} is {type(value).__name__}: expected an int or an int64 tensor")
     if not low <= value < high:
         raise ValueError(f"{name}={value}: expected an integer from {low} to {high - 1}")
-    return torch.full((), int(value), dtype=torch.int64, device=logits.device)
+    return int(value)
 
 
-def make_rows(logits: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """The rows' keys, int64 [N]; 0 .. N-1 where none are given."""
-    if rows is None:
+def _is_integer(value: object) -> bool:
+    """Whether it is an integer, numpy's included, and no bool."""
+    return type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
+
+
+def make_keys(logits: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
+    """What the rows' draws are keyed by, int64 [N]; 0 .. N-1 where none are given."""
+    if keys is None:
         return torch.arange(logits.shape[0], dtype=torch.int64, device=logits.device)
-    check_vector(logits, rows, "rows", torch.int64)
-    return rows
+    check_vector(logits, keys, "keys", torch.int64)
+    return keys
 
 
-def refuse_double_backward(operator: str, *backward_operators: torch.library.CustomOpDef) -> None:
+def detached(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, outside of autograd."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def refuse_double_backward(operator: str, *backward_operators: Operator) -> None:
     """Make the gradient of a gradient of `operator` a plain error; without this torch asks the user for a formula."""
 
     def refuse(ctx, *_):

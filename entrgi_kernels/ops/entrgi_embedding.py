@@ -21,11 +21,35 @@ from typing import NamedTuple
 
 import torch
 
+from ..backends.arguments import Draw, Placement
 from . import _common
+from ._operator import operator
+from .sample_tokens import _sample_tokens
 from .soft_embedding import _soft_embedding_backward
+from .softmax_entropy import _softmax_entropy
 
 Weight = str | torch.Tensor | Callable[[torch.Tensor, int], torch.Tensor]
 WEIGHTS = ("entropy", "one", "zero")
+
+
+class ForwardState(NamedTuple):
+    """What the forward knew of the logits, as :func:`guidance_update_` takes it. Good for one step: that moves them.
+
+    Attributes:
+        soft: [N, D] float32 or float64, the soft embedding.
+        logsumexp: [N] float32 or float64, of logits / temperature.
+        argmax: [N] int64, each row's most likely token; means nothing where the row is bad.
+        temperature: tau of the soft embedding.
+    """
+
+    soft: torch.Tensor
+    logsumexp: torch.Tensor
+    argmax: torch.Tensor
+    temperature: float
+
+    def rows(self, index: torch.Tensor) -> ForwardState:
+        """The state of some rows, int64 [n]."""
+        return ForwardState(self.soft[index], self.logsumexp[index], self.argmax[index], self.temperature)
 
 
 class EntrgiEmbedding(NamedTuple):
@@ -36,28 +60,22 @@ class EntrgiEmbedding(NamedTuple):
         tokens: [N] int64, the hard tokens; -1 where none was drawn (weight "zero") or the row is bad.
         weight: [N] float32 or float64, the hard token's share.
         entropy: [N] float32 or float64, nats, at temperature 1 and unfiltered.
+        state: what a :func:`guidance_update_` of these logits takes.
     """
 
     embedding: torch.Tensor
     tokens: torch.Tensor
     weight: torch.Tensor
     entropy: torch.Tensor
+    state: ForwardState
 
 
-class ForwardState(NamedTuple):
-    """What the forward leaves for :func:`guidance_update_` (soft [N, D], logsumexp [N]), and each row's argmax [N]."""
-
-    soft: torch.Tensor
-    logsumexp: torch.Tensor
-    argmax: torch.Tensor
-
-
-@torch.library.custom_op("entrgi::entrgi_embedding", mutates_args=())
+@operator()
 def _entrgi_embedding(
     logits: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     rng: torch.Tensor,
-    rows: torch.Tensor,
+    keys: torch.Tensor,
     tokens: torch.Tensor | None,
     weight: torch.Tensor | None,
     weight_mode: str,
@@ -66,47 +84,47 @@ def _entrgi_embedding(
     top_p: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    run = _common.run("entrgi_embedding", backend, logits)
-    return run(logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p)
+    draw = Draw(rng, keys, temperature, top_k, top_p)
+    return _common.run("entrgi_embedding", backend, logits)(logits, table, draw, tokens, weight, weight_mode)
 
 
 @_entrgi_embedding.register_fake
-def _(logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p, backend):
-    return embedding.new_empty((logits.shape[0], embedding.shape[1])), *_beside_the_blend(logits, embedding)
+def _(logits, table, *_):
+    return table.new_empty((logits.shape[0], table.shape[1])), *_beside_the_blend(logits, table)
 
 
-def _beside_the_blend(logits: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _beside_the_blend(logits: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Tokens, weight, entropy, soft, log-sum-exp and argmax, without content."""
-    n, acc = logits.shape[0], _common.accumulation_dtype(logits, embedding)
+    n, acc = logits.shape[0], _common.accumulation_dtype(logits, table)
     statistic = logits.new_empty((n,), dtype=acc)
     index = logits.new_empty((n,), dtype=torch.int64)
-    soft = embedding.new_empty((n, embedding.shape[1]), dtype=acc)
+    soft = table.new_empty((n, table.shape[1]), dtype=acc)
     return index, statistic, torch.empty_like(statistic), soft, torch.empty_like(statistic), torch.empty_like(index)
 
 
 def _setup_context(ctx, inputs, output):
-    logits, embedding, *_, temperature, _top_k, _top_p, backend = inputs
+    logits, table, *_, temperature, _top_k, _top_p, backend = inputs
     _, tokens, weight, entropy, soft, lse, argmax = output
     ctx.temperature, ctx.backend = temperature, backend
     ctx.mark_non_differentiable(tokens, weight, entropy, soft, lse, argmax)
-    ctx.save_for_backward(logits, embedding, soft, lse)
+    ctx.save_for_backward(logits, table, soft, lse)
 
 
 def _backward(ctx, grad, *_):
-    logits, embedding, soft, lse = ctx.saved_tensors
-    grad_logits = _soft_embedding_backward(logits, embedding, grad, soft, lse, ctx.temperature, ctx.backend)
+    logits, table, soft, lse = ctx.saved_tensors
+    grad_logits = _soft_embedding_backward(logits, table, grad, soft, lse, ctx.temperature, ctx.backend)
     return grad_logits, *[None] * 10
 
 
 _entrgi_embedding.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("entrgi::entrgi_embedding_out", mutates_args=("out",))
+@operator(mutates=("out",))
 def _entrgi_embedding_out(
     logits: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     rng: torch.Tensor,
-    rows: torch.Tensor,
+    keys: torch.Tensor,
     tokens: torch.Tensor | None,
     weight: torch.Tensor | None,
     weight_mode: str,
@@ -117,70 +135,29 @@ def _entrgi_embedding_out(
     index: torch.Tensor,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    _common.check_apart(out, "out", logits=logits, embedding=embedding)
-    run = _common.run("entrgi_embedding", backend, logits)
-    return run(logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p, out, index)[1:]
+    _common.check_apart(out, "out", logits=logits, table=table)
+    draw, run = Draw(rng, keys, temperature, top_k, top_p), _common.run("entrgi_embedding", backend, logits)
+    return run(logits, table, draw, tokens, weight, weight_mode, Placement(out, index))[1:]
 
 
 @_entrgi_embedding_out.register_fake
-def _(logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p, out, index, backend):
-    return _beside_the_blend(logits, embedding)
-
-
-def forward(
-    logits: torch.Tensor,
-    embedding: torch.Tensor,
-    *,
-    temperature: float = 1.0,
-    weight: Weight = "entropy",
-    tokens: torch.Tensor | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | torch.Tensor = 0,
-    step: int | torch.Tensor = 0,
-    rows: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    index: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[EntrgiEmbedding, ForwardState]:
-    """:func:`entrgi_embedding` with what a following :func:`guidance_update_` needs; same arguments."""
-    _common.check_logits(logits)
-    _common.check_embedding(logits, embedding)
-    _common.check_backend(backend)
-    draw_temperature = _common.check_temperature(temperature)
-    tau = _common.distribution_temperature(temperature)
-    k, p = _common.check_filters(top_k, top_p)
-    rng, keys = _common.make_rng(logits, seed, step), _common.make_rows(logits, rows)
-    if tokens is not None:
-        _common.check_vector(logits, tokens, "tokens", torch.int64)
-    if out is not None or index is not None:
-        _check_destination(logits, embedding, out, index)
-    mode, given = _weight(logits, weight, backend)
-    if tokens is None and mode != "zero" and draw_temperature == 0:
-        # The draw's temperature is 0 while the distribution's is 1: the tokens have to come from outside.
-        tokens = torch.ops.entrgi.sample_tokens(logits, rng, keys, 0.0, k, p, backend)
-    # Detached: a table that requires grad would otherwise start a backward that has nothing to give it.
-    arguments = logits, embedding.detach(), rng, keys, tokens, given, mode, tau, k, p
-    if out is None or index is None:
-        out, *others = _entrgi_embedding(*arguments, backend)
-    else:
-        others = _entrgi_embedding_out(*arguments, out, index, backend)
-    return EntrgiEmbedding(out, *others[:3]), ForwardState(*others[3:])
+def _(logits, table, *_):
+    return _beside_the_blend(logits, table)
 
 
 def _check_destination(
-    logits: torch.Tensor, embedding: torch.Tensor, out: torch.Tensor | None, index: torch.Tensor | None
+    logits: torch.Tensor, table: torch.Tensor, out: torch.Tensor | None, index: torch.Tensor | None
 ) -> None:
     """Raise unless rows of the blend can be written to `out` at `index`."""
     if out is None or index is None:
         given, lacking = ("index", "out") if out is None else ("out", "index")
         raise ValueError(f"{given} is given and {lacking}=None: expected both, out [M, D] and index [N], or neither")
-    expected = f"[M, {embedding.shape[1]}], as wide as the embedding"
+    expected = f"[M, {table.shape[1]}], as wide as the table"
     _common.check_matrix(out, "out", expected)
-    if out.shape[1] != embedding.shape[1]:
+    if out.shape[1] != table.shape[1]:
         raise ValueError(f"out has shape {list(out.shape)}: expected {expected}")
-    if out.dtype != embedding.dtype:
-        raise TypeError(f"out is {out.dtype}: expected {embedding.dtype}, as the embedding")
+    if out.dtype != table.dtype:
+        raise TypeError(f"out is {out.dtype}: expected {table.dtype}, as the table")
     (rows, columns), (stride, inner) = out.shape, out.stride()
     if (columns > 1 and inner != 1) or (rows > 1 and stride < columns):
         raise ValueError(f"out has strides {list(out.stride())}: expected dense rows that do not overlap")
@@ -204,18 +181,18 @@ def _weight(logits: torch.Tensor, weight: Weight, backend: str) -> tuple[str, to
             )
         return weight, None
     if callable(weight) and not isinstance(weight, torch.Tensor):
-        entropy = torch.ops.entrgi.softmax_entropy(logits.detach(), 1.0, backend)[1]
+        entropy = _softmax_entropy(_common.detached(logits), 1.0, backend)[1]
         weight = weight(entropy, logits.shape[1])
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"weight is {type(weight).__name__}: expected a name, a tensor [N], or a callable giving one")
     _common.check_vector(logits, weight, "weight")
     _common.check_dtype(weight, "weight")
-    return "given", weight.detach()
+    return "given", _common.detached(weight)
 
 
 def entrgi_embedding(
     logits: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     *,
     temperature: float = 1.0,
     weight: Weight = "entropy",
@@ -223,8 +200,8 @@ def entrgi_embedding(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | torch.Tensor = 0,
-    step: int | torch.Tensor = 0,
-    rows: torch.Tensor | None = None,
+    counter: int | torch.Tensor = 0,
+    keys: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     index: torch.Tensor | None = None,
     backend: str = "auto",
@@ -233,16 +210,16 @@ def entrgi_embedding(
 
     Args:
         logits: phi [N, V], float64/float32/bfloat16/float16, any strides; -inf entries have probability 0.
-        embedding: E [V, D], the reward model's table seen through the vocabulary map; no gradient is formed for it.
+        table: E [V, D], the reward model's table seen through the vocabulary map; no gradient is formed for it.
         temperature: tau >= 0 of the soft embedding and the draw; at 0 the draw is the argmax and the soft embedding's
             temperature is 1.
         weight: "entropy" (EntRGi), "one" (APS), "zero" (Expectation), a tensor [N], or a callable of (entropy [N] in
             nats, V) that returns one. No gradient flows through it.
         tokens: int64 [N], the hard tokens; None draws them.
-        top_k, top_p, seed, step, rows: of the draw, as in :func:`sample_tokens`.
-        out: [M, D] of the embedding's dtype, dense rows at any distance: row i of the blend is written to
+        top_k, top_p, seed, counter, keys: of the draw, as in :func:`sample_tokens`.
+        out: [M, D] of the table's dtype, dense rows at any distance: row i of the blend is written to
             ``out[index[i]]`` and the rest of it is left alone. Not differentiable: neither it nor the logits may
-            require grad, unless under torch.no_grad(). It shares no memory with logits or embedding.
+            require grad, unless under torch.no_grad(). It shares no memory with logits or table.
         index: int64 [N], different rows of `out`; where some are the same, each entry there is that of one of them. One
             outside of [0, M) raises an IndexError on a CPU; on a GPU nobody looks (that would mean waiting for it): the
             Triton backend leaves such a row out, the eager one fails in torch's own assertion.
@@ -257,18 +234,25 @@ def entrgi_embedding(
             `index` or the reverse; an `out` whose rows overlap, or that shares memory with what is read.
         BackendUnavailableError: an explicit backend that cannot serve.
     """
-    return forward(
-        logits,
-        embedding,
-        temperature=temperature,
-        weight=weight,
-        tokens=tokens,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        step=step,
-        rows=rows,
-        out=out,
-        index=index,
-        backend=backend,
-    )[0]
+    _common.check_logits(logits)
+    _common.check_table(logits, table)
+    _common.check_backend(backend)
+    draw_temperature = _common.check_temperature(temperature)
+    tau = draw_temperature or 1.0
+    k, p = _common.check_filters(top_k, top_p)
+    rng, keys = _common.make_rng(logits, seed, counter), _common.make_keys(logits, keys)
+    if tokens is not None:
+        _common.check_vector(logits, tokens, "tokens", torch.int64)
+    if out is not None or index is not None:
+        _check_destination(logits, table, out, index)
+    mode, given = _weight(logits, weight, backend)
+    if tokens is None and mode != "zero" and draw_temperature == 0:
+        # The draw's temperature is 0 while the distribution's is 1: the tokens have to come from outside.
+        tokens = _sample_tokens(_common.detached(logits), rng, keys, 0.0, k, p, backend)
+    # Detached: a table that requires grad would otherwise start a backward that has nothing to give it.
+    arguments = logits, _common.detached(table), rng, keys, tokens, given, mode, tau, k, p
+    if out is None or index is None:
+        out, *others = _entrgi_embedding(*arguments, backend)
+    else:
+        others = _entrgi_embedding_out(*arguments, out, index, backend)
+    return EntrgiEmbedding(out, *others[:3], ForwardState(*others[3:], tau))

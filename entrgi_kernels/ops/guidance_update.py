@@ -15,7 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..backends.arguments import Adam
 from . import _common
+from ._operator import operator
+from .entrgi_embedding import ForwardState
 
 
 @dataclass
@@ -39,11 +42,11 @@ class AdamState:
         return cls(*(torch.zeros(size, dtype=dtype or logits.dtype, device=logits.device) for _ in range(2)))
 
 
-@torch.library.custom_op("entrgi::guidance_update_", mutates_args=("logits", "exp_avg", "exp_avg_sq"))
+@operator(mutates=("logits", "exp_avg", "exp_avg_sq"))
 def _guidance_update_(
     logits: torch.Tensor,
     grad: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     soft: torch.Tensor,
     logsumexp: torch.Tensor,
     exp_avg: torch.Tensor | None,
@@ -57,61 +60,40 @@ def _guidance_update_(
     keep: bool,
     backend: str,
 ) -> None:
-    _common.run("guidance_update_", backend, logits)(
-        logits, grad, embedding, soft, logsumexp, exp_avg, exp_avg_sq, step, temperature, lr, beta1, beta2, eps, keep
-    )
+    adam = Adam(exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, keep)
+    _common.run("guidance_update_", backend, logits)(logits, grad, table, soft, logsumexp, temperature, adam)
 
 
 @_guidance_update_.register_fake
-def _(
-    logits,
-    grad,
-    embedding,
-    soft,
-    logsumexp,
-    exp_avg,
-    exp_avg_sq,
-    step,
-    temperature,
-    lr,
-    beta1,
-    beta2,
-    eps,
-    keep,
-    backend,
-):
+def _(*_):
     return None
 
 
 def guidance_update_(
     logits: torch.Tensor,
-    grad_embedding: torch.Tensor,
-    embedding: torch.Tensor,
-    soft: torch.Tensor,
-    logsumexp: torch.Tensor,
+    grad: torch.Tensor,
+    table: torch.Tensor,
+    state: ForwardState,
     *,
     lr: float,
-    temperature: float = 1.0,
-    state: AdamState | None = None,
+    adam: AdamState | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    keep_state: bool = True,
+    keep: bool = True,
     backend: str = "auto",
 ) -> None:
-    """One Adam step of the logits down `grad_embedding`, in place.
+    """One Adam step of the logits down `grad`, in place.
 
     Args:
         logits: phi [N, V], changed in place, any strides without overlap; not requiring grad, unless
             under torch.no_grad().
-        grad_embedding: d loss/d embedding [N, D], of the loss to be *minimised* (minus the sum of rewards).
-        embedding: E [V, D], as in the forward.
-        soft: [N, D], the forward's soft embedding (:class:`ForwardState`).
-        logsumexp: [N], the forward's log-sum-exp at `temperature`.
+        grad: d loss/d embedding [N, D], of the loss to be *minimised* (minus the sum of rewards).
+        table: E [V, D], as in the forward.
+        state: what :func:`entrgi_embedding` found of these logits, with these very values: it is good for one step.
         lr: learning rate, eta.
-        temperature: tau of the forward; 0 stands for 1.
-        state: Adam's moments, changed in place; None takes a first step whose state is not kept (M = 1).
+        adam: Adam's moments, changed in place; None takes a first step whose moments are not kept (M = 1).
         betas, eps: Adam's; eps > 0.
-        keep_state: False leaves `state` as it is: for a last step, which then writes no moments.
+        keep: False leaves `adam` as it is: for a last step, which then writes no moments.
         backend: "auto" or the name of a backend.
 
     Raises:
@@ -121,58 +103,77 @@ def guidance_update_(
     _common.check_logits(logits)
     if logits.requires_grad and torch.is_grad_enabled():
         raise ValueError("logits require grad: expected phi.detach(), or a call under torch.no_grad()")
-    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+    if 0 in logits.stride() and any(
+        n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True)
+    ):
         raise ValueError(
             f"logits of shape {list(logits.shape)} have strides {list(logits.stride())}: expected one that owns each "
             "of its entries (clone an expanded one)"
         )
-    _common.check_embedding(logits, embedding)
-    shape = (logits.shape[0], embedding.shape[1])
-    for name, tensor in (("grad_embedding", grad_embedding), ("soft", soft)):
-        expected = f"{list(shape)}, that of the embedding"
-        _common.check_matrix(tensor, name, expected)
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}: expected {expected}")
-    acc = _common.accumulation_dtype(logits, embedding)
-    if soft.dtype != acc:
-        raise TypeError(f"soft is {soft.dtype}: expected {acc}, as the forward left it")
-    _common.check_vector(logits, logsumexp, "logsumexp", acc)
-    _common.check_same_device(logits, grad_embedding=grad_embedding, soft=soft)
-    lr = _common.check_number(lr, "lr", "a finite number >= 0")
-    eps = _common.check_number(eps, "eps", "a finite number > 0")
-    decay = [_common.check_number(beta, "betas", "two numbers in [0, 1)") for beta in betas]
-    for name, value, ok, expected in (
-        ("lr", lr, 0 <= lr < math.inf, "a finite number >= 0"),
-        ("betas", betas, len(decay) == 2 and all(0 <= beta < 1 for beta in decay), "two numbers in [0, 1)"),
-        # At 0 an entry without gradient, as those of -inf are, would become 0 / 0.
-        ("eps", eps, 0 < eps < math.inf, "a finite number > 0"),
-    ):
-        if not ok:
-            raise ValueError(f"{name}={value}: expected {expected}")
-    if state is not None:
-        for name, tensor in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
-            if tensor.shape != logits.shape or tensor.device != logits.device:
+    _common.check_table(logits, table)
+    if not isinstance(state, ForwardState):
+        raise TypeError(f"state is {type(state).__name__}: expected the .state that entrgi_embedding returned")
+    _check_rows(grad, "grad", logits, table)
+    _check_rows(state.soft, "state.soft", logits, table)
+    acc = _common.accumulation_dtype(logits, table)
+    if state.soft.dtype != acc:
+        raise TypeError(f"state.soft is {state.soft.dtype}: expected {acc}, as the forward left it")
+    _common.check_vector(logits, state.logsumexp, "state.logsumexp", acc)
+    tau = _common.distribution_temperature(state.temperature)
+    lr, beta1, beta2, eps = _hyperparameters(lr, betas, eps)
+    moments, step = (None, None), 1
+    if adam is not None:
+        moments, step = (adam.exp_avg, adam.exp_avg_sq), adam.step + 1
+        for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
+            if moment.shape != logits.shape or moment.device != logits.device:
                 raise ValueError(
-                    f"state.{name} has shape {list(tensor.shape)} on {tensor.device}: expected {list(logits.shape)} on "
+                    f"adam.{name} has shape {list(moment.shape)} on {moment.device}: expected {list(logits.shape)} on "
                     f"{logits.device}, as the logits"
                 )
-            _common.check_dtype(tensor, f"state.{name}")
-    moments = (None, None) if state is None else (state.exp_avg, state.exp_avg_sq)
+            _common.check_dtype(moment, f"adam.{name}")
     _guidance_update_(
         logits,
-        grad_embedding.detach(),
-        embedding.detach(),
-        soft,
-        logsumexp,
+        _common.detached(grad),
+        _common.detached(table),
+        state.soft,
+        state.logsumexp,
         *moments,
-        1 if state is None else state.step + 1,
-        _common.distribution_temperature(temperature),
+        step,
+        tau,
         lr,
-        *decay,
+        beta1,
+        beta2,
         eps,
-        bool(keep_state),
+        bool(keep),
         _common.check_backend(backend),
     )
-    # Counted only after the step was taken: a call that raises leaves the state as it was.
-    if state is not None and keep_state:
-        state.step += 1
+    # Counted only after the step was taken: a call that raises leaves the moments as they were.
+    if adam is not None and keep:
+        adam.step += 1
+
+
+def _check_rows(tensor: torch.Tensor, name: str, logits: torch.Tensor, table: torch.Tensor) -> None:
+    """Raise unless `tensor` has a row of the table's width for each row of the logits, and is where they are."""
+    n, d = logits.shape[0], table.shape[1]
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
+        _common.check_matrix(tensor, name, f"[{n}, {d}], that of the embedding")
+    if tensor.shape[0] != n or tensor.shape[1] != d:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}: expected [{n}, {d}], that of the embedding")
+    _common.check_dtype(tensor, name)
+    if tensor.device != logits.device:
+        _common.check_same_device(logits, **{name: tensor})
+
+
+def _hyperparameters(lr: float, betas: tuple[float, float], eps: float) -> tuple[float, float, float, float]:
+    """(lr, beta1, beta2, eps) as floats; raises where Adam cannot take them."""
+    lr = _common.check_number(lr, "lr", "a finite number >= 0")
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"lr={lr}: expected a finite number >= 0")
+    decay = [_common.check_number(beta, "betas", "two numbers in [0, 1)") for beta in betas]
+    if len(decay) != 2 or not (0 <= decay[0] < 1 and 0 <= decay[1] < 1):
+        raise ValueError(f"betas={betas}: expected two numbers in [0, 1)")
+    eps = _common.check_number(eps, "eps", "a finite number > 0")
+    # At 0 an entry without gradient, as those of -inf are, would become 0 / 0.
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps={eps}: expected a finite number > 0")
+    return lr, decay[0], decay[1], eps

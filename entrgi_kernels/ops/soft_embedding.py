@@ -13,75 +13,76 @@ from __future__ import annotations
 import torch
 
 from . import _common
+from ._operator import operator
 
 
-@torch.library.custom_op("entrgi::soft_embedding", mutates_args=())
+@operator()
 def _soft_embedding(
-    logits: torch.Tensor, embedding: torch.Tensor, temperature: float, backend: str
+    logits: torch.Tensor, table: torch.Tensor, temperature: float, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    soft, lse = _common.run("soft_embedding", backend, logits)(logits, embedding, temperature)
+    soft, lse = _common.run("soft_embedding", backend, logits)(logits, table, temperature)
     # A second tensor even where no rounding is needed: outputs of an operator may not alias one another.
-    return soft.to(embedding.dtype, copy=True), soft, lse
+    return soft.to(table.dtype, copy=True), soft, lse
 
 
 @_soft_embedding.register_fake
-def _(logits, embedding, temperature, backend):
-    acc = _common.accumulation_dtype(logits, embedding)
-    out = embedding.new_empty((logits.shape[0], embedding.shape[1]))
+def _(logits, table, temperature, backend):
+    acc = _common.accumulation_dtype(logits, table)
+    out = table.new_empty((logits.shape[0], table.shape[1]))
     return out, torch.empty_like(out, dtype=acc), logits.new_empty((logits.shape[0],), dtype=acc)
 
 
-@torch.library.custom_op("entrgi::soft_embedding_backward", mutates_args=())
+@operator()
 def _soft_embedding_backward(
     logits: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     grad: torch.Tensor,
     soft: torch.Tensor,
     lse: torch.Tensor,
     temperature: float,
     backend: str,
 ) -> torch.Tensor:
-    return _common.run("soft_embedding_backward", backend, logits)(logits, embedding, grad, soft, lse, temperature)
+    return _common.run("soft_embedding_backward", backend, logits)(logits, table, grad, soft, lse, temperature)
 
 
 @_soft_embedding_backward.register_fake
-def _(logits, embedding, grad, soft, lse, temperature, backend):
+def _(logits, table, grad, soft, lse, temperature, backend):
     return logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("entrgi::soft_embedding_grad_table", mutates_args=())
+@operator()
 def _soft_embedding_grad_table(
     logits: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     grad: torch.Tensor,
     lse: torch.Tensor,
     temperature: float,
     backend: str,
 ) -> torch.Tensor:
     run = _common.run("soft_embedding_grad_table", backend, logits)
-    return run(logits, grad, lse, temperature, embedding.dtype)
+    return run(logits, grad, lse, temperature, table.dtype)
 
 
 @_soft_embedding_grad_table.register_fake
-def _(logits, embedding, grad, lse, temperature, backend):
-    return embedding.new_empty(embedding.shape)
+def _(logits, table, grad, lse, temperature, backend):
+    return table.new_empty(table.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    logits, embedding, ctx.temperature, ctx.backend = inputs
+    logits, table, ctx.temperature, ctx.backend = inputs
     _, soft, lse = output
     ctx.mark_non_differentiable(soft, lse)
-    ctx.save_for_backward(logits, embedding, soft, lse)
+    ctx.save_for_backward(logits, table, soft, lse)
 
 
 def _backward(ctx, grad, _grad_soft, _grad_lse):
-    logits, embedding, soft, lse = ctx.saved_tensors
-    grad_logits = grad_embedding = None
+    logits, table, soft, lse = ctx.saved_tensors
+    grad_logits = grad_table = None
     if ctx.needs_input_grad[0]:
-        grad_logits = _soft_embedding_backward(logits, embedding, grad, soft, lse, ctx.temperature, ctx.backend)
+        grad_logits = _soft_embedding_backward(logits, table, grad, soft, lse, ctx.temperature, ctx.backend)
     if ctx.needs_input_grad[1]:
-        grad_embedding = _soft_embedding_grad_table(logits, embedding, grad, lse, ctx.temperature, ctx.backend)
-    return grad_logits, grad_embedding, None, None
+        grad_table = _soft_embedding_grad_table(logits, table, grad, lse, ctx.temperature, ctx.backend)
+    return grad_logits, grad_table, None, None
 
 
 _soft_embedding.register_autograd(_backward, setup_context=_setup_context)
@@ -89,18 +90,18 @@ _common.refuse_double_backward("soft_embedding", _soft_embedding_backward, _soft
 
 
 def soft_embedding(
-    logits: torch.Tensor, embedding: torch.Tensor, *, temperature: float = 1.0, backend: str = "auto"
+    logits: torch.Tensor, table: torch.Tensor, *, temperature: float = 1.0, backend: str = "auto"
 ) -> torch.Tensor:
-    """softmax(logits / temperature) @ embedding. Differentiable once, in both.
+    """softmax(logits / temperature) @ table. Differentiable once, in both.
 
     Args:
         logits: [N, V], float64/float32/bfloat16/float16, any strides; -inf entries have probability 0.
-        embedding: [V, D], float64/float32/bfloat16/float16.
+        table: [V, D], float64/float32/bfloat16/float16.
         temperature: tau >= 0; 0 stands for 1 here.
         backend: "auto" or the name of a backend.
 
     Returns:
-        [N, D] of the embedding's dtype, accumulated in float32 or wider; NaN for a row that holds a NaN or +inf, or
+        [N, D] of the table's dtype, accumulated in float32 or wider; NaN for a row that holds a NaN or +inf, or
         no finite entry.
 
     Raises:
@@ -108,6 +109,6 @@ def soft_embedding(
         BackendUnavailableError: an explicit backend that cannot serve.
     """
     _common.check_logits(logits)
-    _common.check_embedding(logits, embedding)
+    _common.check_table(logits, table)
     temperature = _common.distribution_temperature(temperature)
-    return _soft_embedding(logits, embedding, temperature, _common.check_backend(backend))[0]
+    return _soft_embedding(logits, table, temperature, _common.check_backend(backend))[0]

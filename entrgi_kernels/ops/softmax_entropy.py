@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 
 from . import _common
+from ._operator import operator
 
 
-@torch.library.custom_op("entrgi::softmax_entropy", mutates_args=())
+@operator()
 def _softmax_entropy(logits: torch.Tensor, temperature: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     return _common.run("softmax_entropy", backend, logits)(logits, temperature)
 
@@ -25,7 +26,7 @@ def _(logits, temperature, backend):
     return lse, torch.empty_like(lse)
 
 
-@torch.library.custom_op("entrgi::softmax_entropy_backward", mutates_args=())
+@operator()
 def _softmax_entropy_backward(
     logits: torch.Tensor,
     lse: torch.Tensor,

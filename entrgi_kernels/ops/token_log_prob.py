@@ -16,12 +16,24 @@ diffu-GRPO.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
-from . import _common
+from .. import backends
+from ..backends import eager
+from . import _common, _vocabulary_head
+from ._operator import operator
 
 
-@torch.library.custom_op("entrgi::token_log_prob", mutates_args=())
+def _kernels(hidden: torch.Tensor, head: torch.Tensor, backend: str) -> ModuleType | None:
+    """The backend whose passes over a chunk's logits serve; None for eager, which has the whole, in one walk."""
+    module = backends.resolve(backend, hidden, "soft_embedding")
+    wide = head.dtype == torch.float64 and hidden.dtype != torch.float64  # sums wider than hidden's backend may have
+    return None if module is eager or wide else module
+
+
+@operator()
 def _token_log_prob(
     hidden: torch.Tensor,
     head: torch.Tensor,
@@ -30,7 +42,10 @@ def _token_log_prob(
     slope: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _common.run("token_log_prob", backend, hidden)(hidden, head, bias, targets, slope)
+    kernels = _kernels(hidden, head, backend)
+    if kernels is None:
+        return eager.token_log_prob(hidden, head, bias, targets, slope)
+    return _vocabulary_head.token_log_prob(kernels, hidden, head, bias, targets, slope)
 
 
 @_token_log_prob.register_fake
@@ -40,7 +55,7 @@ def _(hidden, head, bias, targets, slope, backend):
     return log_prob, torch.empty_like(log_prob), log_prob.new_empty(shape)
 
 
-@torch.library.custom_op("entrgi::token_log_prob_backward", mutates_args=())
+@operator()
 def _token_log_prob_backward(
     hidden: torch.Tensor,
     head: torch.Tensor,
@@ -50,7 +65,10 @@ def _token_log_prob_backward(
     grad: torch.Tensor,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _common.run("token_log_prob_backward", backend, hidden)(hidden, head, bias, targets, lse, grad)
+    kernels = _kernels(hidden, head, backend)
+    if kernels is None:
+        return eager.token_log_prob_backward(hidden, head, bias, targets, lse, grad)
+    return _vocabulary_head.token_log_prob_backward(kernels, hidden, head, bias, targets, lse, grad)
 
 
 @_token_log_prob_backward.register_fake

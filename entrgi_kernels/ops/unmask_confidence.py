@@ -15,9 +15,10 @@ from __future__ import annotations
 import torch
 
 from . import _common
+from ._operator import operator
 
 
-@torch.library.custom_op("entrgi::unmask_confidence", mutates_args=())
+@operator()
 def _unmask_confidence(
     logits: torch.Tensor,
     tokens: torch.Tensor,
@@ -69,4 +70,5 @@ def unmask_confidence(
         raise ValueError(f"alg={alg!r}: expected one of {', '.join(map(repr, _common.ALGS))}")
     temperature = _common.distribution_temperature(temperature)
     top_k, top_p = _common.check_filters(top_k, top_p)
-    return _unmask_confidence(logits.detach(), tokens, alg, temperature, top_k, top_p, _common.check_backend(backend))
+    backend = _common.check_backend(backend)
+    return _unmask_confidence(_common.detached(logits), tokens, alg, temperature, top_k, top_p, backend)

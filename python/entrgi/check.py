@@ -32,8 +32,6 @@ FAMILIES = {
     "soft_embedding_grad_table": "gradient of the table",
     "entrgi_embedding": "whole forward",
     "guidance_update_": "guidance update",
-    "token_log_prob": "token log-probability",
-    "token_log_prob_backward": "its gradients",
 }
 
 _NOT_COMPARED = "not compared"  # for want of memory
@@ -230,6 +228,8 @@ def _work(size: Size, dtype: Any, device: Any) -> Iterator[tuple[str, tuple[Any,
     """(raw function, arguments, least bytes moved, FLOP of its products) of each family; one of both is 0."""
     import torch
 
+    from entrgi_kernels.backends.arguments import Adam, Draw
+
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -245,18 +245,16 @@ def _work(size: Size, dtype: Any, device: Any) -> Iterator[tuple[str, tuple[Any,
     rng, keys = torch.tensor([1, 2], device=device), torch.arange(n, device=device)
     moments = torch.zeros_like(logits), torch.zeros_like(logits)
     read, product = float(n * v * logits.element_size()), 2.0 * n * v * d
-    adam = 0.7, 1e-3, 0.9, 0.999, 1e-8
+    draw, adam = Draw(rng, keys, 0.7, 0, 0.95), Adam(*moments, 2, 1e-3, 0.9, 0.999, 1e-8)
     yield "softmax_entropy", (logits, 1.0), read, 0.0
     yield "softmax_entropy_backward", (logits, lse, lse, lse, lse, 0.7), 2 * read, 0.0
-    yield "sample_tokens", (logits, rng, keys, 0.7, 0, 0.95), read, 0.0
+    yield "sample_tokens", (logits, draw), read, 0.0
     yield "unmask_confidence", (logits, keys, "maskgit_plus", 0.7, 0, 0.95), read, 0.0
     yield "soft_embedding", (logits, table, 0.7), 0.0, product
-    yield "entrgi_embedding", (logits, table, rng, keys, None, None, "entropy", 0.7, 0, 0.95), 0.0, product
+    yield "entrgi_embedding", (logits, table, draw, None, None, "entropy"), 0.0, product
     yield "soft_embedding_backward", (logits, table, grad, soft, lse, 0.7), 0.0, product
-    yield "guidance_update_", (logits, grad, table, soft, lse, *moments, 2, *adam, True), 0.0, product
+    yield "guidance_update_", (logits, grad, table, soft, lse, 0.7, adam), 0.0, product
     yield "soft_embedding_grad_table", (logits, grad, lse, 0.7, dtype), 0.0, product
-    yield "token_log_prob", (grad, table, None, keys, True), 0.0, 2 * product
-    yield "token_log_prob_backward", (grad, table, None, keys, lse, lse), 0.0, 4 * product
 
 
 def _sizes(device: Any) -> Sequence[Size]:

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from entrgi_kernels.backends import eager
+from entrgi_kernels.backends.arguments import Adam, Draw
 
 N, V, D = 5, 37, 6
 
@@ -22,14 +23,14 @@ def _everything(dtype: torch.dtype) -> list[torch.Tensor]:
     soft, lse = eager.soft_embedding(x, e, 0.7)
     m, v = torch.zeros_like(x), torch.zeros_like(x)
     results = [
-        eager.sample_tokens(x, rng, rows, 0.7, 0, 0.9),
+        eager.sample_tokens(x, Draw(rng, rows, 0.7, 0, 0.9)),
         soft,
         eager.soft_embedding_backward(x, e, g, soft, lse, 0.7),
         eager.soft_embedding_grad_table(x, g, lse, 0.7, dtype),
-        *eager.entrgi_embedding(x, e, rng, rows, None, None, "entropy", 0.7, 3, 0.9),
+        *eager.entrgi_embedding(x, e, Draw(rng, rows, 0.7, 3, 0.9), None, None, "entropy"),
     ]
     for step in (1, 2):
-        eager.guidance_update_(x, g, e, soft, lse, m, v, step, 0.7, 0.5, 0.9, 0.999, 1e-3)
+        eager.guidance_update_(x, g, e, soft, lse, 0.7, Adam(m, v, step, 0.5, 0.9, 0.999, 1e-3))
     return [*results, x, m, v]
 
 
@@ -64,7 +65,7 @@ def test_a_half_precision_table_is_never_copied_in_float32(monkeypatch):
     with _Largest(torch.float32) as largest:
         soft, lse = eager.soft_embedding(x, e, 0.7)
         eager.soft_embedding_backward(x, e, g, soft, lse, 0.7)
-        eager.guidance_update_(x, g, e, soft, lse, None, None, 1, 0.7, 0.5, 0.9, 0.999, 1e-3)
+        eager.guidance_update_(x, g, e, soft, lse, 0.7, Adam(None, None, 1, 0.5, 0.9, 0.999, 1e-3))
     assert 0 < largest.elements <= 2 * v < v * d
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from entrgi_kernels.backends import eager, native
+from entrgi_kernels.backends.arguments import Adam, Draw
 
 _REASON = native.why_not(torch.device("cpu"), torch.float32)
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
@@ -121,8 +122,8 @@ def test_same_tokens_as_eager(isa: str, dtype: torch.dtype, filters: tuple[int, 
             x[1] = torch.full((v,), 2.0, dtype=dtype)  # all tied
             x[2] = x[2].round()  # many ties at the threshold
         for temperature in (1.0, 0.7, 0.0):
-            ours = native.sample_tokens(x, RNG, rows, temperature, top_k, top_p)
-            assert torch.equal(ours, eager.sample_tokens(x, RNG, rows, temperature, top_k, top_p))
+            ours = native.sample_tokens(x, Draw(RNG, rows, temperature, top_k, top_p))
+            assert torch.equal(ours, eager.sample_tokens(x, Draw(RNG, rows, temperature, top_k, top_p)))
 
 
 def test_many_draws_equal_eager() -> None:
@@ -130,23 +131,25 @@ def test_many_draws_equal_eager() -> None:
     x = peaked(1, 60).expand(100_000, 60)
     rows = torch.arange(100_000)
     for top_p in (0.9, 1.0):
-        ours = native.sample_tokens(x, RNG, rows, 0.7, 0, top_p)
-        theirs = [eager.sample_tokens(x[i], RNG, rows[i], 0.7, 0, top_p) for i in torch.arange(100_000).split(5000)]
+        ours = native.sample_tokens(x, Draw(RNG, rows, 0.7, 0, top_p))
+        theirs = [
+            eager.sample_tokens(x[i], Draw(RNG, rows[i], 0.7, 0, top_p)) for i in torch.arange(100_000).split(5000)
+        ]
         assert (ours != torch.cat(theirs)).sum() <= 1
 
 
 def test_frequencies_and_wide_tail() -> None:
     p = torch.tensor([0.5, 0.3, 0.15, 0.05 - 1e-3, 1e-3])
     x = p.log().repeat(200_000, 1)
-    drawn = native.sample_tokens(x, RNG, torch.arange(200_000), 1.0, 0, 1.0)
+    drawn = native.sample_tokens(x, Draw(RNG, torch.arange(200_000), 1.0, 0, 1.0))
     frequency = torch.bincount(drawn, minlength=5) / 200_000
     assert (frequency - p).abs().max() < 4 * math.sqrt(0.25 / 200_000)
-    kept = native.sample_tokens(x[:20_000], RNG, torch.arange(20_000), 1.0, 0, 0.6)
+    kept = native.sample_tokens(x[:20_000], Draw(RNG, torch.arange(20_000), 1.0, 0, 0.6))
     assert kept.unique().tolist() == [0, 1]
     # 1e6 tokens of probability about 1e-8 beside one of 0.99: noise cut at float32's resolution would hardly draw them.
     tail = torch.full((1, 1_000_000), math.log(1e-8))
     tail[0, 0] = math.log(0.99)
-    drawn = native.sample_tokens(tail.expand(500, -1), RNG, torch.arange(500), 1.0, 0, 1.0)
+    drawn = native.sample_tokens(tail.expand(500, -1), Draw(RNG, torch.arange(500), 1.0, 0, 1.0))
     assert 1 <= (drawn != 0).sum() <= 18  # 5 are expected
 
 
@@ -156,10 +159,10 @@ def test_embedding(isa: str, dtype: torch.dtype, table_dtype: torch.dtype) -> No
         x, table, rows = peaked(n, v, dtype), torch.randn(v, d).to(table_dtype), row_keys(n)
         for mode in ("entropy", "one", "zero", "given"):
             weight = torch.rand(n)
-            args = (None, weight, mode, 0.7, 0, 0.95)
-            ours = native.entrgi_embedding(x, table, RNG, rows, *args)
-            theirs = eager.entrgi_embedding(x, table, RNG, rows, *args)
-            truth = eager.entrgi_embedding(x.double(), table.double(), RNG, rows, theirs[1], *args[1:])
+            draw = Draw(RNG, rows, 0.7, 0, 0.95)
+            ours = native.entrgi_embedding(x, table, draw, None, weight, mode)
+            theirs = eager.entrgi_embedding(x, table, draw, None, weight, mode)
+            truth = eager.entrgi_embedding(x.double(), table.double(), draw, theirs[1], weight, mode)
             assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[6], theirs[6])
             for i in (0, 2, 3, 4, 5):
                 assert ours[i].dtype == theirs[i].dtype and ours[i].shape == theirs[i].shape
@@ -221,7 +224,7 @@ def test_update(isa: str, dtype: torch.dtype, table_dtype: torch.dtype, state_dt
             x = start.clone()
             state = [None, None] if state_dtype is None else [torch.zeros(n, v, dtype=state_dtype) for _ in range(2)]
             for step in (1,) if state_dtype is None else (1, 2, 3):
-                backend.guidance_update_(x, grad, table, soft, lse, *state, step, 0.7, 0.5, 0.9, 0.999, 1e-8)
+                backend.guidance_update_(x, grad, table, soft, lse, 0.7, Adam(*state, step, 0.5, 0.9, 0.999, 1e-8))
             results.append((x, *(s for s in state if s is not None)))
         for ours, theirs in zip(*results, strict=True):
             assert ours.dtype == theirs.dtype
@@ -243,7 +246,7 @@ def test_update(isa: str, dtype: torch.dtype, table_dtype: torch.dtype, state_dt
 def test_confidence(isa: str, alg: str, dtype: torch.dtype, filters: tuple[int, float]) -> None:
     for n, v in SHAPES:
         x = peaked(n, v, dtype)
-        tokens = eager.sample_tokens(x, RNG, row_keys(n), 0.7, 0, 1.0)  # some lie outside the filter
+        tokens = eager.sample_tokens(x, Draw(RNG, row_keys(n), 0.7, 0, 1.0))  # some lie outside the filter
         ours = native.unmask_confidence(x, tokens, alg, 0.7, *filters)
         theirs = eager.unmask_confidence(x, tokens, alg, 0.7, *filters)
         truth = eager.unmask_confidence(x.double(), tokens, alg, 0.7, *filters)

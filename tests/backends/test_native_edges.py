@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from entrgi_kernels.backends import eager, native
+from entrgi_kernels.backends.arguments import Adam, Draw
 
 _REASON = native.why_not(torch.device("cpu"), torch.float32)
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
@@ -30,9 +31,9 @@ def step(x: torch.Tensor, table: torch.Tensor, grad: torch.Tensor) -> list[torch
     """Everything that a guidance step and its neighbours compute, from a copy of x."""
     rows = torch.arange(len(x))
     phi, m, v = x.clone(), torch.zeros_like(x), torch.zeros_like(x)
-    out = list(native.entrgi_embedding(phi, table, RNG, rows, None, None, "entropy", 0.7, 0, 0.9))
-    native.guidance_update_(phi, grad, table, out[4], out[5], m, v, 1, 0.7, 0.5, 0.9, 0.999, 1e-8)
-    out += [phi, m, v, *native.softmax_entropy(x, 0.7), native.sample_tokens(x, RNG, rows, 0.7, 7, 0.9)]
+    out = list(native.entrgi_embedding(phi, table, Draw(RNG, rows, 0.7, 0, 0.9), None, None, "entropy"))
+    native.guidance_update_(phi, grad, table, out[4], out[5], 0.7, Adam(m, v, 1, 0.5, 0.9, 0.999, 1e-8))
+    out += [phi, m, v, *native.softmax_entropy(x, 0.7), native.sample_tokens(x, Draw(RNG, rows, 0.7, 7, 0.9))]
     out.append(native.soft_embedding_backward(x, table, grad, out[4], out[5], 0.7))
     out.append(native.soft_embedding_grad_table(x, grad, out[5], 0.7, table.dtype))
     out += [native.unmask_confidence(x, out[1], alg, 0.7, 0, 0.9) for alg in ("entropy", "topk_margin")]
@@ -51,9 +52,9 @@ def test_bad_rows(isa: str) -> None:
         x[3, 77] = -5.0
         table, rows, grad = torch.randn(200, 40).to(dtype), torch.arange(5), torch.randn(5, 40).to(dtype)
         for top_k, top_p in ((0, 1.0), (3, 1.0), (0, 0.9)):
-            assert native.sample_tokens(x, RNG, rows, 0.7, top_k, top_p)[:4].tolist() == [-1, -1, -1, 77]
-        assert native.sample_tokens(x, RNG, rows, 0.0, 0, 1.0)[:4].tolist() == [-1, -1, -1, 77]
-        ours = native.entrgi_embedding(x, table, RNG, rows, None, None, "entropy", 0.7, 0, 0.9)
+            assert native.sample_tokens(x, Draw(RNG, rows, 0.7, top_k, top_p))[:4].tolist() == [-1, -1, -1, 77]
+        assert native.sample_tokens(x, Draw(RNG, rows, 0.0, 0, 1.0))[:4].tolist() == [-1, -1, -1, 77]
+        ours = native.entrgi_embedding(x, table, Draw(RNG, rows, 0.7, 0, 0.9), None, None, "entropy")
         for i in (0, 2, 3, 4, 5):
             assert ours[i][:3].isnan().all() and ours[i][3:].isfinite().all()
         assert torch.equal(ours[0][3], table[77]) and ours[3][3] == 0
@@ -64,7 +65,7 @@ def test_bad_rows(isa: str) -> None:
         assert gradient[:3].isnan().all() and gradient[3].abs().max() < 1e-3
         assert gradient[3].count_nonzero() <= 1  # the one token with mass: two dot products that should cancel
         phi = x.clone()
-        native.guidance_update_(phi, grad, table, ours[4], ours[5], None, None, 1, 0.7, 0.5, 0.9, 0.999, 1e-8)
+        native.guidance_update_(phi, grad, table, ours[4], ours[5], 0.7, Adam(None, None, 1, 0.5, 0.9, 0.999, 1e-8))
         assert torch.equal(phi[3] == -math.inf, x[3] == -math.inf) and not phi[3:].isnan().any()
 
 
@@ -81,8 +82,8 @@ def test_extreme_logits(isa: str) -> None:
         soft, _ = native.soft_embedding(x, table, 0.7)
         torch.testing.assert_close(soft.double(), eager.soft_embedding(x.double(), table, 0.7)[0], rtol=1e-4, atol=1e-5)
         rows = torch.arange(6)
-        got = native.sample_tokens(x, RNG, rows, 0.7, 0, 0.9)
-        assert torch.equal(got, eager.sample_tokens(x, RNG, rows, 0.7, 0, 0.9))
+        got = native.sample_tokens(x, Draw(RNG, rows, 0.7, 0, 0.9))
+        assert torch.equal(got, eager.sample_tokens(x, Draw(RNG, rows, 0.7, 0, 0.9)))
 
 
 def test_denormals(isa: str) -> None:
@@ -110,9 +111,9 @@ def test_strides(isa: str) -> None:
         assert same(expected, step(x, e, g))
     rows = torch.arange(n)
     one = base[:1].expand(n, v)  # stride 0
-    ours = native.entrgi_embedding(one, table[:1].expand(v, d), RNG, rows, None, None, "entropy", 0.7, 0, 0.9)
+    ours = native.entrgi_embedding(one, table[:1].expand(v, d), Draw(RNG, rows, 0.7, 0, 0.9), None, None, "entropy")
     other = native.entrgi_embedding(
-        one.contiguous(), table[:1].expand(v, d).contiguous(), RNG, rows, None, None, "entropy", 0.7, 0, 0.9
+        one.contiguous(), table[:1].expand(v, d).contiguous(), Draw(RNG, rows, 0.7, 0, 0.9), None, None, "entropy"
     )
     assert same(list(ours), list(other))
     flat = grad.sum().expand(n, d)  # what autograd hands over after .sum()
@@ -128,12 +129,12 @@ def test_update_in_place_on_strided(isa: str) -> None:
     table, grad, start = torch.randn(v, d), torch.randn(n, d), torch.randn(n, v)
     soft, lse = native.soft_embedding(start, table, 0.7)
     expected = [start.clone(), torch.zeros(n, v), torch.zeros(n, v)]
-    native.guidance_update_(expected[0], grad, table, soft, lse, *expected[1:], 1, 0.7, 0.5, 0.9, 0.999, 1e-8)
+    native.guidance_update_(expected[0], grad, table, soft, lse, 0.7, Adam(*expected[1:], 1, 0.5, 0.9, 0.999, 1e-8))
     assert not torch.equal(expected[0], start)
     outer = torch.full((2 * n, v + 9), 7.0)
     views = [outer[1::2, 4 : 4 + v], torch.zeros(v, n).t(), torch.zeros(n, 2 * v)[:, ::2]]
     views[0].copy_(start)
-    native.guidance_update_(views[0], grad, table, soft, lse, *views[1:], 1, 0.7, 0.5, 0.9, 0.999, 1e-8)
+    native.guidance_update_(views[0], grad, table, soft, lse, 0.7, Adam(*views[1:], 1, 0.5, 0.9, 0.999, 1e-8))
     assert all(torch.equal(a, b) for a, b in zip(views, expected, strict=True))
     assert (outer[::2] == 7).all() and (outer[:, :4] == 7).all() and (outer[:, 4 + v :] == 7).all()
 
@@ -153,7 +154,7 @@ def test_every_output_is_written(isa: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_empty() -> None:
     x, table, rows = torch.empty(0, 12), torch.randn(12, 5), torch.empty(0, dtype=torch.int64)
-    assert native.sample_tokens(x, RNG, rows, 0.7, 0, 0.9).shape == (0,)
+    assert native.sample_tokens(x, Draw(RNG, rows, 0.7, 0, 0.9)).shape == (0,)
     out = step(x, table, torch.empty(0, 5))
     assert out[0].shape == (0, 5) and out[-3].shape == (12, 5) and (out[-3] == 0).all()
 
@@ -175,8 +176,8 @@ def test_same_bits(isa: str, dtype: torch.dtype) -> None:
 
 def test_draws_do_not_depend_on_the_batch() -> None:
     x, rows = 3 * torch.randn(40, 700), torch.randint(0, 1 << 60, (40,))
-    together = native.sample_tokens(x, RNG, rows, 0.7, 0, 0.9)
-    alone = torch.cat([native.sample_tokens(x[i : i + 1], RNG, rows[i : i + 1], 0.7, 0, 0.9) for i in range(40)])
+    together = native.sample_tokens(x, Draw(RNG, rows, 0.7, 0, 0.9))
+    alone = torch.cat([native.sample_tokens(x[i : i + 1], Draw(RNG, rows[i : i + 1], 0.7, 0, 0.9)) for i in range(40)])
     assert torch.equal(together, alone)
 
 
@@ -188,9 +189,9 @@ def test_vocabulary_of_a_real_model() -> None:
     x[1] = torch.linspace(-1, 1, v)[torch.randperm(v)]  # a nucleus too large for the candidate list
     rows = torch.arange(3)
     for top_k, top_p in ((0, 1.0), (0, 0.95), (50, 1.0), (100_000, 1.0), (20_000, 0.9)):
-        ours = native.sample_tokens(x, RNG, rows, 0.7, top_k, top_p)
-        assert torch.equal(ours, eager.sample_tokens(x, RNG, rows, 0.7, top_k, top_p))
-    truth = eager.entrgi_embedding(x.double(), table, RNG, rows, None, None, "entropy", 0.7, 0, 0.95)
+        ours = native.sample_tokens(x, Draw(RNG, rows, 0.7, top_k, top_p))
+        assert torch.equal(ours, eager.sample_tokens(x, Draw(RNG, rows, 0.7, top_k, top_p)))
+    truth = eager.entrgi_embedding(x.double(), table, Draw(RNG, rows, 0.7, 0, 0.95), None, None, "entropy")
     out = step(x, table, grad)
     for i in (2, 3, 4, 5):
         torch.testing.assert_close(out[i].double(), truth[i], rtol=2e-5, atol=2e-5)
@@ -200,6 +201,7 @@ _MEMORY = """
 import sys, threading, time
 import psutil, torch
 from entrgi_kernels.backends import native
+from entrgi_kernels.backends.arguments import Adam, Draw
 dtype = getattr(torch, sys.argv[1])
 assert native.why_not(torch.device("cpu"), dtype) is None  # loads the extension, as the registry does
 torch.set_num_threads(2)
@@ -209,8 +211,8 @@ m, s, rows, rng = torch.zeros_like(phi), torch.zeros_like(phi), torch.arange(n),
 m.fill_(0), s.fill_(0)
 
 def once(phi, table, grad, m, s, rows):
-    out = native.entrgi_embedding(phi, table, rng, rows, None, None, "entropy", 0.7, 0, 0.95)
-    native.guidance_update_(phi, grad, table, out[4], out[5], m, s, 1, 0.7, 0.5, 0.9, 0.999, 1e-8)
+    out = native.entrgi_embedding(phi, table, Draw(rng, rows, 0.7, 0, 0.95), None, None, "entropy")
+    native.guidance_update_(phi, grad, table, out[4], out[5], 0.7, Adam(m, s, 1, 0.5, 0.9, 0.999, 1e-8))
 
 once(phi[:2, :300], table[:300], grad[:2], m[:2, :300], s[:2, :300], rows[:2])  # libraries load, threads start
 process, peak, stop = psutil.Process(), 0, False
@@ -263,4 +265,4 @@ def test_reason_when_not_built() -> None:
 def test_tokens_outside_the_table_are_refused() -> None:
     x, table = torch.randn(2, 9), torch.randn(9, 4)
     with pytest.raises(IndexError):
-        native.entrgi_embedding(x, table, RNG, torch.arange(2), torch.tensor([1, 9]), None, "one", 0.7, 0, 1.0)
+        native.entrgi_embedding(x, table, Draw(RNG, torch.arange(2), 0.7, 0, 1.0), torch.tensor([1, 9]), None, "one")

@@ -105,8 +105,8 @@ def test_draws_of_every_backend(backend, case, dtype):
             top_k=case["top_k"] or None,
             top_p=case["top_p"],
             seed=case["seed"],
-            step=case["step"],
-            rows=torch.tensor(case["rows"]),
+            counter=case["step"],
+            keys=torch.tensor(case["rows"]),
             backend=backend,
         )
     except ops.BackendUnavailableError as error:
@@ -135,6 +135,6 @@ def test_a_token_of_probability_1e_12_can_be_drawn(backend, dtype):
             logits[0, neighbour] = -torch.inf
             logits[0, point["v"]] = weight.log()
             token = ops.sample_tokens(
-                logits, seed=point["seed"], step=point["step"], rows=torch.tensor([point["row"]]), backend=backend
+                logits, seed=point["seed"], counter=point["step"], keys=torch.tensor([point["row"]]), backend=backend
             )
             assert (token.item() == point["v"]) == wins

@@ -22,13 +22,14 @@ pytest.importorskip("triton")
 
 from entrgi_kernels import backends, ops
 from entrgi_kernels.backends import comparison, eager, proof, trials
+from entrgi_kernels.backends.arguments import Adam, Draw
 from entrgi_kernels.backends.triton import config
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 outer = pytest.mark.skipif(INTERPRETED, reason="runs in the outer process")
 CPU = torch.device("cpu")
-ADAM = (0.7, 0.5, 0.9, 0.999, 1e-8)
+ADAM = (0.5, 0.9, 0.999, 1e-8)
 N, V, D = 3, 304, 32
 REAL_PREFERENCE = backends._PREFERENCE
 
@@ -41,15 +42,13 @@ def calls(n: int = N, dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
     return {
         "softmax_entropy": (logits, 0.7),
         "softmax_entropy_backward": (logits, lse, entropy, lse, entropy, 0.7),
-        "sample_tokens": (logits, rng, rows, 0.7, 0, 0.9),
+        "sample_tokens": (logits, Draw(rng, rows, 0.7, 0, 0.9)),
         "soft_embedding": (logits, table, 0.7),
         "soft_embedding_backward": (logits, table, grad, soft, lse, 0.7),
         "soft_embedding_grad_table": (logits, grad, lse, 0.7, dtype),
-        "entrgi_embedding": (logits, table, rng, rows, None, None, "entropy", 0.7, 0, 0.9),
-        "guidance_update_": (logits, grad, table, soft, lse, None, None, 1, *ADAM),
+        "entrgi_embedding": (logits, table, Draw(rng, rows, 0.7, 0, 0.9), None, None, "entropy"),
+        "guidance_update_": (logits, grad, table, soft, lse, 0.7, Adam(None, None, 1, *ADAM)),
         "unmask_confidence": (logits, rows, "maskgit_plus", 0.7, 0, 0.9),
-        "token_log_prob": (grad, table, None, rows, True),
-        "token_log_prob_backward": (grad, table, None, rows, lse, soft[:, 0].contiguous()),
     }
 
 
@@ -95,11 +94,11 @@ def door(monkeypatch, tmp_path):
         monkeypatch.setattr(module_with_it, "architecture", lambda device: tables)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("ENTRGI_BACKEND", raising=False)
-    for function in (backends._choose, backends._say_once, proof._say_once):
+    for function in (backends._choose, backends._resolved, backends._say_once, proof._say_once):
         function.cache_clear()
     proof.forget()
     yield module
-    for function in (backends._choose, backends._say_once, proof._say_once):
+    for function in (backends._choose, backends._resolved, backends._say_once, proof._say_once):
         function.cache_clear()
     monkeypatch.undo()
     proof.forget()
@@ -230,9 +229,9 @@ def test_other_rows_forms_dtypes_and_flags_are_other_proofs(door):
     args = calls()["guidance_update_"]
     moments = torch.zeros(N, V), torch.zeros(N, V)
     for number, (m, step, keep) in enumerate([((None, None), 1, True), (moments, 1, True), (moments, 2, True)]):
-        raw(*args[:5], *m, step, *ADAM, keep)
+        raw(*args[:5], 0.7, Adam(*m, step, *ADAM, keep))
         assert len(proof.verdicts(CPU)) == described[-1] + 1 + number
-    raw(*args[:5], *moments, 1, *ADAM, False)  # neither read nor written: as without any
+    raw(*args[:5], 0.7, Adam(*moments, 1, *ADAM, False))  # neither read nor written: as without any
     assert len(proof.verdicts(CPU)) == described[-1] + 3
 
 
@@ -261,8 +260,6 @@ def test_a_proof_launches_the_very_machine_code_of_the_call(monkeypatch, n, v, d
     apart = torch.empty(n, v + 24, dtype=logits, device="meta")[:, :v]
     wanted += [(op, (apart, *args[1:])) for op, args in wanted if op in ("softmax_entropy", "soft_embedding")]
     for op, args in wanted:
-        if op.startswith("token"):  # their chunks are made by products that want storage
-            continue
         trial, called, proven = trials.describe(op, *trials.READERS[op](*args), CPU), set(), set()
         with aot.recording(machine, called.add):
             getattr(kernels, op)(*args)
@@ -324,7 +321,7 @@ def test_the_fastest_proven_engine_serves_where_the_file_has_times(door, monkeyp
         module.softmax_entropy = lambda *args, name=name: (served.append(name), eager.softmax_entropy(*args))[1]
     known = {"eager": eager, "triton": door, "cuda": other, "native": "none"}
     monkeypatch.setattr(backends, "_load", known.__getitem__)
-    backends._choose.cache_clear()
+    backends._choose.cache_clear(), backends._resolved.cache_clear()
     x = torch.randn(N, V)
 
     def who(times=None) -> str:

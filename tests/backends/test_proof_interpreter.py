@@ -37,9 +37,10 @@ if INTERPRETED:
     from entrgi_kernels import backends
     from entrgi_kernels.backends import comparison, eager, proof
     from entrgi_kernels.backends import triton as kernels
+    from entrgi_kernels.backends.arguments import Adam, Draw
     from entrgi_kernels.backends.triton import launch
 
-ADAM = (0.7, 0.5, 0.9, 0.999, 1e-8)
+ADAM = (0.5, 0.9, 0.999, 1e-8)
 # (family, raw function, rows, module and kernel that is spoiled, its argument)
 FAMILIES = [
     ("statistics", "softmax_entropy", 3, "statistics", "_merge_kernel", "lse_ptr"),
@@ -52,7 +53,6 @@ FAMILIES = [
     ("gradient", "soft_embedding_backward", 3, "guidance_update", "_backward_kernel", "out_ptr"),
     ("table", "soft_embedding_grad_table", 3, "table_gradient", "_table_kernel", "out_ptr"),
     ("confidence", "unmask_confidence", 3, "confidence", "_confidence_merge_kernel", "out_ptr"),
-    ("log-probability", "token_log_prob", 3, "soft_embedding", "_forward_kernel", "soft_ptr"),
 ]
 
 
@@ -62,14 +62,13 @@ def call(op: str, n: int) -> tuple:
     rng, rows, soft = torch.tensor([3, 4]), torch.arange(n), torch.randn(n, 16)
     return {
         "softmax_entropy": (logits, 0.7),
-        "sample_tokens": (logits, rng, rows, 0.7, 0, 1.0),
+        "sample_tokens": (logits, Draw(rng, rows, 0.7, 0, 1.0)),
         "soft_embedding": (logits, table, 0.7),
         "soft_embedding_backward": (logits, table, grad, soft, lse, 0.7),
         "soft_embedding_grad_table": (logits, grad, lse, 0.7, torch.float32),
-        "entrgi_embedding": (logits, table, rng, rows, rows, None, "entropy", 0.7, 0, 1.0),
-        "guidance_update_": (logits, grad, table, soft, lse, None, None, 1, *ADAM),
+        "entrgi_embedding": (logits, table, Draw(rng, rows, 0.7, 0, 1.0), rows, None, "entropy"),
+        "guidance_update_": (logits, grad, table, soft, lse, 0.7, Adam(None, None, 1, *ADAM)),
         "unmask_confidence": (logits, rows, "maskgit_plus", 0.7, 0, 1.0),
-        "token_log_prob": (grad, table, None, rows, True),
     }[op]
 
 
@@ -98,11 +97,11 @@ def door(monkeypatch, tmp_path):
     monkeypatch.setattr(backends, "_PREFERENCE", {"cpu": ("triton", "eager")})
     monkeypatch.setattr(proof, "DEVICES", {"cpu"})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for function in (backends._choose, proof._say_once):
+    for function in (backends._choose, backends._resolved, proof._say_once):
         function.cache_clear()
     proof.forget()
     yield
-    backends._choose.cache_clear()
+    backends._choose.cache_clear(), backends._resolved.cache_clear()
     proof.forget()
 
 

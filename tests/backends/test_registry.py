@@ -25,7 +25,7 @@ def registry(monkeypatch):
     """Backends by name -> module or the reason why it cannot be imported; caches emptied before and after."""
 
     def clear():
-        for function in (backends._choose, backends._say_once):
+        for function in (backends._choose, backends._say_once, backends._resolved):
             function.cache_clear()
 
     known: dict[str, types.ModuleType | str] = {name: f"no {name} here" for name in backends.NAMES}
@@ -70,7 +70,7 @@ def test_auto_prefers_what_serves_and_falls_back_once_aloud(registry, caplog):
         assert backends.resolve("auto", X.double()) is registry["eager"]
         assert backends.resolve("auto", X) is registry["eager"]
     assert [r.getMessage() for r in caplog.records] == ["backend 'native' is not used on cpu: no native here"]
-    backends._choose.cache_clear()
+    backends._choose.cache_clear(), backends._resolved.cache_clear()
     registry["native"] = _module(None)
     assert backends.resolve("auto", X) is registry["native"]
 

@@ -16,7 +16,9 @@ if not torch.cuda.is_available():
 from entrgi_kernels import ops  # noqa: E402
 from entrgi_kernels.backends import eager  # noqa: E402
 from entrgi_kernels.backends import triton as kernels  # noqa: E402
+from entrgi_kernels.backends.arguments import Adam, Draw, Placement  # noqa: E402
 from entrgi_kernels.backends.triton import aot, config  # noqa: E402
+from entrgi_kernels.backends.triton.soft_embedding import forward  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 V = 151_936
@@ -64,8 +66,8 @@ def test_every_operator_against_float64(n, v, d, dtype):
     truth = eager.soft_embedding_grad_table(x, g, exact_lse, 0.7, torch.float64)
     assert error(ours, truth) <= 3 * error(p.T @ grad, truth) + LEAST[dtype]
     phi, wanted = logits.clone(), x.clone()
-    kernels.guidance_update_(phi, grad, table, soft, lse, None, None, 1, *ADAM)
-    eager.guidance_update_(wanted, g, e, exact, exact_lse, None, None, 1, *ADAM)
+    kernels.guidance_update_(phi, grad, table, soft, lse, ADAM[0], Adam(None, None, 1, *ADAM[1:]))
+    eager.guidance_update_(wanted, g, e, exact, exact_lse, ADAM[0], Adam(None, None, 1, *ADAM[1:]))
     moved, exact_move = (phi.double() - x), (wanted - x)
     told = exact_move.abs() > 0.05
     flips = ((moved * exact_move <= 0) & told).sum() / told.sum().clamp(min=1)
@@ -102,10 +104,10 @@ def test_a_new_number_of_rows_compiles_nothing(monkeypatch):
     for n in (64, 33, 34, 35, 48):
         phi = logits[:n].clone()
         own = keys[1 : n + 1]
-        out = kernels.entrgi_embedding(phi, table, rng, own, None, None, "entropy", 0.7, 0, 0.9)
-        kernels.entrgi_embedding(phi, table, rng, own, None, None, "entropy", 0.7, 0, 0.9, inputs, own)
+        out = kernels.entrgi_embedding(phi, table, Draw(rng, own, 0.7, 0, 0.9), None, None, "entropy")
+        kernels.entrgi_embedding(phi, table, Draw(rng, own, 0.7, 0, 0.9), None, None, "entropy", Placement(inputs, own))
         assert torch.equal(inputs[own], out[0])
-        kernels.guidance_update_(phi, grad[:n], table, out[4], out[5], None, None, 1, *ADAM)
+        kernels.guidance_update_(phi, grad[:n], table, out[4], out[5], ADAM[0], Adam(None, None, 1, *ADAM[1:]))
         if n == 64:
             made.clear()
     assert made == []
@@ -116,8 +118,8 @@ def test_a_new_number_of_rows_compiles_nothing(monkeypatch):
 def test_draws_are_the_oracles(dtype, top_k, top_p):
     logits, _, _ = make(512, V, 1, dtype)
     rng, rows = torch.tensor([3, 4], device="cuda"), torch.arange(512, device="cuda") * (1 << 33)
-    ours = kernels.sample_tokens(logits, rng, rows, 0.7, top_k, top_p)
-    assert int((ours != eager.sample_tokens(logits, rng, rows, 0.7, top_k, top_p)).sum()) <= 1
+    ours = kernels.sample_tokens(logits, Draw(rng, rows, 0.7, top_k, top_p))
+    assert int((ours != eager.sample_tokens(logits, Draw(rng, rows, 0.7, top_k, top_p))).sum()) <= 1
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0])
@@ -125,8 +127,8 @@ def test_flat_rows(scale):
     logits = torch.randn(16, V, device="cuda") * scale
     rng, rows = torch.tensor([3, 4], device="cuda"), torch.arange(16, device="cuda")
     for top_k, top_p in ((0, 0.9), (100_000, 1.0)):
-        ours = kernels.sample_tokens(logits, rng, rows, 1.0, top_k, top_p)
-        assert int((ours != eager.sample_tokens(logits, rng, rows, 1.0, top_k, top_p)).sum()) <= 1
+        ours = kernels.sample_tokens(logits, Draw(rng, rows, 1.0, top_k, top_p))
+        assert int((ours != eager.sample_tokens(logits, Draw(rng, rows, 1.0, top_k, top_p))).sum()) <= 1
 
 
 def test_bad_rows():
@@ -135,7 +137,7 @@ def test_bad_rows():
     logits[4] = -math.inf
     logits[4, 1234] = 0.5
     rng, rows = torch.tensor([3, 4], device="cuda"), torch.arange(8, device="cuda")
-    out = kernels.entrgi_embedding(logits, table, rng, rows, None, None, "entropy", 0.7, 0, 0.95)
+    out = kernels.entrgi_embedding(logits, table, Draw(rng, rows, 0.7, 0, 0.95), None, None, "entropy")
     assert out[1][1:4].tolist() == [-1, -1, -1] and int(out[1][4]) == 1234
     assert bool(out[0][1:4].isnan().all()) and bool(out[0][[0, 4, 5, 6, 7]].isfinite().all())
     assert float(out[3][4]) == 0.0
@@ -153,14 +155,14 @@ def test_more_than_2_to_the_31_entries():
     _, table, _ = make(1, V, 64, torch.bfloat16)
     grad = torch.randn(n, 64, device="cuda").bfloat16()
     rng, rows = torch.tensor([3, 4], device="cuda"), torch.arange(n, device="cuda")
-    out = kernels.entrgi_embedding(logits, table, rng, rows, None, None, "entropy", 0.7, 0, 0.95)
+    out = kernels.entrgi_embedding(logits, table, Draw(rng, rows, 0.7, 0, 0.95), None, None, "entropy")
     last = logits[-3:].clone()
-    alone = kernels.entrgi_embedding(last, table, rng, rows[-3:], None, None, "entropy", 0.7, 0, 0.95)
+    alone = kernels.entrgi_embedding(last, table, Draw(rng, rows[-3:], 0.7, 0, 0.95), None, None, "entropy")
     for a, b in zip(out, alone, strict=True):
         torch.testing.assert_close(a[-3:], b, rtol=2e-2, atol=2e-3)
     assert torch.equal(out[1][-3:], alone[1])
-    kernels.guidance_update_(logits, grad, table, out[4], out[5], None, None, 1, *ADAM)
-    kernels.guidance_update_(last, grad[-3:], table, alone[4], alone[5], None, None, 1, *ADAM)
+    kernels.guidance_update_(logits, grad, table, out[4], out[5], ADAM[0], Adam(None, None, 1, *ADAM[1:]))
+    kernels.guidance_update_(last, grad[-3:], table, alone[4], alone[5], ADAM[0], Adam(None, None, 1, *ADAM[1:]))
     assert float((logits[-3:] != last).float().mean()) < 1e-2
 
 
@@ -185,11 +187,68 @@ def test_every_tile_of_the_tables(monkeypatch, loads):
                 forward={width: (dataclasses.replace(forward, most_rows=None),)},
                 backward={width: (dataclasses.replace(backward, most_rows=None),)},
             )
-            monkeypatch.setattr(config, "override", dataclasses.replace(target, architecture=only))
+            monkeypatch.setattr(config, "override", dataclasses.replace(target, architecture=only, compiled=False))
             soft, got = kernels.soft_embedding(logits, table, 0.7)
             assert error(soft, exact) <= (1e-2 if width == 2 else 1e-5), forward
             ours = kernels.soft_embedding_backward(logits, table, grad, soft, got, 0.7)
             assert error(ours, truth) <= (2e-2 if width == 2 else 2e-5), backward
+
+
+@pytest.fixture
+def compiled():
+    """This GPU's tables with the compiled products."""
+    target = config.target(torch.device("cuda", 0))
+    if not target.compiled:
+        pytest.skip("this GPU, or this build, has no compiled products")
+    return target
+
+
+EXACT = [(64, V, 1024), (33, 50_272, 576), (100, 200, 144), (130, 50_272, 576), (200, 5008, 144), (1000, V, 2048)]
+
+
+@pytest.mark.parametrize(("n", "v", "d"), EXACT)
+@pytest.mark.parametrize("engine", ["compiled", "triton"])
+def test_products_of_integers_are_exact(monkeypatch, compiled, engine, n, v, d):
+    """Powers of two times small integers: every launch gives the exact sums, or registers were overwritten in flight."""
+    monkeypatch.setattr(config, "override", dataclasses.replace(compiled, compiled=engine == "compiled"))
+    generator = torch.Generator("cuda").manual_seed(1)
+    logits = -torch.randint(0, 7, (n, v), device="cuda", generator=generator).bfloat16()
+    table = torch.randint(-8, 9, (v, d), device="cuda", generator=generator).bfloat16()
+    exact = torch.zeros(n, d, device="cuda", dtype=torch.float64)
+    for first in range(0, v, 16384):
+        some = slice(first, first + 16384)
+        exact += torch.exp2(logits[:, some].double()) @ table[some].double()
+    zero, wrong = torch.zeros(n, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(50):
+        wrong += (forward(logits, table, zero, zero, math.log2(math.e)).double() != exact).any()
+    assert int(wrong) == 0
+
+
+@pytest.mark.parametrize("moments", [torch.bfloat16, torch.float32, None])
+@pytest.mark.parametrize(("n", "v", "d"), [(33, 50_272, 576), (130, 32_000, 1000), (300, 5008, 144), (1000, V, 1024)])
+def test_compiled_update_is_tritons(monkeypatch, compiled, moments, n, v, d):
+    logits, table, grad = make(n, v, d, torch.bfloat16)
+    soft, lse = kernels.soft_embedding(logits, table, 0.7)
+    for step, keep in ((1, True), (2, True), (3, False)) if moments else ((1, True),):
+        results = []
+        for engine in (True, False, True):
+            monkeypatch.setattr(config, "override", dataclasses.replace(compiled, compiled=engine))
+            phi, state = logits.clone(), (None, None)
+            if moments is not None:
+                torch.manual_seed(2)
+                state = (
+                    (torch.randn_like(phi) * 1e-3).to(moments),
+                    (torch.rand_like(phi) * 1e-6).to(moments),
+                )
+            kernels.guidance_update_(phi, grad, table, soft, lse, ADAM[0], Adam(*state, step, *ADAM[1:], keep))
+            results.append((phi, *state) if moments is not None else (phi,))
+        ours, theirs, again = results
+        assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+        # An entry whose gradient is lost to rounding may move the other way at a first step, by twice the rate.
+        apart = (ours[0].float() - theirs[0].float()).abs() > 0.02 + 0.01 * theirs[0].float().abs()
+        assert float(apart.float().mean()) < 1e-4
+        for a, b in zip(ours[1:], theirs[1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-7)
 
 
 def test_a_captured_graph_draws_new_numbers(check_captured_draws):
@@ -197,7 +256,7 @@ def test_a_captured_graph_draws_new_numbers(check_captured_draws):
     rng, rows = torch.tensor([3, 0], device="cuda"), torch.arange(64, device="cuda")
 
     def step():
-        out = kernels.entrgi_embedding(logits, table, rng, rows, None, None, "entropy", 1.0, 0, 1.0)
+        out = kernels.entrgi_embedding(logits, table, Draw(rng, rows, 1.0, 0, 1.0), None, None, "entropy")
         return out[1]
 
     check_captured_draws(step, rng)
@@ -210,8 +269,8 @@ def test_same_bits_run_to_run():
         results = []
         for _ in range(3):
             phi = logits.clone()
-            out = kernels.entrgi_embedding(phi, table, rng, rows, None, None, "entropy", 0.7, 0, 0.95)
-            kernels.guidance_update_(phi, grad, table, out[4], out[5], None, None, 1, *ADAM)
+            out = kernels.entrgi_embedding(phi, table, Draw(rng, rows, 0.7, 0, 0.95), None, None, "entropy")
+            kernels.guidance_update_(phi, grad, table, out[4], out[5], ADAM[0], Adam(None, None, 1, *ADAM[1:]))
             results.append((*out, phi))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -17,6 +17,7 @@ from benchmarks import profile, run_gpu, tune  # noqa: E402
 from benchmarks.inputs import CANONICAL, VOCABULARY, Shape  # noqa: E402
 from entrgi_kernels import backends  # noqa: E402
 from entrgi_kernels.backends import triton as kernels  # noqa: E402
+from entrgi_kernels.backends.arguments import Adam, Draw, Placement  # noqa: E402
 from entrgi_kernels.backends.triton import aot, chunked, config  # noqa: E402
 from entrgi_kernels.backends.triton.launch import aligned, bulk  # noqa: E402
 from entrgi_kernels.backends.triton.soft_embedding import split_count  # noqa: E402
@@ -142,8 +143,8 @@ def test_a_step_takes_a_tenth_of_the_logits_bytes_at_most(n, d, dtype, engine, m
     rng, keys = torch.empty(2, dtype=torch.int64, device="meta"), torch.empty(n, dtype=torch.int64, device="meta")
     with aot.recording(machine, lambda item: None), Memory() as memory:
         config.override = dataclasses.replace(machine.tables, architecture=architecture)
-        held = kernels.entrgi_embedding(logits, table, rng, keys, None, None, "entropy", 0.7, 0, 0.95)
-        kernels.guidance_update_(logits, grad, table, *held[4:6], *moments, 1, 0.7, 0.5, 0.9, 0.999, 1e-8)
+        held = kernels.entrgi_embedding(logits, table, Draw(rng, keys, 0.7, 0, 0.95), None, None, "entropy")
+        kernels.guidance_update_(logits, grad, table, *held[4:6], 0.7, Adam(*moments, 1, 0.5, 0.9, 0.999, 1e-8))
     assert n * d * (4 + dtype.itemsize) < memory.held < memory.peak
     assert memory.peak <= n * VOCABULARY * dtype.itemsize // 10
 
@@ -161,7 +162,7 @@ def test_a_tile_beside_wide_moments_is_taken_apart_once_more_where_the_kernel_ca
         config.override = dataclasses.replace(
             machine.tables, architecture=dataclasses.replace(machine.tables.architecture, backward={2: (entry,)})
         )
-        kernels.guidance_update_(logits, grad, table, soft, soft[:, 0], *moments, 2, 0.7, 0.5, 0.9, 0.999, 1e-8)
+        kernels.guidance_update_(logits, grad, table, soft, soft[:, 0], 0.7, Adam(*moments, 2, 0.5, 0.9, 0.999, 1e-8))
     assert launched[-1].tile["PARTS"] == expected
 
 
@@ -179,7 +180,7 @@ class Work(TorchDispatchMode):
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
-def test_a_step_of_few_rows_is_eight_launches_and_nothing_else():
+def test_a_step_of_few_rows_is_nine_launches_and_nothing_else():
     """At N = 64 a launch takes about as long as a read of the logits."""
     logits, table, grad = (
         torch.empty(shape, dtype=torch.bfloat16, device="meta")
@@ -189,11 +190,11 @@ def test_a_step_of_few_rows_is_eight_launches_and_nothing_else():
     rng, keys = torch.empty(2, dtype=torch.int64, device="meta"), torch.empty(64, dtype=torch.int64, device="meta")
     launched = []
     with aot.recording(aot.MACHINES["sm_90"], lambda item: launched.append(item.kernel)), Work() as work:
-        held = kernels.entrgi_embedding(logits, table, rng, keys, None, None, "entropy", 0.7, 0, 0.95)
-        kernels.guidance_update_(logits, grad, table, *held[4:6], *moments, 2, 0.7, 0.5, 0.9, 0.999, 1e-8)
+        held = kernels.entrgi_embedding(logits, table, Draw(rng, keys, 0.7, 0, 0.95), None, None, "entropy")
+        kernels.guidance_update_(logits, grad, table, *held[4:6], 0.7, Adam(*moments, 2, 0.5, 0.9, 0.999, 1e-8))
     assert launched == [
-        "_statistics_kernel", "_merge_kernel", "_collect_kernel", "_pick_kernel", "_forward_kernel", "_merge_kernel",
-        "_rowdot_kernel", "_backward_kernel",
+        "_statistics_kernel", "_merge_kernel", "_cut_kernel", "_collect_kernel", "_pick_kernel", "_forward_kernel",
+        "_merge_kernel", "_rowdot_kernel", "_backward_kernel",
     ]  # fmt: skip
     assert work.names == []
 
@@ -224,13 +225,17 @@ def test_a_new_number_of_rows_compiles_nothing(rows):
         inputs, places = torch.zeros(2 * n, d, dtype=torch.bfloat16), torch.arange(2 * n)[n:]
         found = wanted.setdefault(n, set())
         with aot.recording(aot.MACHINES["sm_90"], found.add):
-            kernels.entrgi_embedding(logits, table, rng, keys, None, None, "entropy", 0.7, 0, 0.95)
-            kernels.entrgi_embedding(logits, table, rng, keys, keys, lse, "given", 0.7, 0, 1.0, inputs, places)
-            kernels.guidance_update_(logits, grad, table, grad.float(), lse, *moments, 2, 0.7, 0.5, 0.9, 0.999, 1e-8)
+            kernels.entrgi_embedding(logits, table, Draw(rng, keys, 0.7, 0, 0.95), None, None, "entropy")
+            kernels.entrgi_embedding(
+                logits, table, Draw(rng, keys, 0.7, 0, 1.0), keys, lse, "given", Placement(inputs, places)
+            )
+            kernels.guidance_update_(
+                logits, grad, table, grad.float(), lse, 0.7, Adam(*moments, 2, 0.5, 0.9, 0.999, 1e-8)
+            )
             kernels.soft_embedding_grad_table(logits, grad, lse, 0.7, torch.bfloat16)
             kernels.softmax_entropy_backward(logits, lse, lse, lse, lse, 0.7)
-            kernels.sample_tokens(logits, rng, keys, 0.7, 0, 1.0)
-            kernels.sample_tokens(logits, rng, keys, 0.0, 0, 1.0)
+            kernels.sample_tokens(logits, Draw(rng, keys, 0.7, 0, 1.0))
+            kernels.sample_tokens(logits, Draw(rng, keys, 0.0, 0, 1.0))
             for alg in ("entropy", "topk_margin"):
                 kernels.unmask_confidence(logits, keys, alg, 0.7, 5, 0.95)
         assert len(found) > 10

@@ -78,10 +78,12 @@ if INTERPRETED:
     import triton.language as tl
 
     from entrgi_kernels import backends, ops
-    from entrgi_kernels.backends import eager, vocabulary_head
+    from entrgi_kernels.backends import eager
     from entrgi_kernels.backends import philox as reference
     from entrgi_kernels.backends import triton as kernels
+    from entrgi_kernels.backends.arguments import Adam, Draw, Placement
     from entrgi_kernels.backends.triton import config, launch, philox, sampling, statistics
+    from entrgi_kernels.ops import _vocabulary_head
 
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's opinion of inf - inf
     _patch_once()
@@ -246,8 +248,8 @@ def test_rows_masked_with_the_least_finite_number(dtype):
         close(ours[0], theirs[0], torch.float32, "lse")
         close(ours[1], theirs[1], torch.float32, "entropy")
     for top_k, top_p in ((0, 1.0), (0, 0.9), (200, 1.0)):
-        ours = kernels.sample_tokens(logits, rng, rows, 0.7, top_k, top_p)
-        assert torch.equal(ours, eager.sample_tokens(logits, rng, rows, 0.7, top_k, top_p))
+        ours = kernels.sample_tokens(logits, Draw(rng, rows, 0.7, top_k, top_p))
+        assert torch.equal(ours, eager.sample_tokens(logits, Draw(rng, rows, 0.7, top_k, top_p)))
     for alg in ("entropy", "topk_margin"):
         ours, theirs = (m.unmask_confidence(logits, rows, alg, 0.7, 0, 0.9) for m in (kernels, eager))
         close(ours, theirs, torch.float32, alg)
@@ -283,8 +285,8 @@ def test_draws_are_the_oracles(dtype, top_k, top_p):
     for shape in ((1, 1, 1), (8, 150, 1), (3, 300, 1)):
         logits, _, _ = make(*shape, dtype)
         rows = torch.arange(shape[0]) * (1 << 40) - 9
-        ours = kernels.sample_tokens(logits, rng, rows, 0.7, top_k, top_p)
-        assert torch.equal(ours, eager.sample_tokens(logits, rng, rows, 0.7, top_k, top_p))
+        ours = kernels.sample_tokens(logits, Draw(rng, rows, 0.7, top_k, top_p))
+        assert torch.equal(ours, eager.sample_tokens(logits, Draw(rng, rows, 0.7, top_k, top_p)))
 
 
 @inner
@@ -294,8 +296,21 @@ def test_a_flat_row_keeps_more_than_its_list_holds_and_is_searched_in_full():
     entry = config.target(logits.device).architecture.sample
     assert entry.capacity_share > 2  # all entries pass the cut-off: more than twice what the lists hold
     for top_k, top_p in ((0, 0.6), (250, 1.0), (100, 0.9)):
-        ours = kernels.sample_tokens(logits, rng, rows, 1.0, top_k, top_p)
-        assert torch.equal(ours, eager.sample_tokens(logits, rng, rows, 1.0, top_k, top_p))
+        ours = kernels.sample_tokens(logits, Draw(rng, rows, 1.0, top_k, top_p))
+        assert torch.equal(ours, eager.sample_tokens(logits, Draw(rng, rows, 1.0, top_k, top_p)))
+
+
+def spy_on_lists(launched):
+    """A launch that notes (how often cut-offs were raised, entries in the lists, room in a list) of every draw."""
+
+    def spy(function, grid, *args, **options):
+        launch.launch(function, grid, *args, **options)
+        if function is sampling._cut_kernel:
+            launched.append((args[4].tolist(),))
+        if function is sampling._collect_kernel:
+            launched[-1] += args[5].tolist(), args[9]
+
+    return spy
 
 
 @inner
@@ -307,16 +322,11 @@ def test_a_list_that_overflows_is_not_believed(monkeypatch):
         logits[1, start : start + 32] = logits[0, start : start + 32]
     logits, launched = logits.half(), []
 
-    def spy(function, grid, *args, **options):
-        launch.launch(function, grid, *args, **options)
-        if function is sampling._collect_kernel:
-            launched.append((args[6].tolist(), args[7].tolist(), args[14]))
-
-    monkeypatch.setattr(sampling, "launch", spy)
+    monkeypatch.setattr(sampling, "launch", spy_on_lists(launched))
     for top_k, top_p in ((0, 0.6), (70, 1.0)):
         keys = sampling.filter_thresholds(logits, statistics.row_statistics(logits, 1.0), 1.0, top_k, top_p)
         assert torch.equal(kept_by(keys, logits), oracle_keeps(logits, 1.0, top_k, top_p))
-    assert launched == [([[96, 80], [96, 0]], [0, 0], 64)] * 2  # in each slice; raised never; room for
+    assert launched == [([0, 0], [[96, 80], [96, 0]], 64)] * 2  # raised never; in each slice; room for
 
 
 @inner
@@ -327,24 +337,19 @@ def test_a_raised_cut_off_serves_or_is_found_out(dtype, together, monkeypatch):
     logits[:, ::10] += torch.tensor([9.0, 4.5, 3.0, 0.5, 5.0])[:, None]
     logits, launched = logits.to(dtype), []
 
-    def spy(function, grid, *args, **options):
-        launch.launch(function, grid, *args, **options)
-        if function is sampling._collect_kernel:
-            launched.append([tensor.clone() for tensor in args[6:8]])
-
-    monkeypatch.setattr(sampling, "launch", spy)
+    monkeypatch.setattr(sampling, "launch", spy_on_lists(launched))
     rng = torch.tensor([3, 4])
     for top_k, top_p in ((0, 0.9), (25, 1.0)):
         launched.clear()
         for rows in [torch.arange(5)] if together else torch.arange(5).split(2):  # fewer rows are split over programs
-            ours = kernels.sample_tokens(logits[rows], rng, rows, 1.0, top_k, top_p)
-            assert torch.equal(ours, eager.sample_tokens(logits[rows], rng, rows, 1.0, top_k, top_p))
+            ours = kernels.sample_tokens(logits[rows], Draw(rng, rows, 1.0, top_k, top_p))
+            assert torch.equal(ours, eager.sample_tokens(logits[rows], Draw(rng, rows, 1.0, top_k, top_p)))
             found = statistics.row_statistics(logits[rows], 1.0)
             keys = sampling.filter_thresholds(logits[rows], found, 1.0, top_k, top_p)
             assert torch.equal(kept_by(keys, logits[rows]), oracle_keeps(logits[rows], 1.0, top_k, top_p))
         if together and top_p < 1.0:
-            counts, raises = launched[0]
-            assert int(raises[0]) == 0 < int(raises[1]) and counts[:2, 0].tolist() == [30, 30]
+            raises, counts, _ = launched[0]
+            assert raises[0] == 0 < raises[1] and counts[:2] == [[30], [30]]
 
 
 @inner
@@ -360,17 +365,21 @@ def test_the_threshold_keeps_exactly_the_oracles_set():
 def test_draws_at_temperature_zero_and_of_empty_batches():
     logits, table, _ = make(8, 150, 4, torch.float32)
     rng, rows = torch.tensor([1, 2]), torch.arange(8)
-    ours = kernels.sample_tokens(logits, rng, rows, 0.0, 0, 1.0)
-    assert torch.equal(ours, eager.sample_tokens(logits, rng, rows, 0.0, 0, 1.0))
-    none = kernels.entrgi_embedding(logits[:0], table, rng, rows[:0], None, None, "entropy", 0.7, 0, 0.9)
+    ours = kernels.sample_tokens(logits, Draw(rng, rows, 0.0, 0, 1.0))
+    assert torch.equal(ours, eager.sample_tokens(logits, Draw(rng, rows, 0.0, 0, 1.0)))
+    none = kernels.entrgi_embedding(logits[:0], table, Draw(rng, rows[:0], 0.7, 0, 0.9), None, None, "entropy")
     assert [tuple(t.shape) for t in none] == [(0, 4), (0,), (0,), (0,), (0, 4), (0,), (0,)]
     out = torch.full((3, 4), math.nan)
-    kernels.entrgi_embedding(logits[:0], table, rng, rows[:0], None, None, "one", 0.7, 0, 0.9, out, rows[:0])
+    kernels.entrgi_embedding(
+        logits[:0], table, Draw(rng, rows[:0], 0.7, 0, 0.9), None, None, "one", Placement(out, rows[:0])
+    )
     outside = torch.tensor([3, 1, -1, 1 << 40])
-    kernels.entrgi_embedding(logits[:4], table, rng, rows[:4], None, None, "zero", 0.7, 0, 1.0, out, outside)
+    kernels.entrgi_embedding(
+        logits[:4], table, Draw(rng, rows[:4], 0.7, 0, 1.0), None, None, "zero", Placement(out, outside)
+    )
     assert out.isnan().all(dim=-1).tolist() == [True, False, True]  # what has no place there is left out
     embedding, tokens, _, entropy, soft, lse, _ = none
-    kernels.guidance_update_(logits[:0], embedding, table, soft, lse, None, None, 1, *ADAM)
+    kernels.guidance_update_(logits[:0], embedding, table, soft, lse, ADAM[0], Adam(None, None, 1, *ADAM[1:]))
     assert [t.shape[0] for t in kernels.soft_embedding(logits[:0], table, 0.7)] == [0, 0]
     assert kernels.soft_embedding_backward(logits[:0], table, embedding, soft, lse, 0.7).shape == (0, 150)
     assert torch.equal(kernels.soft_embedding_grad_table(logits[:0], embedding, lse, 0.7, torch.float32), table * 0)
@@ -390,13 +399,13 @@ def test_the_whole_forward(shape, dtype):
     wide, index = torch.full((n + 4, shape[2] + 7), math.nan).to(dtype), torch.randperm(n + 2).repeat(2)[n + 2 :][:n]
     out = wide[1:-1, 3:-4]
     for weight, mode, filters in ((None, "entropy", (0, 0.9)), (None, "zero", (0, 1.0)), (given, "given", (3, 1.0))):
-        placed = () if mode == "entropy" else (out, index)
-        ours = kernels.entrgi_embedding(logits, table, rng, rows, None, weight, mode, 0.7, *filters, *placed)
+        placed = [] if mode == "entropy" else [Placement(out, index)]
+        ours = kernels.entrgi_embedding(logits, table, Draw(rng, rows, 0.7, *filters), None, weight, mode, *placed)
         if placed:
             ours = out[index], *ours[1:]
             out[index] = math.nan
             assert wide.isnan().all(), f"{mode}: written elsewhere"
-        theirs = eager.entrgi_embedding(logits, table, rng, rows, None, weight, mode, 0.7, *filters)
+        theirs = eager.entrgi_embedding(logits, table, Draw(rng, rows, 0.7, *filters), None, weight, mode)
         names = ("embedding", "tokens", "weight", "entropy", "soft", "lse", "argmax")
         for name, a, b in zip(names, ours, theirs, strict=True):
             close(a, b, dtype if name in ("embedding", "soft") else torch.float32, f"{mode} {name}")
@@ -414,12 +423,12 @@ def test_logits_far_below_zero_in_a_tile_that_ends_beyond_the_row():
 def test_injected_tokens_strided_inputs_and_float64_tables():
     logits, table, _ = make(3, 130, 12, torch.float32)
     rng, rows, tokens = torch.tensor([5, 6]), torch.arange(3), torch.tensor([0, 129, 64])
-    theirs = eager.entrgi_embedding(logits, table, rng, rows, tokens, None, "one", 0.7, 0, 1.0)
+    theirs = eager.entrgi_embedding(logits, table, Draw(rng, rows, 0.7, 0, 1.0), tokens, None, "one")
     wide = torch.full((3, 260), math.nan)
     wide[:, :130] = logits
     for strided in (logits.t().contiguous().t(), wide[:, :130]):
         ours = kernels.entrgi_embedding(
-            strided, table.t().contiguous().t(), rng, rows, tokens, None, "one", 0.7, 0, 1.0
+            strided, table.t().contiguous().t(), Draw(rng, rows, 0.7, 0, 1.0), tokens, None, "one"
         )
         close(ours[0], theirs[0], torch.float32)
         assert torch.equal(ours[0], table[tokens])  # weight 1 gives the hard token's embedding, exactly
@@ -500,7 +509,7 @@ def test_guidance_update(n, state):
         # Never read at the first step, whatever they hold; not written at the last.
         moments = (None, None) if state == "none" else [torch.full_like(phi, math.nan, dtype=dtype) for _ in range(2)]
         for step in (1,) if state == "none" else (1, 2, 3):
-            backend.guidance_update_(phi, grad, table, soft, lse, *moments, step, *ADAM, step < 3)
+            backend.guidance_update_(phi, grad, table, soft, lse, ADAM[0], Adam(*moments, step, *ADAM[1:], step < 3))
         runs.append((phi, *(m for m in moments if m is not None)))
     for a, b in zip(*runs, strict=True):
         # Adam divides by |g|: where g is at the level of rounding its first steps amplify it. Bounded, and rare.
@@ -520,7 +529,7 @@ def test_guidance_update_of_float16_logits():
             phi = logits.clone()
             moments = torch.zeros_like(phi), torch.zeros_like(phi)
             for step in (1, 2):
-                module.guidance_update_(phi, grad, table, soft, lse, *moments, step, *ADAM)
+                module.guidance_update_(phi, grad, table, soft, lse, ADAM[0], Adam(*moments, step, *ADAM[1:]))
             phis.append(phi.float())
         finite = phis[1].isfinite()
         assert torch.equal(phis[0].isfinite(), finite)
@@ -533,11 +542,11 @@ def test_guidance_update_in_place_on_strided_tensors():
     logits, table, grad = make(7, 150, 20, torch.float32, bad=False)
     soft, lse = eager.soft_embedding(logits, table, 0.7)
     expected, wide = logits.clone(), torch.full((7, 310), 5.0)
-    eager.guidance_update_(expected, grad, table, soft, lse, None, None, 1, *ADAM)
+    eager.guidance_update_(expected, grad, table, soft, lse, ADAM[0], Adam(None, None, 1, *ADAM[1:]))
     wide[:, :150] = logits
     transposed = logits.t().contiguous().t()
     for phi in (wide[:, :150], transposed):
-        kernels.guidance_update_(phi, grad, table, soft, lse, None, None, 1, *ADAM)
+        kernels.guidance_update_(phi, grad, table, soft, lse, ADAM[0], Adam(None, None, 1, *ADAM[1:]))
         agrees = (phi == expected) | ((phi - expected).abs() <= 1e-4 * expected.abs().clamp(min=1e-2))
         assert agrees.float().mean() > 0.999
     assert bool((wide[:, 150:] == 5.0).all())
@@ -569,7 +578,7 @@ def test_same_bits_twice():
     logits, table, grad = make(7, 150, 20, torch.float32, bad=False)
     rng, rows = torch.tensor([5, 6]), torch.arange(7)
     first, second = (
-        kernels.entrgi_embedding(logits, table, rng, rows, None, None, "entropy", 0.7, 0, 0.9) for _ in range(2)
+        kernels.entrgi_embedding(logits, table, Draw(rng, rows, 0.7, 0, 0.9), None, None, "entropy") for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -579,7 +588,7 @@ def test_same_bits_twice():
 @pytest.mark.parametrize("bias", [True, False])
 def test_token_log_prob(dtype, bias, monkeypatch):
     """Chunks of 256 entries, so that their log-sum-exps have to be put together; one chunk has no mass at all."""
-    monkeypatch.setattr(vocabulary_head, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(_vocabulary_head, "_CHUNK_BYTES", 1)
     g = torch.Generator().manual_seed(3)
     hidden, head = torch.randn(5, 20, generator=g).to(dtype), torch.randn(600, 20, generator=g).to(dtype) / 4
     b = torch.randn(600, generator=g).to(dtype) if bias else None
@@ -587,13 +596,14 @@ def test_token_log_prob(dtype, bias, monkeypatch):
         b[256:512] = -math.inf
     targets, grad = torch.tensor([0, 599, 255, 512, 7]), torch.randn(5, generator=g)
     for slope in (True, False):
-        ours = kernels.token_log_prob(hidden, head, b, targets, slope)
+        ours = _vocabulary_head.token_log_prob(kernels, hidden, head, b, targets, slope)
         for name, x, y in zip(
             ("log p", "lse", "slope"), ours, eager.token_log_prob(hidden, head, b, targets, slope), strict=True
         ):
             assert x.shape == y.shape and x.dtype == torch.float32
             torch.testing.assert_close(x, y, rtol=TOLERANCE[dtype] * 4, atol=TOLERANCE[dtype] * 16, msg=name)
-    both = (module.token_log_prob_backward(hidden, head, b, targets, ours[1], grad) for module in (kernels, eager))
+    arguments = hidden, head, b, targets, ours[1], grad
+    both = _vocabulary_head.token_log_prob_backward(kernels, *arguments), eager.token_log_prob_backward(*arguments)
     for x, y in zip(*both, strict=True):
         assert x.shape == y.shape and x.dtype == dtype
         torch.testing.assert_close(x, y, rtol=TOLERANCE[dtype] * 4, atol=TOLERANCE[dtype] * 16)

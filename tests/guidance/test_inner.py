@@ -40,7 +40,7 @@ def test_rows_in_place_are_rows_copied(method, backend):
     assert len(set(reward.seen)) == 1  # nothing was copied for the reward
 
     weight, settings = method_weight(method, None), dict(lr=config.learning_rate, temperature=0.7, top_p=0.9)
-    plain = LogitOptimizer(phi, table, weight=weight, seed=rngs, rows=keys, backend=backend, **settings)
+    plain = LogitOptimizer(phi, table, weight=weight, seed=rngs, keys=keys, backend=backend, **settings)
     values = []
     for inner in range(M):
         blend = plain.embed()
@@ -78,7 +78,7 @@ def test_the_last_inner_step_leaves_no_moments(monkeypatch):
     phi, table, probe = (torch.randn(*shape, generator=g) for shape in ((len(ROWS), V), (V, D), (R, L, D)))
     update = optimizer.guidance_update_
     monkeypatch.setattr(
-        optimizer, "guidance_update_", lambda *args, **given: (kept.append(given["keep_state"]), update(*args, **given))
+        optimizer, "guidance_update_", lambda *args, **given: (kept.append(given["keep"]), update(*args, **given))
     )
     rngs, response = torch.tensor([[7, m] for m in range(M)]), torch.zeros(R, L, dtype=torch.int64)
     for savings in ("none", ("adam_state",)):

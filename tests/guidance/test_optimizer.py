@@ -109,7 +109,7 @@ def test_draws_advance_and_are_reproducible():
     phi, table, _, probe = problem(v=400)
     draws = []
     for _ in range(2):
-        optimizer = LogitOptimizer(phi.clone(), table.new_zeros(400, 5), temperature=TAU, top_p=0.99, seed=5, step=7)
+        optimizer = LogitOptimizer(phi.clone(), table.new_zeros(400, 5), temperature=TAU, top_p=0.99, seed=5, counter=7)
         draws.append([optimizer.embed().tokens.tolist() for _ in range(3)])
     assert draws[0] == draws[1]
     assert draws[0][0] != draws[0][1]

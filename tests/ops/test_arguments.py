@@ -12,15 +12,20 @@ from entrgi_kernels import ops
 
 X, E, TOKENS = ref.peaked(3, 7), ref.table(7, 4), torch.zeros(3, dtype=torch.int64)
 OUT = torch.zeros(5, 4, dtype=torch.float64)
-SOFT, LSE = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+GRAD = torch.zeros(3, 4, dtype=torch.float64)
+STATE = ops.entrgi_embedding(X, E).state
 
 
 def update(**changes):
-    arguments = {"logits": X.clone(), "grad_embedding": SOFT, "embedding": E, "soft": SOFT, "logsumexp": LSE, "lr": 0.5}
+    arguments = {"logits": X.clone(), "grad": GRAD, "table": E, "state": STATE, "lr": 0.5}
     return ops.guidance_update_(**(arguments | changes))
 
 
-def state(*shape: int, dtype: torch.dtype = torch.float64) -> ops.AdamState:
+def kept(**changes) -> dict[str, ops.ForwardState]:
+    return {"state": STATE._replace(**changes)}
+
+
+def adam(*shape: int, dtype: torch.dtype = torch.float64) -> ops.AdamState:
     return ops.AdamState(torch.zeros(*shape, dtype=dtype), torch.zeros(*shape, dtype=dtype))
 
 
@@ -29,7 +34,7 @@ CALLS = {
     "sample_tokens": lambda x=X, **k: ops.sample_tokens(x, **k),
     "soft_embedding": lambda x=X, **k: ops.soft_embedding(x, E, **k),
     "entrgi_embedding": lambda x=X, **k: ops.entrgi_embedding(x, E, **k),
-    "guidance_update_": lambda x=X, **k: update(logits=x, **k),
+    "guidance_update_": lambda x=X, temperature=1.0, **k: update(logits=x, **kept(temperature=temperature), **k),
     "unmask_confidence": lambda x=X, **k: ops.unmask_confidence(x, TOKENS, **k),
 }
 FILTERED = ["sample_tokens", "entrgi_embedding", "unmask_confidence"]
@@ -93,11 +98,11 @@ def test_filters(name, changes, error, words):
         ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, ["[3]", "int64 [2]"]),
         ({"seed": torch.zeros(2)}, ValueError, ["torch.float32", "int64 [2]"]),
         ({"seed": torch.zeros(())}, ValueError, ["torch.float32", "int64 scalar"]),
-        ({"seed": torch.zeros(2, dtype=torch.int64), "step": 3}, ValueError, ["step=3", "expected 0"]),
-        ({"step": -1}, ValueError, ["step=-1", "from 0 to 4294967295"]),
-        ({"step": 1 << 32}, ValueError, [f"step={1 << 32}", "from 0 to 4294967295"]),
-        ({"rows": torch.arange(4)}, ValueError, ["rows has shape [4]", "[3]"]),
-        ({"rows": torch.zeros(3)}, TypeError, ["rows is torch.float32", "torch.int64"]),
+        ({"seed": torch.zeros(2, dtype=torch.int64), "counter": 3}, ValueError, ["counter=3", "expected 0"]),
+        ({"counter": -1}, ValueError, ["counter=-1", "from 0 to 4294967295"]),
+        ({"counter": 1 << 32}, ValueError, [f"counter={1 << 32}", "from 0 to 4294967295"]),
+        ({"keys": torch.arange(4)}, ValueError, ["keys has shape [4]", "[3]"]),
+        ({"keys": torch.zeros(3)}, TypeError, ["keys is torch.float32", "torch.int64"]),
     ],
     ids=lambda x: str(x)[:40] if isinstance(x, dict) else "",
 )
@@ -130,26 +135,27 @@ ENTRGI = [
     ({"out": OUT.T.contiguous().T, "index": TOKENS}, ValueError, ["out has strides [1, 5]", "dense rows"]),
     ({"out": OUT, "index": TOKENS[:2]}, ValueError, ["index has shape [2]", "[3]"]),
     ({"out": OUT, "index": TOKENS.int()}, TypeError, ["index is torch.int32", "torch.int64"]),
-    ({"out": E[2:], "index": TOKENS}, ValueError, ["out shares memory with embedding"]),
+    ({"out": E[2:], "index": TOKENS}, ValueError, ["out shares memory with table"]),
     ({"out": OUT.clone().requires_grad_(), "index": TOKENS}, ValueError, ["out.requires_grad", "detach()"]),
     ({"x": X.clone().requires_grad_(), "out": OUT, "index": TOKENS}, ValueError, ["logits.requires_grad"]),
 ]
 UPDATE = [
-    ({"grad_embedding": E}, ValueError, ["grad_embedding has shape [7, 4]", "[3, 4]"]),
-    ({"soft": SOFT[:, :3]}, ValueError, ["soft has shape [3, 3]", "[3, 4]"]),
-    ({"soft": SOFT.float()}, TypeError, ["soft is torch.float32", "torch.float64"]),
-    ({"logsumexp": LSE[:2]}, ValueError, ["logsumexp has shape [2]", "[3]"]),
-    ({"logsumexp": LSE.float()}, TypeError, ["logsumexp is torch.float32", "torch.float64"]),
+    ({"grad": E}, ValueError, ["grad has shape [7, 4]", "[3, 4]"]),
+    (kept(soft=GRAD[:, :3]), ValueError, ["state.soft has shape [3, 3]", "[3, 4]"]),
+    (kept(soft=GRAD.float()), TypeError, ["state.soft is torch.float32", "torch.float64"]),
+    (kept(logsumexp=STATE.logsumexp[:2]), ValueError, ["state.logsumexp has shape [2]", "[3]"]),
+    (kept(logsumexp=STATE.logsumexp.float()), TypeError, ["state.logsumexp is torch.float32", "torch.float64"]),
     ({"lr": -1.0}, ValueError, ["lr=-1.0", ">= 0"]),
     ({"lr": math.nan}, ValueError, ["lr=nan", "finite"]),
     ({"lr": "fast"}, TypeError, ["lr='fast'", "str", "finite"]),
-    ({"grad_embedding": None}, TypeError, ["grad_embedding is NoneType", "that of the embedding"]),
+    ({"grad": None}, TypeError, ["grad is NoneType", "that of the embedding"]),
     ({"betas": (0.9,)}, ValueError, ["betas=(0.9,)", "two numbers"]),
     ({"betas": (0.9, 1.0)}, ValueError, ["betas=(0.9, 1.0)", "[0, 1)"]),
     ({"betas": (-0.1, 0.9)}, ValueError, ["betas=(-0.1, 0.9)", "[0, 1)"]),
     ({"eps": 0.0}, ValueError, ["eps=0.0", "> 0"]),
-    ({"state": state(3, 6)}, ValueError, ["state.exp_avg", "[3, 6]", "[3, 7]"]),
-    ({"state": state(3, 7, dtype=torch.int64)}, TypeError, ["state.exp_avg is torch.int64"]),
+    ({"adam": adam(3, 6)}, ValueError, ["adam.exp_avg", "[3, 6]", "[3, 7]"]),
+    ({"state": adam(3, 7)}, TypeError, ["state is AdamState", ".state that entrgi_embedding returned"]),
+    ({"adam": adam(3, 7, dtype=torch.int64)}, TypeError, ["adam.exp_avg is torch.int64"]),
     ({"logits": X[:1].expand(3, 7)}, ValueError, ["[3, 7]", "strides [0, 1]", "clone"]),
     ({"logits": X.clone().requires_grad_()}, ValueError, ["require grad", "detach()"]),
 ]
@@ -176,12 +182,12 @@ def test_of_the_update(changes, error, words):
 @pytest.mark.parametrize(
     ("table", "error", "words"),
     [
-        (ref.table(6, 4), ValueError, ["embedding has 6 rows", "7 columns", "one row per"]),
-        (ref.table(7, 1)[:, 0], ValueError, ["embedding has shape [7]", "[V, D]"]),
-        (E[:, :0], ValueError, ["embedding has shape [7, 0]", "D >= 1"]),
-        (E.long(), TypeError, ["embedding is torch.int64"]),
-        (E.tolist(), TypeError, ["embedding is list", "[V, D]"]),
-        (E.to("meta"), ValueError, ["embedding is on meta", "cpu", "one device"]),
+        (ref.table(6, 4), ValueError, ["table has 6 rows", "7 columns", "one row per"]),
+        (ref.table(7, 1)[:, 0], ValueError, ["table has shape [7]", "[V, D]"]),
+        (E[:, :0], ValueError, ["table has shape [7, 0]", "D >= 1"]),
+        (E.long(), TypeError, ["table is torch.int64"]),
+        (E.tolist(), TypeError, ["table is list", "[V, D]"]),
+        (E.to("meta"), ValueError, ["table is on meta", "cpu", "one device"]),
     ],
     ids=["rows", "dim", "empty", "int", "list", "device"],
 )
@@ -202,5 +208,5 @@ def test_numpy_numbers_are_numbers():
 def test_phi_that_requires_grad_is_moved_under_no_grad():
     x = X.clone().requires_grad_()
     with torch.no_grad():
-        update(logits=x, grad_embedding=torch.ones_like(SOFT))
+        update(logits=x, grad=torch.ones_like(GRAD))
     assert not torch.equal(x.detach(), X)

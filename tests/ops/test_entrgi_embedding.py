@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from entrgi_kernels import ops
-from entrgi_kernels.ops.entrgi_embedding import forward
 
 TAU = 0.7
 
@@ -84,7 +83,7 @@ def test_gradcheck(backend, v):
 def test_own_draws_are_sample_tokens(backend):
     x, e = ref.peaked(200, 63, torch.float32, spread=1.0), ref.table(63, 4, torch.float32)
     ref.served(backend, x)
-    draw = {"temperature": TAU, "top_k": 20, "top_p": 0.9, "seed": 5, "step": 6, "rows": torch.arange(200) * 7 - 9}
+    draw = {"temperature": TAU, "top_k": 20, "top_p": 0.9, "seed": 5, "counter": 6, "keys": torch.arange(200) * 7 - 9}
     for weight in ("entropy", "one", torch.rand(200), lambda h, v: h / 9):
         out = ops.entrgi_embedding(x, e, weight=weight, backend=backend, **draw)
         assert torch.equal(out.tokens, ops.sample_tokens(x, backend=backend, **draw))
@@ -141,11 +140,12 @@ def test_state_for_the_update(backend):
     x, e = ref.peaked(5, 63), ref.table(63, 4)
     ref.served(backend, x)
     x[3, 7] = x[3, 2] = 50.0
-    out, kept = forward(x, e, temperature=TAU, backend=backend)
+    out = ops.entrgi_embedding(x, e, temperature=TAU, backend=backend)
+    kept = out.state
     torch.testing.assert_close(kept.soft, ref.soft(x, e, TAU), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(kept.logsumexp, torch.logsumexp(x / TAU, dim=-1), rtol=1e-12, atol=1e-12)
     assert torch.equal(kept.argmax, x.argmax(dim=-1)) and kept.argmax[3] == 2
-    half = forward(x.bfloat16(), e.bfloat16(), temperature=TAU, backend="eager")[1]
+    half = ops.entrgi_embedding(x.bfloat16(), e.bfloat16(), temperature=TAU, backend="eager").state
     assert half.soft.dtype == half.logsumexp.dtype == torch.float32
 
 
@@ -162,7 +162,7 @@ def test_bad_rows_leave_the_others_alone(backend, weight):
     if weight == "entropy":
         assert torch.equal(out.weight.isnan(), ~good)
     alone = ops.entrgi_embedding(
-        x.detach()[good], e, temperature=TAU, weight=weight, top_p=0.9, rows=rows[good], backend=backend
+        x.detach()[good], e, temperature=TAU, weight=weight, top_p=0.9, keys=rows[good], backend=backend
     )
     assert torch.equal(out.tokens[good], alone.tokens)
     torch.testing.assert_close(out.embedding[good], alone.embedding, rtol=1e-12, atol=1e-12)
@@ -198,10 +198,11 @@ def test_rows_go_to_their_places(backend, dtype, weight):
         mode = torch.linspace(-0.5, 1.5, n) if weight == "given" else weight
         settings = dict(temperature=TAU, weight=mode, top_p=0.9, seed=3, backend=backend)
         out, index = wide[1:13, 5:22], torch.randperm(12).repeat_interleave(2)[: 2 * n : 2]
-        placed, kept = forward(x, e, out=out, index=index, **settings)
-        alone, expected = forward(x, e, **settings)
+        placed = ops.entrgi_embedding(x, e, out=out, index=index, **settings)
+        alone = ops.entrgi_embedding(x, e, **settings)
         assert placed.embedding is out and torch.equal(out[index], alone.embedding)
-        assert all(torch.equal(a, b) for a, b in zip((*placed[1:], *kept), (*alone[1:], *expected), strict=True))
+        beside = ((*each[1:4], *each.state[:3]) for each in (placed, alone))
+        assert all(torch.equal(a, b) for a, b in zip(*beside, strict=True))
         out[index] = torch.nan
         assert wide.isnan().all()
 
@@ -262,5 +263,5 @@ def test_same_bits_from_run_to_run(backend):
     runs = []
     for _ in range(2):
         out = ops.entrgi_embedding(x, e, temperature=TAU, top_p=0.9, backend=backend)
-        runs.append((*out, torch.autograd.grad(out.embedding.square().sum(), x)[0]))
+        runs.append((*out[:4], *out.state[:3], torch.autograd.grad(out.embedding.square().sum(), x)[0]))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from entrgi_kernels import ops
-from entrgi_kernels.ops.entrgi_embedding import forward
 
 TAU, LR = 0.7, 0.5
 
@@ -44,7 +43,7 @@ def our_steps(
     e: torch.Tensor,
     tokens: list[torch.Tensor],
     backend: str,
-    state: ops.AdamState | None,
+    adam: ops.AdamState | None,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     keeps_all: bool = True,
@@ -53,13 +52,10 @@ def our_steps(
     after = []
     for step, token in enumerate(tokens):
         keep = keeps_all or step < len(tokens) - 1
-        out, kept = forward(x, e, temperature=TAU, tokens=token, backend=backend)
+        out = ops.entrgi_embedding(x, e, temperature=TAU, tokens=token, backend=backend)
         leaf = out.embedding.detach().requires_grad_()
         (grad,) = torch.autograd.grad(loss_of(leaf, step), leaf)
-        ops.guidance_update_(
-            x, grad, e, kept.soft, kept.logsumexp, temperature=TAU, state=state, lr=LR, betas=betas, eps=eps,
-            keep_state=keep, backend=backend,
-        )  # fmt: skip
+        ops.guidance_update_(x, grad, e, out.state, lr=LR, adam=adam, betas=betas, eps=eps, keep=keep, backend=backend)
         after.append(x.clone())
     return after
 
@@ -183,15 +179,13 @@ def test_strided_and_stride_0_gradients(backend):
     e = ref.table(63, 8)
     x = ref.peaked(5, 63)
     ref.served(backend, x)
-    _, kept = forward(x, e, temperature=TAU, backend=backend)
+    kept = ops.entrgi_embedding(x, e, temperature=TAU, backend=backend).state
     wide, scalar = ref.table(10, 24, seed=3), torch.tensor(0.5, dtype=torch.float64)
     for view in (wide[::2, ::3], wide.T[:5, :8], scalar.expand(5, 8)):
         results = []
         for grad in (view, view.clone()):
             phi = x.clone()
-            ops.guidance_update_(
-                phi, grad, e, kept.soft, kept.logsumexp, lr=LR, eps=1e-3, temperature=TAU, backend=backend
-            )
+            ops.guidance_update_(phi, grad, e, kept, lr=LR, eps=1e-3, backend=backend)
             results.append(phi)
         torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
@@ -202,13 +196,11 @@ def test_bad_rows_leave_the_others_alone(backend):
     e, expected = ref.table(63, 9), x[good].clone()
     our_steps(expected, e, [torch.arange(3)], backend, None)
     # loss_of's target depends on the row number, so step the good rows by the same gradient instead.
-    _, kept = forward(x, e, temperature=TAU, tokens=torch.zeros(8, dtype=torch.int64), backend=backend)
+    kept = ops.entrgi_embedding(x, e, temperature=TAU, tokens=torch.zeros(8, dtype=torch.int64), backend=backend).state
     grad = ref.table(8, 9, seed=3)
     alone = x[good].clone()
-    ops.guidance_update_(x, grad, e, kept.soft, kept.logsumexp, temperature=TAU, lr=LR, eps=1e-3, backend=backend)
-    ops.guidance_update_(
-        alone, grad[good], e, kept.soft[good], kept.logsumexp[good], temperature=TAU, lr=LR, eps=1e-3, backend=backend
-    )
+    ops.guidance_update_(x, grad, e, kept, lr=LR, eps=1e-3, backend=backend)
+    ops.guidance_update_(alone, grad[good], e, kept.rows(good), lr=LR, eps=1e-3, backend=backend)
     torch.testing.assert_close(x[good], alone, rtol=1e-12, atol=1e-12)
     assert not torch.equal(alone, expected)
 
@@ -226,9 +218,9 @@ def test_a_call_that_raises_leaves_the_state_alone(backend):
     x, e = ref.peaked(2, 7), ref.table(7, 3)
     ref.served(backend, x)
     state = ops.AdamState.zeros(x)
-    _, kept = forward(x, e, backend=backend)
-    with pytest.raises(ValueError, match="grad_embedding has shape"):
-        ops.guidance_update_(x, e, e, kept.soft, kept.logsumexp, lr=LR, state=state, backend=backend)
+    kept = ops.entrgi_embedding(x, e, backend=backend).state
+    with pytest.raises(ValueError, match="grad has shape"):
+        ops.guidance_update_(x, e, e, kept, lr=LR, adam=state, backend=backend)
     assert state.step == 0 and (state.exp_avg == 0).all()
 
 
@@ -237,8 +229,8 @@ def test_a_graph_that_saved_phi_notices_the_update(backend):
     x, e = ref.peaked(2, 7), ref.table(7, 3).requires_grad_()
     ref.served(backend, x)
     out = ops.soft_embedding(x, e, backend=backend)
-    _, kept = forward(x, e, backend=backend)
-    ops.guidance_update_(x, out.detach(), e, kept.soft, kept.logsumexp, lr=LR, backend=backend)
+    kept = ops.entrgi_embedding(x, e, backend=backend).state
+    ops.guidance_update_(x, out.detach(), e, kept, lr=LR, backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
 

@@ -36,7 +36,7 @@ def test_frequencies_and_nothing_outside_the_allowed_set(backend, v, setting):
     n = 20_000
     x = row.expand(n, v)
     ref.served(backend, x)
-    tokens = ops.sample_tokens(x, temperature=temperature, top_k=top_k, top_p=top_p, seed=7, step=v, backend=backend)
+    tokens = ops.sample_tokens(x, temperature=temperature, top_k=top_k, top_p=top_p, seed=7, counter=v, backend=backend)
     p = ref.filtered(row, temperature, top_k, top_p)[0]
     observed = torch.bincount(tokens, minlength=v)
     assert observed[p == 0].sum() == 0
@@ -61,7 +61,7 @@ def test_the_winner_of_the_race(backend, dtype, shape, setting):
     ref.served(backend, x)
     rows = torch.arange(len(x)) * 1_000_003 - 7
     tokens = ops.sample_tokens(
-        x, temperature=temperature, top_k=top_k, top_p=top_p, seed=-3, step=9, rows=rows, backend=backend
+        x, temperature=temperature, top_k=top_k, top_p=top_p, seed=-3, counter=9, keys=rows, backend=backend
     )
     assert tokens.dtype == torch.int64 and tokens.shape == (len(x),)
     scores = race(x, -3, 9, rows, temperature).masked_fill(~ref.kept(x, temperature, top_k, top_p), -torch.inf)
@@ -141,7 +141,7 @@ def test_a_draw_depends_on_its_own_row_alone(backend):
 
     def sample(index: torch.Tensor, **more) -> torch.Tensor:
         return ops.sample_tokens(
-            x[index], temperature=0.8, top_p=0.95, seed=6, rows=keys[index], backend=backend, **more
+            x[index], temperature=0.8, top_p=0.95, seed=6, keys=keys[index], backend=backend, **more
         )
 
     everything = sample(torch.arange(200))
@@ -151,11 +151,11 @@ def test_a_draw_depends_on_its_own_row_alone(backend):
     assert torch.equal(torch.cat([sample(i[None]) for i in order[:5]]), everything[order[:5]])
     # And it does depend on each part of its own key.
     default = ops.sample_tokens(x, temperature=0.8, top_p=0.95, seed=6, backend=backend)
-    for other in (sample(torch.arange(200), step=1), default):
+    for other in (sample(torch.arange(200), counter=1), default):
         assert (other != everything).float().mean() > 0.2
     one = x[:1].expand(200, 63)
     for keys_of_one, distinct in ((torch.arange(200), True), (torch.full((200,), 3), False)):
-        drawn = ops.sample_tokens(one, rows=keys_of_one, backend=backend).unique()
+        drawn = ops.sample_tokens(one, keys=keys_of_one, backend=backend).unique()
         assert (len(drawn) > 1) == distinct
 
 
@@ -163,23 +163,23 @@ def test_a_draw_depends_on_its_own_row_alone(backend):
 def test_every_part_of_the_keys_counts(backend, bit):
     x = torch.zeros(100, 63)
     ref.served(backend, x)
-    zero = ops.sample_tokens(x, seed=0, rows=torch.zeros(100, dtype=torch.int64) + torch.arange(100), backend=backend)
+    zero = ops.sample_tokens(x, seed=0, keys=torch.zeros(100, dtype=torch.int64) + torch.arange(100), backend=backend)
     seed = ops.sample_tokens(x, seed=1 << bit, backend=backend)
-    rows = ops.sample_tokens(x, rows=torch.arange(100) ^ (1 << bit), backend=backend)
+    rows = ops.sample_tokens(x, keys=torch.arange(100) ^ (1 << bit), backend=backend)
     assert (seed != zero).float().mean() > 0.8 and (rows != zero).float().mean() > 0.8
     if bit < 32:
-        assert (ops.sample_tokens(x, step=1 << bit, backend=backend) != zero).float().mean() > 0.8
+        assert (ops.sample_tokens(x, counter=1 << bit, backend=backend) != zero).float().mean() > 0.8
 
 
 def test_seed_as_tensors(backend):
     x = ref.peaked(50, 63, torch.float32)
     ref.served(backend, x)
-    expected = ops.sample_tokens(x, seed=-5, step=77, backend=backend)
+    expected = ops.sample_tokens(x, seed=-5, counter=77, backend=backend)
     pair = torch.tensor([-5, 77])
     assert torch.equal(ops.sample_tokens(x, seed=pair, backend=backend), expected)
-    assert torch.equal(ops.sample_tokens(x, seed=pair[0], step=pair[1], backend=backend), expected)
+    assert torch.equal(ops.sample_tokens(x, seed=pair[0], counter=pair[1], backend=backend), expected)
     pair[1] = 78  # what a CUDA graph does between replays
-    expected = ops.sample_tokens(x, seed=-5, step=78, backend=backend)
+    expected = ops.sample_tokens(x, seed=-5, counter=78, backend=backend)
     assert torch.equal(ops.sample_tokens(x, seed=pair, backend=backend), expected)
 
 
@@ -205,7 +205,7 @@ def test_bad_rows_give_minus_1_and_leave_the_others_alone(backend, dtype, filter
     tokens = ops.sample_tokens(x, temperature=0.7, backend=backend, **filters)
     assert torch.equal(tokens == -1, ~good)
     rows = torch.arange(8)[good]
-    assert torch.equal(tokens[good], ops.sample_tokens(x[good], temperature=0.7, rows=rows, backend=backend, **filters))
+    assert torch.equal(tokens[good], ops.sample_tokens(x[good], temperature=0.7, keys=rows, backend=backend, **filters))
 
 
 @pytest.mark.parametrize("layout", ["strided", "transposed", "sliced"])
@@ -215,8 +215,8 @@ def test_strides_of_logits_and_keys(backend, layout):
     keys = torch.arange(80)[::2]
     view = ref.layouts(x)[layout]
     for filters in ({}, {"top_p": 0.9}, {"top_k": 5}):
-        expected = ops.sample_tokens(x, rows=keys.clone(), backend=backend, **filters)
-        assert torch.equal(ops.sample_tokens(view, rows=keys, backend=backend, **filters), expected)
+        expected = ops.sample_tokens(x, keys=keys.clone(), backend=backend, **filters)
+        assert torch.equal(ops.sample_tokens(view, keys=keys, backend=backend, **filters), expected)
 
 
 def test_same_tokens_from_run_to_run_and_across_float_dtypes(backend):

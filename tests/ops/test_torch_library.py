@@ -12,7 +12,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._library.custom_ops import OPDEFS
 
 from entrgi_kernels import ops
-from entrgi_kernels.ops.entrgi_embedding import forward
 
 OPS = torch.ops.entrgi
 D = 4
@@ -111,15 +110,15 @@ def test_opcheck(backend, kind, name):
     assert set(result.values()) == {"SUCCESS"} and len(result) == 4
 
 
-def one_step(phi: torch.Tensor, e: torch.Tensor, seed: int, state: ops.AdamState, backend: str):
+def one_step(phi: torch.Tensor, e: torch.Tensor, seed: int, adam: ops.AdamState | None, backend: str):
     """A guidance step as a user would write it, with a draw and a confidence at its end."""
     inputs, index = phi.new_zeros(2 * len(phi), D), 2 * torch.arange(len(phi))
-    _, kept = forward(phi, e, temperature=0.7, top_p=0.9, seed=seed, out=inputs, index=index, backend=backend)
-    grad = torch.cos(inputs)[index]
-    ops.guidance_update_(
-        phi, grad, e, kept.soft, kept.logsumexp, temperature=0.7, lr=0.5, eps=1e-3, state=state, backend=backend
+    blend = ops.entrgi_embedding(
+        phi, e, temperature=0.7, top_p=0.9, seed=seed, out=inputs, index=index, backend=backend
     )
-    tokens = ops.sample_tokens(phi, temperature=0.7, top_k=5, seed=seed, step=1, backend=backend)
+    grad = torch.cos(inputs)[index]
+    ops.guidance_update_(phi, grad, e, blend.state, lr=0.5, adam=adam, eps=1e-3, backend=backend)
+    tokens = ops.sample_tokens(phi, temperature=0.7, top_k=5, seed=seed, counter=1, backend=backend)
     return tokens, ops.unmask_confidence(phi, tokens, alg="maskgit_plus", temperature=0.7, backend=backend)
 
 
@@ -169,7 +168,7 @@ def test_new_seeds_steps_and_adam_steps_do_not_compile_without_bound(backend):
     draws = CompileCounterWithBackend("aot_eager")
 
     def draw(seed: int, step: int) -> torch.Tensor:
-        return ops.sample_tokens(x, seed=seed, step=step, backend=backend)
+        return ops.sample_tokens(x, seed=seed, counter=step, backend=backend)
 
     compiled = torch.compile(draw, backend=draws, fullgraph=True)
     values = [(7, 300), (8, 301), (9, 302), (1 << 40, 1 << 31), (-5, 303), ((1 << 63) - 1, 304), (12, 305)]
@@ -242,14 +241,12 @@ def test_autocast_changes_nothing(backend):
         table = e.clone().requires_grad_()
         moved = phi.detach().clone()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            out, kept = forward(phi, e, temperature=0.7, backend=backend)
+            out = ops.entrgi_embedding(phi, e, temperature=0.7, backend=backend)
             soft = ops.soft_embedding(phi, table, temperature=0.7, backend=backend)
             log_prob = ops.token_log_prob(soft, table, out.tokens, backend=backend)
             loss = (out.embedding * e[:22]).sum() + (soft * e[22:44]).sum() + log_prob.sum()
             gradients = torch.autograd.grad(loss, (phi, table))
-            ops.guidance_update_(
-                moved, e[:22], e, kept.soft, kept.logsumexp, temperature=0.7, lr=0.5, eps=1.0, backend=backend
-            )
+            ops.guidance_update_(moved, e[:22], e, out.state, lr=0.5, eps=1.0, backend=backend)
         results.append((out.embedding, soft, log_prob, *gradients, moved))
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(*results, strict=True))
 

@@ -21,7 +21,6 @@ from .sampling import sample_tokens
 from .soft_embedding import entrgi_embedding, soft_embedding
 from .statistics import softmax_entropy, softmax_entropy_backward
 from .table_gradient import soft_embedding_grad_table
-from .token_log_prob import token_log_prob, token_log_prob_backward
 
 __all__ = [
     "entrgi_embedding",
@@ -32,8 +31,6 @@ __all__ = [
     "soft_embedding_grad_table",
     "softmax_entropy",
     "softmax_entropy_backward",
-    "token_log_prob",
-    "token_log_prob_backward",
     "unmask_confidence",
     "why_not",
 ]

@@ -33,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
+from ..arguments import Adam, Draw, Placement
 from . import (
     chunked,
     config,
@@ -214,24 +215,24 @@ def _calls(n: int, v: int, d: int, logits_dtype: torch.dtype, table_dtype: torch
     logits, table = empty(n, v, dtype=logits_dtype), empty(v, d, dtype=table_dtype)
     grad, soft, lse = empty(n, d, dtype=table_dtype), empty(n, d), empty(n)
     rng, rows = empty(2, dtype=torch.int64), empty(n, dtype=torch.int64)
-    yield entrgi_embedding(logits, table, rng, rows, None, None, "entropy", 0.7, 0, 0.95)
+    yield entrgi_embedding(logits, table, Draw(rng, rows, 0.7, 0, 0.95), None, None, "entropy")
     for dtype in dict.fromkeys((logits_dtype, torch.float32)):
         moments = torch.empty_like(logits, dtype=dtype), torch.empty_like(logits, dtype=dtype)
-        yield guidance_update_(logits, grad, table, soft, lse, *moments, 2, 0.7, 0.5, 0.9, 0.999, 1e-8)
+        yield guidance_update_(logits, grad, table, soft, lse, 0.7, Adam(*moments, 2, 0.5, 0.9, 0.999, 1e-8))
     moments = torch.empty_like(logits), torch.empty_like(logits)
     # A first and a last step do less than those between: compiling them for one pair of types is enough.
     for step, keep in ((1, True), (3, False)) if logits_dtype == table_dtype == _BF16 else ():
-        yield guidance_update_(logits, grad, table, soft, lse, *moments, step, 0.7, 0.5, 0.9, 0.999, 1e-8, keep)
+        yield guidance_update_(logits, grad, table, soft, lse, 0.7, Adam(*moments, step, 0.5, 0.9, 0.999, 1e-8, keep))
     yield soft_embedding_backward(logits, table, grad, soft, lse, 0.7)
-    yield guidance_update_(logits, grad, table, soft, lse, None, None, 1, 0.7, 0.5, 0.9, 0.999, 1e-8)
+    yield guidance_update_(logits, grad, table, soft, lse, 0.7, Adam(None, None, 1, 0.5, 0.9, 0.999, 1e-8))
     yield soft_embedding_grad_table(logits, grad, lse, 0.7, table_dtype)
     inputs = empty(2 * n, d, dtype=table_dtype)
-    yield entrgi_embedding(logits, table, rng, rows, None, None, "zero", 1.0, 0, 1.0, inputs, rows)
+    yield entrgi_embedding(logits, table, Draw(rng, rows, 1.0, 0, 1.0), None, None, "zero", Placement(inputs, rows))
     yield soft_embedding(logits, table, 0.7)
     yield softmax_entropy(logits, 0.7)
     yield softmax_entropy_backward(logits, lse, lse, lse, lse, 0.7)
-    yield sample_tokens(logits, rng, rows, 0.7, 0, 1.0)
-    yield sample_tokens(logits, rng, rows, 0.0, 0, 1.0)
+    yield sample_tokens(logits, Draw(rng, rows, 0.7, 0, 1.0))
+    yield sample_tokens(logits, Draw(rng, rows, 0.0, 0, 1.0))
     for alg in ("entropy", "maskgit_plus", "topk_margin", "anchor"):
         yield unmask_confidence(logits, rows, alg, 0.7, 0, 0.95)
 

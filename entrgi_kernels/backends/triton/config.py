@@ -1,9 +1,10 @@
 """Tile sizes and engines per architecture and shape: frozen threshold tables, no tuning at run time.
 
 An entry serves row counts up to its `most_rows`; the last entry of a list has none. `benchmarks/tune.py` measures the
-candidates on a GPU and prints the tables; `evidence` beside an entry says where its numbers come from. Every entry
-below was chosen WITHOUT A GPU, from what ahead-of-time compilation shows (registers, shared memory, no spills: the
-table in docs/gpu.md) and from a count of bytes and operations. None has been timed yet.
+candidates on a GPU and prints the tables; `evidence` beside an entry says where its numbers come from. Those
+of sm_90 in 16 bits were timed on an H100 (benchmarks/results/tiles-nvidia-h100-80gb-hbm3.json); every other was chosen
+WITHOUT A GPU, from what ahead-of-time compilation shows (registers, shared memory, no spills: the table in docs/gpu.md)
+and from a count of bytes and operations.
 """
 
 from __future__ import annotations
@@ -12,10 +13,18 @@ import functools
 from dataclasses import dataclass, field, replace
 
 import torch
+import triton
+
+from . import hopper
+
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 # A row is read by this many programs at most. Merging kernels have as many lanes whatever the split, so that a new
 # number of rows compiles nothing.
 MOST_SPLITS = 128
+
+# From so many rows on the compiled products (:mod:`.hopper`) serve: an end of an entry of the tables below.
+LEAST_COMPILED = 33
 
 UNMEASURED = "not measured yet: chosen by AOT register/shared-memory analysis"
 
@@ -64,8 +73,11 @@ class SampleConfig:
         collect: the pass that gathers candidates. race: the unfiltered exponential race.
         words: tiles after which the gathering threads agree on where in the list their candidates go.
         capacity_share: a row's list of candidates holds V / capacity_share entries, in equal shares for its slices, and
-            `capacity_least` for each at the least; the cut-off rises until about half of it is used.
-        block: entries a tile of the search. pivots: how many thresholds one pass tries. num_warps: of the search.
+            `capacity_least` for each at the least.
+        use: the share of the lists that the cut-off leaves to be filled, judged by a sample of `sample` entries of the
+            row, at which `cut_warps` warps look.
+        block: entries that the search reads once and keeps in registers. short: the same for a list of no more.
+        pivots: how many thresholds one pass tries. num_warps: of the search.
     """
 
     collect: RowConfig
@@ -73,6 +85,10 @@ class SampleConfig:
     race: RowConfig
     capacity_share: int
     capacity_least: int
+    use: float
+    sample: int
+    cut_warps: int
+    short: int
     block: int
     pivots: int
     num_warps: int
@@ -171,17 +187,21 @@ _STATISTICS = (
 _ROWS = dict(
     statistics=(
         RowConfig(4096, 4, 4096, 8, most_rows=32, evidence=_STATISTICS),
-        RowConfig(4096, 4, 16384, 8, evidence=_STATISTICS),
+        RowConfig(4096, 4, 12288, 64, evidence=_STATISTICS),
     ),
     sample=SampleConfig(
-        collect=RowConfig(4096, 4, 8192, 4),
+        collect=RowConfig(4096, 4, 12288, 64),
         words=4,
-        race=RowConfig(1024, 4, 8192, 4),
+        race=RowConfig(2048, 8, 16384, 16),
         capacity_share=40,
         capacity_least=256,
+        use=0.65,
+        sample=4096,
+        cut_warps=4,
+        short=512,
         block=1024,
         pivots=4,
-        num_warps=4,
+        num_warps=8,
         evidence="not measured yet: collect takes 48 to 72 registers and 8.5 instructions an entry (the model of "
         "docs/gpu.md); the search keeps no stack",
     ),
@@ -235,6 +255,43 @@ _BACKWARD_16_BIT_BULK = (
         "under the other's product",
     ),
 )
+_STATISTICS_SM_90 = (
+    _ROWS["statistics"][0],
+    RowConfig(
+        *(2048, 4, 8192, 64),
+        evidence="H100: 81, 90, 94, 97% of copy bandwidth at N 512, 1024, 2048, 4096 (the kernel, two temperatures); tiles "
+        "of 4,096 with slices from 12,288 on 75, 81, 87, 90%",
+    ),
+)
+_H100 = "H100, V 151,936, torch 2.11.0, Triton 3.6.0; ms at N 64, 512, 1024, 2048, 4096: "
+_FORWARD_16_BIT_SM_90 = (
+    GemmConfig(16, 128, 64, 4, 4, loads="descriptor", most_rows=32),
+    GemmConfig(64, 128, 64, 4, 4, loads="descriptor", most_rows=64, evidence=_H100 + "0.20; 64 x 64 x 64 takes 0.30"),
+    GemmConfig(
+        *(64, 64, 256, 4, 3),
+        loads="descriptor",
+        most_rows=1535,
+        evidence=_H100 + "0.32, 0.52, 1.49, 2.81, 7.69; 128 x 64 x 256 takes 0.63, 1.47, 2.91, 7.32 from 512 on",
+    ),
+    GemmConfig(128, 64, 128, 8, 3, engine="chunked", evidence=_H100 + "0.87, 1.32, 1.79, 2.29, 5.33"),
+)
+_BACKWARD_16_BIT_SM_90 = (
+    GemmConfig(16, 128, 64, 4, 4, loads="descriptor", most_rows=32),
+    GemmConfig(
+        *(64, 128, 64, 4, 3),
+        loads="descriptor",
+        parts=8,
+        most_rows=256,
+        evidence=_H100 + "0.25 at 64; in quarters 0.29",
+    ),
+    GemmConfig(
+        *(128, 256, 64, 8, 4),
+        loads="descriptor",
+        parts=16,
+        evidence=_H100
+        + "0.84, 2.12, 3.67, 8.02 from 512 on; two programs of 128 x 128 x 64 take 0.90, 2.19, 3.80, 9.01",
+    ),
+)
 _BACKWARD_32_BIT = (
     GemmConfig(16, 64, 64, 4, 3, most_rows=32),
     GemmConfig(64, 64, 32, 4, 3),
@@ -243,10 +300,6 @@ _TABLE_16_BIT = (GemmConfig(64, 128, 64, 8, 3),)
 _TABLE_32_BIT = (GemmConfig(32, 64, 64, 4, 3),)
 
 _UNALIGNED = {2: GemmConfig(64, 64, 32, 8, 2), 4: GemmConfig(64, 32, 32, 8, 2)}
-
-# With sm_80's tile the draw's search kept 8 to 16 bytes on the stack on sm_90 and sm_100.
-_ROWS_SM_90 = _ROWS | dict(sample=replace(_ROWS["sample"], block=512))
-_ROWS_SM_100 = _ROWS | dict(sample=replace(_ROWS["sample"], pivots=8))
 
 _SM_80 = Architecture(
     "sm_80",
@@ -258,16 +311,16 @@ _SM_80 = Architecture(
 )
 _SM_90 = Architecture(
     "sm_90",
-    **_ROWS_SM_90,
-    forward={2: _FORWARD_16_BIT_BULK, 4: _FORWARD_32_BIT},
-    backward={2: _BACKWARD_16_BIT_BULK, 4: _BACKWARD_32_BIT},
+    **_ROWS | dict(statistics=_STATISTICS_SM_90),
+    forward={2: _FORWARD_16_BIT_SM_90, 4: _FORWARD_32_BIT},
+    backward={2: _BACKWARD_16_BIT_SM_90, 4: _BACKWARD_32_BIT},
     table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
     unaligned=_UNALIGNED,
     bulk=True,
 )
 _SM_100 = Architecture(
     "sm_100",
-    **_ROWS_SM_100,
+    **_ROWS,
     forward={2: _FORWARD_16_BIT_BULK, 4: _FORWARD_32_BIT},
     backward={2: _BACKWARD_16_BIT_BULK, 4: _BACKWARD_32_BIT},
     table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
@@ -286,7 +339,11 @@ _INTERPRETER = Architecture(
         race=RowConfig(128, 1, 128, 1),
         capacity_share=4,
         capacity_least=32,
-        block=128,
+        use=0.5,
+        sample=64,
+        cut_warps=1,
+        short=32,
+        block=64,
         pivots=4,
         num_warps=1,
     ),
@@ -326,24 +383,31 @@ class Target:
 
     `precision` is Triton's input_precision of float32 products: three TF32 products ("tf32x3": about 2^-22 relative,
     on tensor cores) on NVIDIA, plain float32 ("ieee") elsewhere. A single TF32 product would miss the error bound.
+    `waits`: products whose left operand is computed in registers end before it is computed anew. On Hopper Triton 3.6
+    to 3.8 overwrite it while the product still reads it (triton-lang/triton #9433, #9514, #9530, #11781); 3.9 does not. `compiled`: the extension has this GPU's products
+    (:mod:`.hopper`).
     """
 
     architecture: Architecture
     sms: int
     precision: str
+    waits: bool = False
+    compiled: bool = False
 
 
 def target_of(major: int, sms: int, hip: bool = False) -> Target:
     """The tables for a GPU: `major` of its compute capability (not looked at on ROCm), and its multiprocessors."""
     if hip:
         return Target(_SM_80, sms, "ieee")
-    return Target(_BY_MAJOR.get(major, _SM_80), sms, "tf32x3")
+    return Target(_BY_MAJOR.get(major, _SM_80), sms, "tf32x3", waits=major == 9 and _TRITON < (3, 9))
 
 
 @functools.cache
 def _of_cuda(index: int | None) -> Target:
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
-    return target_of(properties.major, properties.multi_processor_count, torch.version.hip is not None)
+    index = torch.cuda.current_device() if index is None else index
+    properties = torch.cuda.get_device_properties(index)
+    found = target_of(properties.major, properties.multi_processor_count, torch.version.hip is not None)
+    return replace(found, compiled=hopper.ready(torch.device("cuda", index)))
 
 
 # Tests and the ahead-of-time gate put a target here to be served as if on that machine.

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 
 from .. import eager
+from ..arguments import Adam
 from ..ranges import ranged
-from . import chunked, config
+from . import chunked, config, hopper
 from .chunked import NO_STEP, AdamStep, adam
 from .launch import aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
 
@@ -235,6 +236,18 @@ def _backward(
     grad = rows_of(grad.to(product_dtype(grad.dtype, embedding.dtype)))
     delta = torch.empty(n, dtype=torch.float32, device=logits.device)
     launch(_rowdot_kernel, (n,), grad, soft, delta, d, grad.stride(0), soft.stride(0), num_warps=4, BLOCK=512)
+    if (
+        target.compiled
+        and step.moves
+        and n >= config.LEAST_COMPILED
+        and hopper.serves(logits, grad, embedding)
+        and (moments is None or hopper.serves_moments(*moments))
+    ):
+        torch.ops.entrgi_cuda.hopper_update_(
+            *(logits, grad, embedding, delta, lse, *(moments or (None, None))),
+            *(step.reads, step.writes, temperature, *step.scalars),
+        )
+        return
     even = aligned(logits, embedding, grad, out, *(moments or ()))
     whole = bulk(grad, embedding)
     entry = config.pick_product(target.architecture, "backward", grad.element_size(), n, even, whole)
@@ -305,22 +318,14 @@ def guidance_update_(
     embedding: torch.Tensor,
     soft: torch.Tensor,
     lse: torch.Tensor,
-    exp_avg: torch.Tensor | None,
-    exp_avg_sq: torch.Tensor | None,
-    step: int,
     temperature: float,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    keep: bool = True,
+    adam: Adam,
 ) -> None:
     """One Adam step on the logits, in place; see :func:`entrgi_kernels.backends.eager.guidance_update_`."""
     if soft.dtype == torch.float64:  # of a float64 table
-        eager.guidance_update_(
-            logits, grad, embedding, soft, lse, exp_avg, exp_avg_sq, step, temperature, lr, beta1, beta2, eps, keep
-        )
+        eager.guidance_update_(logits, grad, embedding, soft, lse, temperature, adam)
         return
+    exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, keep = adam
     moments = None if exp_avg is None or exp_avg_sq is None else (exp_avg, exp_avg_sq)
     reads, writes = moments is not None and step > 1, moments is not None and keep
     targets = (logits, *(moments or ()))

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..arguments import Draw
 from ..ranges import ranged
 from . import config
 from .launch import aligned, cdiv, kernel, launch, rows_of, vector
@@ -30,8 +31,10 @@ from .statistics import RowStatistics, row_statistics, tile_offsets
 
 # A float32 that came from a narrower type ends in zeros: those bits of the key need no search.
 _KEY_SHIFT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
-# A cut-off that leaves too many candidates is raised by factors of two in probability (log 2).
-_RAISE = tl.constexpr(0.6931471805599453)
+# A cut-off that leaves too many candidates is raised by factors of sqrt 2 in probability: 2^_DOUBLINGS - 1 of them at
+# most.
+_RAISE = tl.constexpr(0.34657359027997264)
+_DOUBLINGS = 5
 
 
 @triton.jit
@@ -50,43 +53,64 @@ def _set_bits(word):
 
 
 @triton.jit
-def _raises(base, v, cut, raise_by, most, CHUNKS: tl.constexpr):
-    """How often `cut` is raised until a sample says that at most `most` entries of the row reach it; and the cut then.
+def _first_cut(m, logsum, temperature, log_cut):
+    """The logit of the probability exp(`log_cut`): what lies below is left out."""
+    return m + temperature * (logsum + log_cut)
+
+
+@kernel()
+def _cut_kernel(
+    logits_ptr,
+    stride_n,
+    maximum_ptr,
+    logsum_ptr,
+    raises_ptr,
+    cuts_ptr,
+    v,
+    temperature,
+    log_cut,
+    most,
+    CHUNKS: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
+):
+    """How often a row's cut-off is raised until a sample says that at most `most` entries reach it; and the cut-off.
 
     The sample is 32 neighbours in each of CHUNKS stretches of the row, at another place in each: many vocabularies have
     their frequent entries first, and those would stand for the whole of the first stretch.
     """
+    row = tl.program_id(0).to(tl.int64)
+    m = tl.load(maximum_ptr + row)
+    first = _first_cut(m, tl.load(logsum_ptr + row), temperature, log_cut)
     apart = tl.maximum(32, v // CHUNKS // 16 * 16)
     chunk = tl.arange(0, CHUNKS)
     shift = (((chunk * 40503 + 20000) & 0xFFFF) >> 4) * (apart - 32) >> 12
     place = (chunk * apart + shift // 16 * 16)[:, None] + tl.arange(0, 32)[None, :]
-    x = tl.load(base + place, mask=place < v, other=float("-inf")).to(tl.float32)
-    most = most * (tl.minimum(v, CHUNKS * 32).to(tl.float32) / v)
+    x = tl.load(logits_ptr + row * stride_n + place, mask=place < v, other=float("-inf")).to(tl.float32)
+    allowed = most * (tl.minimum(v, CHUNKS * 32).to(tl.float32) / v)
     raises = 0
-    while (tl.sum(tl.sum((x >= cut).to(tl.int32), axis=1), axis=0) > most) & (raises < 16):
-        raises += 1
-        cut += raise_by
-    return raises, cut
+    if tl.sum(tl.sum((x >= first).to(tl.int32), axis=1), axis=0) > allowed:
+        # The least number of raises that does, bit by bit: fewer are not enough.
+        for bit in tl.static_range(DOUBLINGS):
+            more = raises + (1 << (DOUBLINGS - 1 - bit))
+            reach = tl.sum(tl.sum((x >= first + (more - 1) * temperature * _RAISE).to(tl.int32), axis=1), axis=0)
+            raises = tl.where(reach > allowed, more, raises)
+    tl.store(raises_ptr + row, raises)
+    # No higher than the maximum: what is listed is then all that lies above the key below the cut-off's.
+    tl.store(cuts_ptr + row, tl.minimum(first + raises * temperature * _RAISE, m))
 
 
 @kernel("splits")
 def _collect_kernel(
     logits_ptr,
     stride_n,
-    maximum_ptr,
-    logsum_ptr,
+    cuts_ptr,
     values_ptr,
     index_ptr,
     counts_ptr,
-    raises_ptr,
-    cuts_ptr,
     v,
     slice_length,
     splits,
-    temperature,
-    log_cut,
     capacity,
-    most,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
     WORDS: tl.constexpr,
@@ -104,11 +128,7 @@ def _collect_kernel(
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     base = logits_ptr + row * stride_n
-    cut = tl.load(maximum_ptr + row) + temperature * (tl.load(logsum_ptr + row) + log_cut)
-    raises, cut = _raises(base, v, cut, temperature * _RAISE, most, BLOCK // 64)
-    if split == 0:
-        tl.store(raises_ptr + row, raises)
-        tl.store(cuts_ptr + row, cut)
+    cut = tl.load(cuts_ptr + row)
     segment = row * splits + split
     out = segment * capacity
     STRETCH: tl.constexpr = LANES * WIDTH
@@ -152,35 +172,106 @@ def _collect_kernel(
 
 
 @triton.jit
-def _listed(place, counts_ptr, splits, capacity):
-    """Where the candidates number `place` of a row lie: its lists, one a slice, have room for `capacity` each."""
-    lies = place
-    before = 0
-    for split in range(1, splits):
-        before += tl.load(counts_ptr + split - 1)
-        lies = tl.where(place >= before, split * capacity + place - before, lies)
-    return lies
+def _entries(base, numbers, length, counts_ptr, room, capacity, LISTED: tl.constexpr):
+    """float32 entries `numbers` of `length` in a row's lists at `base` or, not LISTED, of the row; where they lie.
+
+    Of each list, one a slice, with room for `capacity`, the first `room` places are numbered: as many as the fullest
+    takes. Numbers without an entry yield -inf.
+    """
+    inside = numbers < length
+    if LISTED:
+        split = numbers // room
+        place = numbers - split * room
+        inside &= place < tl.load(counts_ptr + split, mask=inside, other=0)
+        place += split * capacity
+    else:
+        # A choice, so that Triton sees no neighbours: with wide loads each thread would hand most of what it has loaded
+        # over to others, through shared memory.
+        place = tl.where(inside, numbers, 0)
+    return tl.load(base + place, mask=inside, other=float("-inf")).to(tl.float32), place
 
 
 @triton.jit
-def _entries(place, inside, values_ptr, row_ptr, listed):
-    """float32 entries at `place` of the row's lists or, where they are not `listed`, of the row itself."""
-    # Two loads, not one from a chosen address: the compiler for AMD's GPUs stops at a pointer with two origins.
-    if listed:
-        x = tl.load(values_ptr + place, mask=inside, other=float("-inf"))
-    else:
-        x = tl.load(row_ptr + place, mask=inside, other=float("-inf"))
-    return x.to(tl.float32)
+def _tile(
+    base, first, length, counts_ptr, room, capacity, LANES: tl.constexpr, BLOCK: tl.constexpr, LISTED: tl.constexpr
+):
+    """:func:`_entries` number `first` and the next, [BLOCK / LANES, LANES]: a lane (a thread) has a column."""
+    x, _ = _entries(base, first + tl.arange(0, BLOCK), length, counts_ptr, room, capacity, LISTED)
+    return x.reshape([BLOCK // LANES, LANES])
+
+
+@triton.jit
+def _weigh(masses, totals, x, m, c, lo, hi, SHIFT: tl.constexpr, PIVOTS: tl.constexpr):
+    """`masses` and `totals` [PIVOTS, LANES] with those of the entries `x` [R, LANES] above each pivot added."""
+    e = tl.exp2((x - m) * c)
+    keys = ordered_key(x, SHIFT)
+    pivots = tl.arange(0, PIVOTS)[:, None]
+    for pivot in tl.static_range(PIVOTS):
+        above = keys > _pivot(lo, hi, pivot, PIVOTS).to(tl.int32)
+        mass = tl.sum(tl.where(above, e, 0.0), axis=0)
+        number = tl.sum(above.to(tl.int32), axis=0)
+        masses += tl.where(pivots == pivot, mass[None, :], 0.0)
+        totals += tl.where(pivots == pivot, number[None, :], 0)
+    return masses, totals
+
+
+@triton.jit
+def _pivot(lo, hi, pivot, PIVOTS: tl.constexpr):
+    """The pivot (or pivots) number `pivot` of PIVOTS in (lo, hi)."""
+    return tl.maximum(lo + ((hi - lo) * (pivot + 1)) // (PIVOTS + 1), lo + 1)
 
 
 @triton.jit
 def _search(
-    values_ptr,
-    row_ptr,
-    listed,
+    x,
+    base,
     length,
     counts_ptr,
-    splits,
+    room,
+    capacity,
+    m,
+    c,
+    limit,
+    top_k,
+    lo,
+    hi,
+    below,
+    beyond,
+    SHIFT: tl.constexpr,
+    PIVOTS: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LISTED: tl.constexpr,
+):
+    """A key that keeps what the smallest one does whose strictly larger entries weigh <= `limit` and number < top_k.
+
+    Invariant: `hi` satisfies that, `lo` does not. Above them lie `beyond` and at most `below` entries: once one entry
+    is left between, it is the smallest that is kept. `x` are the first BLOCK entries: they are read once.
+    """
+    while (hi - lo > 1) & (below - beyond > 1):
+        masses = tl.zeros([PIVOTS, LANES], tl.float32)
+        totals = tl.zeros([PIVOTS, LANES], tl.int32)
+        masses, totals = _weigh(masses, totals, x, m, c, lo, hi, SHIFT, PIVOTS)
+        for tile in range(BLOCK, length, BLOCK):
+            more = _tile(base, tile, length, counts_ptr, room, capacity, LANES, BLOCK, LISTED)
+            masses, totals = _weigh(masses, totals, more, m, c, lo, hi, SHIFT, PIVOTS)
+        pivots = _pivot(lo, hi, tl.arange(0, PIVOTS), PIVOTS)
+        mass = tl.sum(masses, axis=1)
+        number = tl.sum(totals, axis=1)
+        good = (mass <= limit) & (number < top_k)
+        lo, hi = tl.max(tl.where(good, lo, pivots), axis=0), tl.min(tl.where(good, pivots, hi), axis=0)
+        below = tl.min(tl.where(good, below, number), axis=0)
+        beyond = tl.max(tl.where(good, number, beyond), axis=0)
+    return lo + 1
+
+
+@triton.jit
+def _among_listed(
+    base,
+    length,
+    number,
+    counts_ptr,
+    room,
     capacity,
     m,
     c,
@@ -190,39 +281,35 @@ def _search(
     hi,
     SHIFT: tl.constexpr,
     PIVOTS: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The smallest key in (lo, hi] whose strictly larger entries weigh at most `limit` and number fewer than top_k.
+    """:func:`_search` among a row's listed entries, all above `lo`; and whether all of them are kept.
 
-    Invariant: `hi` satisfies that, and no key up to `lo` needs to be considered.
+    There are `number` of them under `length` numbers of :func:`_entries`.
     """
-    lanes = tl.arange(0, BLOCK)
-    steps = tl.arange(1, PIVOTS + 1)
-    while hi - lo > 1:
-        pivots = tl.maximum(lo + ((hi - lo) * steps) // (PIVOTS + 1), lo + 1)
-        mass = tl.zeros([PIVOTS], tl.float32)
-        number = tl.zeros([PIVOTS], tl.int32)
-        for tile in range(0, length, BLOCK):
-            place = _listed(tile + lanes, counts_ptr, splits, capacity)
-            x = _entries(place, tile + lanes < length, values_ptr, row_ptr, listed)
-            e = tl.exp2((x - m) * c)
-            above = ordered_key(x, SHIFT)[None, :] > pivots.to(tl.int32)[:, None]
-            mass += tl.sum(tl.where(above, e[None, :], 0.0), axis=1)
-            number += tl.sum(above.to(tl.int32), axis=1)
-        good = (mass <= limit) & (number < top_k)
-        lo, hi = tl.max(tl.where(good, lo, pivots), axis=0), tl.min(tl.where(good, pivots, hi), axis=0)
-    return hi
+    x = _tile(base, 0, length, counts_ptr, room, capacity, LANES, BLOCK, True)
+    masses = tl.sum(tl.exp2((x - m) * c), axis=0)
+    for tile in range(BLOCK, length, BLOCK):
+        more = _tile(base, tile, length, counts_ptr, room, capacity, LANES, BLOCK, True)
+        masses += tl.sum(tl.exp2((more - m) * c), axis=0)
+    everything = (tl.sum(masses, axis=0) <= limit) & (number < top_k)
+    threshold = lo + 1
+    if everything == 0:
+        threshold = _search(
+            *(x, base, length, counts_ptr, room, capacity, m, c, limit, top_k, lo, hi, number, number * 0),
+            *(SHIFT, PIVOTS, LANES, BLOCK, True),
+        )
+    return threshold, everything
 
 
 @triton.jit
 def _race(
-    values_ptr,
-    row_ptr,
-    listed,
+    base,
     index_ptr,
     length,
     counts_ptr,
-    splits,
+    room,
     capacity,
     m,
     inverse,
@@ -231,30 +318,29 @@ def _race(
     row_key,
     SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
+    LISTED: tl.constexpr,
 ):
     """Index of the best score among entries whose key reaches `threshold`; the lowest index of ties.
 
-    The index of a `listed` entry is at `index_ptr`, that of another its place.
+    The index of a LISTED entry is at `index_ptr`, that of another its place.
     """
     lanes = tl.arange(0, BLOCK)
-    best = float("-inf")
-    token = -1
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    token = tl.full([BLOCK], 2147483647, tl.int32)
     for tile in range(0, length, BLOCK):
-        place = _listed(tile + lanes, counts_ptr, splits, capacity)
-        x = _entries(place, tile + lanes < length, values_ptr, row_ptr, listed)
+        x, index = _entries(base, tile + lanes, length, counts_ptr, room, capacity, LISTED)
         kept = (ordered_key(x, SHIFT) >= threshold) & (x > float("-inf"))
         if tl.max(kept.to(tl.int32), axis=0) > 0:
-            index = place
-            if listed:
-                index = tl.load(index_ptr + place, mask=tile + lanes < length, other=0)
+            if LISTED:
+                index = tl.load(index_ptr + index, mask=kept, other=0)
             noise = log_exponential_of(index, rng_ptr, row_key)
             score = tl.where(kept, (x - m) * inverse - noise, float("-inf"))
-            top = tl.max(score, axis=0)
-            first = tl.min(tl.where(score == top, index, 2147483647), axis=0)
-            if (top > best) | ((top == best) & (first < token)):
-                best = top
-                token = first
-    return token
+            better = (score > best) | ((score == best) & (index < token) & kept)
+            best = tl.where(better, score, best)
+            token = tl.where(better, index, token)
+    top = tl.max(best, axis=0)
+    first = tl.min(tl.where(best == top, token, 2147483647), axis=0)
+    return tl.where(top > float("-inf"), first, -1)
 
 
 @kernel("splits", "top_k")
@@ -275,6 +361,8 @@ def _pick_kernel(
     v,
     splits,
     inverse,
+    temperature,
+    log_cut,
     top_p,
     top_k,
     capacity,
@@ -282,6 +370,8 @@ def _pick_kernel(
     SPLITS: tl.constexpr,
     SHIFT: tl.constexpr,
     PIVOTS: tl.constexpr,
+    LANES: tl.constexpr,
+    SHORT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -295,37 +385,57 @@ def _pick_kernel(
         counts = counts_ptr + row * splits
         split = tl.arange(0, SPLITS)
         found = tl.load(counts + split, mask=split < splits, other=0)
-        hi = ordered_key(m, SHIFT).to(tl.int64)
-        least = tl.minimum(ordered_key(tl.load(cuts_ptr + row), SHIFT).to(tl.int64), hi)
-        doubtful = (tl.load(raises_ptr + row) > 0) | (top_p >= 1.0)
-        listed = tl.max(found, axis=0) <= capacity
+        number = tl.sum(found, axis=0)
+        room = tl.maximum(tl.max(found, axis=0), 1)
+        length = splits * room
         values = values_ptr + row * splits * capacity
         base = logits_ptr + row * stride_n
-        length = tl.sum(found, axis=0)
-        lists = splits
-        lo = least - 1
-        searching = True
-        while searching:
-            if listed == 0:
-                # The whole row, from the smallest key that the dtype has.
-                length = v
-                lists = 1
-                lo = hi * 0 - (2147483647 >> SHIFT) - 2
-            threshold = _search(
-                *(values, base, listed, length, counts, lists, capacity, m, c, limit, top_k, lo, hi),
-                *(SHIFT, PIVOTS, BLOCK),
-            ).to(tl.int32)
-            # The first cut-off of top-p is low enough. Any other is where what lies above it weighs more than top_p or
-            # numbers top_k, and the threshold is then above it.
-            searching = listed & (threshold <= least) & doubtful
-            listed = listed & (searching == 0)
+        hi = ordered_key(m, SHIFT).to(tl.int64)
+        lo = tl.minimum(ordered_key(tl.load(cuts_ptr + row), SHIFT).to(tl.int64), hi) - 1
+        reached = lo + 1
+        beyond = 0
+        whole = room > capacity
+        if whole == 0:
+            everything = whole
+            if length <= SHORT:
+                reached, everything = _among_listed(
+                    *(values, length, number, counts, room, capacity, m, c, limit, top_k, lo, hi),
+                    *(SHIFT, PIVOTS, LANES, SHORT),
+                )
+            else:
+                reached, everything = _among_listed(
+                    *(values, length, number, counts, room, capacity, m, c, limit, top_k, lo, hi),
+                    *(SHIFT, PIVOTS, LANES, BLOCK),
+                )
+            # The first cut-off of top-p is low enough. Under any other more may be kept than is listed, unless that
+            # weighs more than top_p or numbers top_k.
+            whole = everything & ((tl.load(raises_ptr + row) > 0) | (top_p >= 1.0))
+            hi = tl.where(whole, lo, hi)
+            beyond = tl.where(whole, number, beyond)
+        if whole:
+            lo = hi * 0 - (2147483647 >> SHIFT) - 2
+            if top_p < 1.0:
+                first = ordered_key(_first_cut(m, logsum, temperature, log_cut), SHIFT).to(tl.int64)
+                lo = tl.minimum(first, hi) - 1
+            x = _tile(base, 0, v, counts, room, capacity, LANES, BLOCK, False)
+            reached = _search(
+                *(x, base, v, counts, room, capacity, m, c, limit, top_k, lo, hi, v, beyond),
+                *(SHIFT, PIVOTS, LANES, BLOCK, False),
+            )
+        threshold = reached.to(tl.int32)
         if DRAW:
             key = tl.load(rows_ptr + row)
             indices = index_ptr + row * splits * capacity
-            token = _race(
-                *(values, base, listed, indices, length, counts, lists, capacity, m, inverse, threshold, rng_ptr, key),
-                *(SHIFT, BLOCK),
-            )
+            if whole:
+                token = _race(
+                    *(base, indices, v, counts, room, capacity, m, inverse, threshold, rng_ptr, key),
+                    *(SHIFT, BLOCK, False),
+                )
+            else:
+                token = _race(
+                    *(values, indices, length, counts, room, capacity, m, inverse, threshold, rng_ptr, key),
+                    *(SHIFT, SHORT, True),
+                )
     if DRAW:
         tl.store(tokens_ptr + row, token.to(tl.int64))
     else:
@@ -355,22 +465,28 @@ def _race_kernel(
     end = tl.minimum(start + slice_length, v)
     m = tl.load(maximum_ptr + row)
     key = tl.load(rows_ptr + row)
-    lanes = tl.arange(0, BLOCK)
     pairs = tl.arange(0, BLOCK // 2)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    place = start + lanes
+    c = inverse * 1.4426950408889634
+    top = float("-inf")
+    place = 2147483647
     for tile in range(start, end, BLOCK):
-        index = tile + lanes
-        x = tl.load(base + index, mask=index < end, other=float("-inf")).to(tl.float32)
-        x0, x1, x2, x3 = words_of_pairs((tile >> 1) + pairs, rng_ptr, key)
-        noise = log_exponential(tl.interleave(x0, x2), tl.interleave(x1, x3))
-        score = (x - m) * inverse - noise
-        better = score > best
-        best = tl.where(better, score, best)
-        place = tl.where(better, index, place)
-    top = tl.max(best, axis=0)
+        even = tile + 2 * pairs
+        x0 = tl.load(base + even, mask=even < end, other=float("-inf")).to(tl.float32) - m
+        x1 = tl.load(base + even + 1, mask=even + 1 < end, other=float("-inf")).to(tl.float32) - m
+        high0, low0, high1, low1 = words_of_pairs((tile >> 1) + pairs, rng_ptr, key)
+        # An exponential variate is at least high / 2^32, so a score at most (x - m) / T - log(high / 2^32): a tile
+        # without an entry that could reach the best so far, roundings allowed for, needs no logarithms.
+        allowed = 32.01 + 1e-6 * tl.abs(top) - top * 1.4426950408889634
+        near = (high0.to(tl.float32) <= tl.exp2(x0 * c + allowed)) | (high1.to(tl.float32) <= tl.exp2(x1 * c + allowed))
+        if tl.max(near.to(tl.int32), axis=0) > 0:
+            score0 = x0 * inverse - log_exponential(high0, low0)
+            score1 = x1 * inverse - log_exponential(high1, low1)
+            best = tl.max(tl.maximum(score0, score1), axis=0)
+            index = tl.where(score0 == best, even, tl.where(score1 == best, even + 1, 2147483647))
+            place = tl.where(best > top, tl.min(index, axis=0), place)
+            top = tl.maximum(best, top)
     tl.store(scores_ptr + row * splits + split, top)
-    tl.store(places_ptr + row * splits + split, tl.min(tl.where(best == top, place, 2147483647), axis=0))
+    tl.store(places_ptr + row * splits + split, place)
 
 
 @kernel("splits")
@@ -418,24 +534,35 @@ def _filtered(
     missing = 1.0 - top_p if top_p < 1.0 else 1e-3
     log_cut = math.log(missing) - math.log(2.0 * v)
     launch(
-        _collect_kernel,
-        (n, splits),
+        _cut_kernel,
+        (n,),
         logits,
         logits.stride(0),
         maximum,
         logsum,
-        values,
-        index,
-        counts,
         raises,
         cuts,
         v,
-        length,
-        splits,
         temperature,
         log_cut,
+        capacity * splits * entry.use if v > capacity else float(v),
+        num_warps=entry.cut_warps,
+        CHUNKS=entry.sample // 32,
+        DOUBLINGS=_DOUBLINGS,
+    )
+    launch(
+        _collect_kernel,
+        (n, splits),
+        logits,
+        logits.stride(0),
+        cuts,
+        values,
+        index,
+        counts,
+        v,
+        length,
+        splits,
         capacity,
-        capacity * splits // 2 if v > capacity else capacity,
         num_warps=entry.collect.num_warps,
         WORDS=entry.words,
         BLOCK=entry.collect.block,
@@ -461,6 +588,8 @@ def _filtered(
         v,
         splits,
         1.0 / temperature,
+        temperature,
+        log_cut,
         top_p if top_p < 1.0 else math.inf,
         top_k if 0 < top_k < v else v + 1,
         capacity,
@@ -469,6 +598,8 @@ def _filtered(
         SPLITS=config.MOST_SPLITS,
         SHIFT=_KEY_SHIFT[logits.dtype],
         PIVOTS=entry.pivots,
+        LANES=32 * entry.num_warps,
+        SHORT=entry.short,
         BLOCK=entry.block,
     )
     return out
@@ -481,20 +612,12 @@ def filter_thresholds(
     return _filtered(logits, statistics.maximum, statistics.logsum, temperature, top_k, top_p, None, None)
 
 
-def draw(
-    logits: torch.Tensor,
-    maximum: torch.Tensor,
-    logsum: torch.Tensor,
-    rng: torch.Tensor,
-    rows: torch.Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-) -> torch.Tensor:
+def drawn(logits: torch.Tensor, maximum: torch.Tensor, logsum: torch.Tensor, draw: Draw) -> torch.Tensor:
     """Tokens [N] int64 from dense-rowed `logits` whose maximum and logsum (at `temperature`) are known; -1 if bad."""
-    n, v = logits.shape
-    if is_filtered(v, top_k, top_p):
-        return _filtered(logits, maximum, logsum, temperature, top_k, top_p, rng, rows)
+    (n, v), temperature = logits.shape, draw.temperature
+    rng, rows = draw.rng.contiguous(), draw.keys
+    if is_filtered(v, draw.top_k, draw.top_p):
+        return _filtered(logits, maximum, logsum, temperature, draw.top_k, draw.top_p, rng, rows)
     target = config.target(logits.device)
     entry = target.architecture.sample.race
     length, splits = entry.slices(n, v, target.sms)
@@ -533,13 +656,11 @@ def draw(
 
 
 @ranged
-def sample_tokens(
-    logits: torch.Tensor, rng: torch.Tensor, rows: torch.Tensor, temperature: float, top_k: int, top_p: float
-) -> torch.Tensor:
+def sample_tokens(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
     """Tokens [N] int64; see :func:`entrgi_kernels.backends.eager.sample_tokens`."""
     logits = rows_of(logits)
-    if temperature == 0:
+    if draw.temperature == 0:
         statistics = row_statistics(logits, 1.0, argmax=True)
         return torch.where(statistics.maximum.isnan(), -1, statistics.argmax)
-    statistics = row_statistics(logits, temperature)
-    return draw(logits, statistics.maximum, statistics.logsum, rng.contiguous(), rows, temperature, top_k, top_p)
+    statistics = row_statistics(logits, draw.temperature)
+    return drawn(logits, statistics.maximum, statistics.logsum, draw)

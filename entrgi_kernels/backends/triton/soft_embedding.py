@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 
 from .. import eager
+from ..arguments import Draw, Placement
 from ..ranges import ranged
-from . import chunked, config
+from . import chunked, config, hopper
 from .launch import aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
-from .sampling import draw
+from .sampling import drawn
 from .statistics import row_statistics
 
 _EMPTY_SPLIT_WASTE = 0.1
@@ -56,6 +57,7 @@ def _forward_kernel(
     log2_scale,
     scale_back,
     DESCRIPTORS: tl.constexpr,
+    WAITS: tl.constexpr,
     EVEN_V: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -109,6 +111,10 @@ def _forward_kernel(
             below = tl.minimum(below, 0.0)  # beyond the row x is 0, and so is E: a finite p adds nothing there
         p = tl.exp2(below * c[:, None] + offset[:, None])
         acc = tl.dot(p.to(e.dtype), e, acc, input_precision=PRECISION)
+        if WAITS:
+            # No instruction, but it reads and writes the sums: the product has to end before p's registers are formed
+            # anew. See config.Target.
+            acc = tl.inline_asm_elementwise("// $0", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
     acc *= scale_back
     mask = inside_n[:, None] & inside_d[None, :]
     place = rows[:, None] * d + columns[None, :]
@@ -206,7 +212,11 @@ def forward(
     scale = scale_of(embedding.dtype)
     if n == 0:
         return torch.empty((0, d), dtype=torch.float32, device=device)
-    if entry.engine == "chunked":
+    if target.compiled and n >= config.LEAST_COMPILED and hopper.serves(logits, embedding):
+        spare = target.architecture.spare_bytes(logits, d, embedding.element_size())
+        arguments = (logits, embedding, vector(maximum), vector(logsum), temperature, spare, target.sms)
+        soft, parts, splits = hopper.forward(*arguments)
+    elif entry.engine == "chunked":
         soft = parts = chunked.forward(logits, embedding, maximum, logsum, temperature, scale)
         splits = 1
     else:
@@ -241,6 +251,7 @@ def forward(
             # Logits wider than the table: a stage less, or GPUs with 99 KiB of shared memory refuse the launch.
             num_stages=max(1, entry.num_stages - (logits.element_size() > embedding.element_size())),
             DESCRIPTORS=descriptors,
+            WAITS=target.waits and embedding.element_size() == 2,
             EVEN_V=v % entry.block_v == 0,
             EVEN_D=descriptors or d % entry.block_d == 0,
             PRECISION=target.precision,
@@ -295,24 +306,17 @@ def soft_embedding(
 def entrgi_embedding(
     logits: torch.Tensor,
     embedding: torch.Tensor,
-    rng: torch.Tensor,
-    rows: torch.Tensor,
+    draw: Draw,
     tokens: torch.Tensor | None,
     weight: torch.Tensor | None,
     weight_mode: str,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    out: torch.Tensor | None = None,
-    index: torch.Tensor | None = None,
+    placement: Placement | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The whole forward: one pass of statistics, a draw, one product; see the eager backend for the outputs."""
     if embedding.dtype == torch.float64:
-        return eager.entrgi_embedding(
-            logits, embedding, rng, rows, tokens, weight, weight_mode, temperature, top_k, top_p, out, index
-        )
+        return eager.entrgi_embedding(logits, embedding, draw, tokens, weight, weight_mode, placement)
     logits = rows_of(logits)
-    found = row_statistics(logits, 1.0, second=temperature, argmax=True)
+    found = row_statistics(logits, 1.0, second=draw.temperature, argmax=True)
     if weight_mode == "entropy":
         weight = found.share
     elif weight_mode == "given":
@@ -323,10 +327,15 @@ def entrgi_embedding(
     if tokens is not None:
         tokens = tokens.clone()
     elif weight_mode == "zero":
-        tokens = torch.full_like(rows, -1)
+        tokens = torch.full_like(draw.keys, -1)
     else:
-        tokens = draw(logits, found.maximum, found.logsum2, rng.contiguous(), rows, temperature, top_k, top_p)
-    if out is None:
-        out = torch.empty((logits.shape[0], embedding.shape[1]), dtype=embedding.dtype, device=logits.device)
-    soft = forward(logits, embedding, found.maximum, found.logsum2, temperature, (tokens, weight, out), index)
+        tokens = drawn(logits, found.maximum, found.logsum2, draw)
+    if placement is None:
+        index, out = (
+            None,
+            torch.empty((logits.shape[0], embedding.shape[1]), dtype=embedding.dtype, device=logits.device),
+        )
+    else:
+        out, index = placement
+    soft = forward(logits, embedding, found.maximum, found.logsum2, draw.temperature, (tokens, weight, out), index)
     return out, tokens, weight, found.entropy, soft, found.lse2, found.argmax

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from entrgi_kernels.backends import cuda, eager
+from entrgi_kernels.backends.arguments import Draw
 
 VECTORS = json.loads((Path(__file__).parents[2] / "data" / "philox_vectors.json").read_text(encoding="utf-8"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -71,7 +72,7 @@ def test_variates(emulated, point):
 def test_draws_of_the_vectors(emulated, case, dtype):
     logits = torch.tensor([[float(x) for x in row] for row in VECTORS["logits"]], dtype=dtype)
     rng, rows = torch.tensor([case["seed"], case["step"]]), torch.tensor(case["rows"])
-    tokens = cuda.sample_tokens(logits, rng, rows, case["temperature"], case["top_k"], case["top_p"])
+    tokens = cuda.sample_tokens(logits, Draw(rng, rows, case["temperature"], case["top_k"], case["top_p"]))
     assert tokens.tolist() == case["tokens"]
 
 
@@ -122,8 +123,12 @@ def test_same_tokens_as_eager(emulated, dtype, filters):
             x[1] = 2.0  # all tied
             x[2 % n] = x[2 % n].round()  # many ties at the threshold
         for temperature in (1.0, 0.7, 0.0) if v < 10_000 else (0.7,):
-            ours = cuda.sample_tokens(x, RNG, rows, temperature, *filters)
-            assert torch.equal(ours, eager.sample_tokens(x, RNG, rows, temperature, *filters)), (n, v, temperature)
+            ours = cuda.sample_tokens(x, Draw(RNG, rows, temperature, *filters))
+            assert torch.equal(ours, eager.sample_tokens(x, Draw(RNG, rows, temperature, *filters))), (
+                n,
+                v,
+                temperature,
+            )
 
 
 @pytest.mark.parametrize("spread", [0.01, 0.5, 3.0, 300.0])
@@ -132,8 +137,8 @@ def test_flat_and_steep_rows(emulated, spread):
     for dtype in (torch.float32, torch.bfloat16):
         x, rows = peaked(4, 6000, dtype, spread), keys(4)
         for filters in ((0, 0.6), (0, 0.95), (2000, 1.0), (5500, 0.999)):
-            ours = cuda.sample_tokens(x, RNG, rows, 0.9, *filters)
-            assert torch.equal(ours, eager.sample_tokens(x, RNG, rows, 0.9, *filters)), filters
+            ours = cuda.sample_tokens(x, Draw(RNG, rows, 0.9, *filters))
+            assert torch.equal(ours, eager.sample_tokens(x, Draw(RNG, rows, 0.9, *filters))), filters
 
 
 def test_a_temperature_that_sends_the_cut_below_every_float(emulated):
@@ -141,16 +146,16 @@ def test_a_temperature_that_sends_the_cut_below_every_float(emulated):
         x, rows = peaked(3, 300, dtype), keys(3)
         x[0, 5] = -math.inf
         for filters in ((0, 0.5), (9, 1.0)):
-            ours = cuda.sample_tokens(x, RNG, rows, 1e38, *filters)
-            assert torch.equal(ours, eager.sample_tokens(x, RNG, rows, 1e38, *filters)), filters
+            ours = cuda.sample_tokens(x, Draw(RNG, rows, 1e38, *filters))
+            assert torch.equal(ours, eager.sample_tokens(x, Draw(RNG, rows, 1e38, *filters))), filters
 
 
 def test_many_draws_equal_eager(emulated):
     """Of 400 draws at most one may differ (a score that ties within rounding)."""
     x = peaked(1, 60).expand(400, 60)  # rows at distance zero
     rows = torch.arange(400)
-    ours = cuda.sample_tokens(x, RNG, rows, 0.7, 0, 0.9)
-    assert int((ours != eager.sample_tokens(x, RNG, rows, 0.7, 0, 0.9)).sum()) <= 1
+    ours = cuda.sample_tokens(x, Draw(RNG, rows, 0.7, 0, 0.9))
+    assert int((ours != eager.sample_tokens(x, Draw(RNG, rows, 0.7, 0, 0.9))).sum()) <= 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -162,7 +167,9 @@ def test_rows_masked_with_the_least_finite_number(emulated, dtype):
     assert expected[1].isfinite().all()
     torch.testing.assert_close(cuda.softmax_entropy(x, 0.7), expected, rtol=3e-6, atol=3e-6)
     rows = keys(3)
-    assert torch.equal(cuda.sample_tokens(x, RNG, rows, 0.7, 0, 0.9), eager.sample_tokens(x, RNG, rows, 0.7, 0, 0.9))
+    assert torch.equal(
+        cuda.sample_tokens(x, Draw(RNG, rows, 0.7, 0, 0.9)), eager.sample_tokens(x, Draw(RNG, rows, 0.7, 0, 0.9))
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -178,7 +185,8 @@ def test_any_alignment_and_nothing_read_beyond_a_row(emulated, dtype):
                 cuda.softmax_entropy(x, 0.7), eager.softmax_entropy(x, 0.7), rtol=3e-6, atol=3e-6
             )
             assert torch.equal(
-                cuda.sample_tokens(x, RNG, rows, 0.7, 0, 0.9), eager.sample_tokens(x, RNG, rows, 0.7, 0, 0.9)
+                cuda.sample_tokens(x, Draw(RNG, rows, 0.7, 0, 0.9)),
+                eager.sample_tokens(x, Draw(RNG, rows, 0.7, 0, 0.9)),
             )
             gradient = [torch.ones(4), torch.rand(4)]
             state = [*eager.softmax_entropy(x, 0.7), *gradient, 0.7]
@@ -196,13 +204,15 @@ def test_any_strides_and_no_rows(emulated):
     transposed = x.T.contiguous().T
     rows = keys(7)
     assert torch.equal(
-        cuda.sample_tokens(transposed, RNG, rows, 1.0, 0, 0.9), cuda.sample_tokens(x, RNG, rows, 1.0, 0, 0.9)
+        cuda.sample_tokens(transposed, Draw(RNG, rows, 1.0, 0, 0.9)),
+        cuda.sample_tokens(x, Draw(RNG, rows, 1.0, 0, 0.9)),
     )
     assert torch.equal(
-        cuda.sample_tokens(x[::3], RNG, rows[::3], 1.0, 0, 0.9), cuda.sample_tokens(x, RNG, rows, 1.0, 0, 0.9)[::3]
+        cuda.sample_tokens(x[::3], Draw(RNG, rows[::3], 1.0, 0, 0.9)),
+        cuda.sample_tokens(x, Draw(RNG, rows, 1.0, 0, 0.9))[::3],
     )
     empty = x[:0]
-    assert cuda.sample_tokens(empty, RNG, rows[:0], 1.0, 0, 0.9).shape == (0,)
+    assert cuda.sample_tokens(empty, Draw(RNG, rows[:0], 1.0, 0, 0.9)).shape == (0,)
     assert [t.shape for t in cuda.softmax_entropy(empty, 1.0)] == [(0,), (0,)]
     assert cuda.unmask_confidence(empty, rows[:0], "entropy", 1.0, 0, 1.0).shape == (0,)
 
@@ -217,11 +227,11 @@ def test_bad_rows_and_the_single_finite_entry(emulated, dtype):
         x[5] *= 1e4 / float(x[5].float().abs().max())
         rows = keys(6)
         for filters in ((0, 1.0), (0, 0.95), (3, 1.0)):
-            tokens = cuda.sample_tokens(x, RNG, rows, 0.7, *filters)
+            tokens = cuda.sample_tokens(x, Draw(RNG, rows, 0.7, *filters))
             assert tokens[1:4].tolist() == [-1, -1, -1] and int(tokens[4]) == 33
-            assert torch.equal(tokens, eager.sample_tokens(x, RNG, rows, 0.7, *filters))
+            assert torch.equal(tokens, eager.sample_tokens(x, Draw(RNG, rows, 0.7, *filters)))
         assert torch.equal(
-            cuda.sample_tokens(x, RNG, rows, 0.0, 0, 1.0), eager.sample_tokens(x, RNG, rows, 0.0, 0, 1.0)
+            cuda.sample_tokens(x, Draw(RNG, rows, 0.0, 0, 1.0)), eager.sample_tokens(x, Draw(RNG, rows, 0.0, 0, 1.0))
         )
         out, _ = statistics(x, 1.0, 0.7)
         assert out[:, 1:4].isnan().all() and out[:, [0, 4, 5]].isfinite().all() and float(out[2, 4]) == 0.0
@@ -253,7 +263,7 @@ def test_one_launch_gives_the_draw_and_the_statistics(emulated):
         x, rows = peaked(4, v), keys(4)
         x[2, 7] = math.nan
         tokens, out, argmax = torch.ops.entrgi_cuda.draw(x, RNG, rows, 0.7, 0, 0.9, True)
-        assert torch.equal(tokens, cuda.sample_tokens(x, RNG, rows, 0.7, 0, 0.9))
+        assert torch.equal(tokens, cuda.sample_tokens(x, Draw(RNG, rows, 0.7, 0, 0.9)))
         expected, place = statistics(x, 1.0, 0.7)
         torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
         assert torch.equal(argmax, place)
@@ -266,7 +276,7 @@ def test_nothing_hangs_on_the_order_of_threads_warps_and_blocks(emulated):
 
     def everything() -> list[torch.Tensor]:
         drawn = torch.ops.entrgi_cuda.draw(x, RNG, rows, 0.7, 0, 0.95, True)
-        limited = cuda.sample_tokens(x, RNG, rows, 0.7, 3000, 1.0)
+        limited = cuda.sample_tokens(x, Draw(RNG, rows, 0.7, 3000, 1.0))
         sums = [cuda.unmask_confidence(x, tokens, alg, 0.7, 0, 0.95) for alg in ("entropy", "topk_margin")]
         return [*drawn, limited, *sums, *statistics(x, 1.0, 0.7)]
 

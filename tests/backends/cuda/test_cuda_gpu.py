@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 from entrgi_kernels import ops  # noqa: E402
 from entrgi_kernels.backends import cuda, eager, philox  # noqa: E402
+from entrgi_kernels.backends.arguments import Draw  # noqa: E402
 
 _REASON = cuda.why_not(torch.device("cuda", 0), torch.float32)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
@@ -58,8 +59,8 @@ def test_statistics_against_float64(n, v, dtype):
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_draws_are_the_oracles(dtype, filters):
     x = make(512, V, dtype)
-    ours = cuda.sample_tokens(x, rng(), keys(512), 0.7, *filters)
-    assert int((ours != eager.sample_tokens(x, rng(), keys(512), 0.7, *filters)).sum()) <= 1
+    ours = cuda.sample_tokens(x, Draw(rng(), keys(512), 0.7, *filters))
+    assert int((ours != eager.sample_tokens(x, Draw(rng(), keys(512), 0.7, *filters))).sum()) <= 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -70,8 +71,8 @@ def test_draws_are_those_of_triton(dtype):
     for n in (7, 1024):
         x = make(n, V, dtype, seed=n)
         for filters in FILTERS[:3]:
-            ours = cuda.sample_tokens(x, rng(), keys(n), 0.7, *filters)
-            assert int((ours != triton.sample_tokens(x, rng(), keys(n), 0.7, *filters)).sum()) <= 1
+            ours = cuda.sample_tokens(x, Draw(rng(), keys(n), 0.7, *filters))
+            assert int((ours != triton.sample_tokens(x, Draw(rng(), keys(n), 0.7, *filters))).sum()) <= 1
 
 
 @pytest.mark.parametrize("scale", [0.01, 0.3, 1.0])
@@ -80,15 +81,15 @@ def test_flat_rows(scale):
     for dtype in (torch.float32, torch.bfloat16):
         x = (torch.randn(16, V, device="cuda") * scale).to(dtype)
         for filters in ((0, 0.5), (0, 0.9), (100_000, 1.0)):
-            ours = cuda.sample_tokens(x, rng(), keys(16), 1.0, *filters)
-            assert int((ours != eager.sample_tokens(x, rng(), keys(16), 1.0, *filters)).sum()) <= 1
+            ours = cuda.sample_tokens(x, Draw(rng(), keys(16), 1.0, *filters))
+            assert int((ours != eager.sample_tokens(x, Draw(rng(), keys(16), 1.0, *filters))).sum()) <= 1
 
 
 @pytest.mark.parametrize("alg", ALGS)
 def test_confidence_against_float64(alg):
     for dtype in DTYPES:
         x = make(64, V, dtype)
-        tokens = cuda.sample_tokens(x, rng(), keys(64), 0.7, 0, 0.95)
+        tokens = cuda.sample_tokens(x, Draw(rng(), keys(64), 0.7, 0, 0.95))
         for filters in ((0, 1.0), (0, 0.95)):
             ours = cuda.unmask_confidence(x, tokens, alg, 0.7, *filters)
             exact = eager.unmask_confidence(x.double(), tokens, alg, 0.7, *filters)
@@ -128,8 +129,8 @@ def test_small_shapes_at_every_alignment():
                     atol=1e-6,
                 )
                 for filters in ((0, 0.9), (5, 1.0), (0, 1.0)):
-                    tokens = cuda.sample_tokens(x, rng(), keys(4), 0.7, *filters)
-                    assert torch.equal(tokens, eager.sample_tokens(x, rng(), keys(4), 0.7, *filters))
+                    tokens = cuda.sample_tokens(x, Draw(rng(), keys(4), 0.7, *filters))
+                    assert torch.equal(tokens, eager.sample_tokens(x, Draw(rng(), keys(4), 0.7, *filters)))
                     for alg in ALGS:
                         torch.testing.assert_close(
                             cuda.unmask_confidence(x, tokens, alg, 0.7, *filters),
@@ -146,9 +147,9 @@ def test_small_bad_rows():
         x[4] = -math.inf
         x[4, 1234] = 0.5
         for filters in FILTERS[:3]:
-            tokens = cuda.sample_tokens(x, rng(), keys(8), 0.7, *filters)
+            tokens = cuda.sample_tokens(x, Draw(rng(), keys(8), 0.7, *filters))
             assert tokens[1:4].tolist() == [-1, -1, -1] and int(tokens[4]) == 1234
-        assert cuda.sample_tokens(x, rng(), keys(8), 0.0, 0, 1.0)[1:4].tolist() == [-1, -1, -1]
+        assert cuda.sample_tokens(x, Draw(rng(), keys(8), 0.0, 0, 1.0))[1:4].tolist() == [-1, -1, -1]
         lse, entropy = cuda.softmax_entropy(x, 0.7)
         assert bool(lse[1:4].isnan().all()) and bool(entropy[1:4].isnan().all()) and float(entropy[4]) == 0.0
 
@@ -160,12 +161,12 @@ def test_same_bits_run_to_run_and_in_any_batch():
         results = []
         for _ in range(5):
             tokens, statistics, argmax = torch.ops.entrgi_cuda.draw(x, rng(), keys(n), 0.7, 0, 0.95, True)
-            drawn = cuda.sample_tokens(flat, rng(), keys(n), 1.0, 0, 0.9)
+            drawn = cuda.sample_tokens(flat, Draw(rng(), keys(n), 1.0, 0, 0.9))
             sums = [cuda.unmask_confidence(x, tokens, alg, 0.7, 0, 0.95) for alg in ALGS]
             results.append((tokens, statistics, argmax, drawn, *sums, *cuda.softmax_entropy(x, 0.7)))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-        alone = cuda.sample_tokens(x[-1:], rng(), keys(n)[-1:], 0.7, 0, 0.95)
+        alone = cuda.sample_tokens(x[-1:], Draw(rng(), keys(n)[-1:], 0.7, 0, 0.95))
         assert torch.equal(alone, results[0][0][-1:])
 
 
@@ -175,7 +176,7 @@ def test_a_captured_graph_draws_new_numbers(check_captured_draws):
 
     def step() -> torch.Tensor:
         cuda.softmax_entropy(x, 0.7)
-        return cuda.sample_tokens(x, state, rows, 1.0, 0, 0.95)
+        return cuda.sample_tokens(x, Draw(state, rows, 1.0, 0, 0.95))
 
     check_captured_draws(step, state)
 
@@ -189,8 +190,8 @@ def test_more_than_2_to_the_31_entries():
         part.normal_()
     last = x[-3:].clone()
     assert torch.equal(
-        cuda.sample_tokens(x, rng(), keys(n), 0.7, 0, 0.95)[-3:],
-        cuda.sample_tokens(last, rng(), keys(n)[-3:], 0.7, 0, 0.95),
+        cuda.sample_tokens(x, Draw(rng(), keys(n), 0.7, 0, 0.95))[-3:],
+        cuda.sample_tokens(last, Draw(rng(), keys(n)[-3:], 0.7, 0, 0.95)),
     )
     torch.testing.assert_close(
         cuda.softmax_entropy(x, 1.0)[1][-3:], eager.softmax_entropy(last, 1.0)[1], rtol=1e-5, atol=1e-5
@@ -200,7 +201,7 @@ def test_more_than_2_to_the_31_entries():
 def test_frequencies_and_nothing_outside_the_nucleus():
     p = torch.tensor([0.5, 0.3, 0.15, 0.04, 0.01], device="cuda")
     n = 1 << 20
-    drawn = cuda.sample_tokens(p.log().expand(n, 5), rng(), keys(n), 1.0, 0, 0.9)
+    drawn = cuda.sample_tokens(p.log().expand(n, 5), Draw(rng(), keys(n), 1.0, 0, 0.9))
     count = torch.bincount(drawn, minlength=5).double() / n
     expected = torch.tensor([0.5, 0.3, 0.15, 0, 0], device="cuda", dtype=torch.float64) / 0.95
     assert count[3:].tolist() == [0, 0]
@@ -222,4 +223,4 @@ def test_noise_is_the_projects():
     """Logits of one winner each: the token drawn unfiltered from flat rows is the one of the largest -log E."""
     x = torch.zeros(50, 4099, device="cuda")
     noise = philox.exponential(rng(), keys(50)[:, None], torch.arange(4099, device="cuda"), torch.float64)
-    assert torch.equal(cuda.sample_tokens(x, rng(), keys(50), 1.0, 0, 1.0), noise.argmin(-1))
+    assert torch.equal(cuda.sample_tokens(x, Draw(rng(), keys(50), 1.0, 0, 1.0)), noise.argmin(-1))

@@ -1,4 +1,4 @@
-"""Token log-probabilities under a vocabulary head, from kernels that a fast backend has anyway.
+"""Token log-probabilities under a vocabulary head, from raw functions that every fast backend has anyway.
 
 The vocabulary is walked in chunks that fit a byte budget: the logits of a chunk by torch's own product (oneDNN,
 cuBLAS), then one of the backend's fused passes over them: row statistics where only values are wanted, the soft
@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import torch
 
-from .eager import accumulation_dtype, places
+from ..backends.eager import accumulation_dtype, places
 
 # Bytes of a chunk's logits. Large enough that merging chunks ([N, D] each) costs little beside their products.
 _CHUNK_BYTES = 32 << 20
@@ -56,14 +56,14 @@ def _without_mass(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tens
 
 
 def token_log_prob(
-    kernels: ModuleType | SimpleNamespace,
+    kernels: ModuleType,
     hidden: torch.Tensor,
     head: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     slope: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As :func:`.eager.token_log_prob`, on the passes of `kernels`."""
+    """As :func:`entrgi_kernels.backends.eager.token_log_prob`, on the passes of `kernels`."""
     acc = accumulation_dtype(hidden, head)
     n, d = hidden.shape
     others = torch.full((n,), -math.inf, dtype=acc, device=hidden.device)  # log-sum-exp without the target
@@ -94,7 +94,7 @@ def token_log_prob(
 
 
 def token_log_prob_backward(
-    kernels: ModuleType | SimpleNamespace,
+    kernels: ModuleType,
     hidden: torch.Tensor,
     head: torch.Tensor,
     bias: torch.Tensor | None,
@@ -102,7 +102,7 @@ def token_log_prob_backward(
     lse: torch.Tensor,
     grad: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As :func:`.eager.token_log_prob_backward`, on the passes of `kernels`."""
+    """As :func:`entrgi_kernels.backends.eager.token_log_prob_backward`, on the passes of `kernels`."""
     acc, v = lse.dtype, head.shape[0]
     g = grad.to(acc)[:, None]
     dtype = torch.promote_types(hidden.dtype, head.dtype)

@@ -1,0 +1,169 @@
+"""What a public operator costs beyond its backend's raw function, in microseconds of the caller's time.
+
+    python -m benchmarks.suite_overhead [--device cuda] [--backend triton] [--json FILE]
+
+Shapes are small, so that a call is little but its overhead; nothing waits for a GPU inside a timed block. Blocks of
+calls of the two alternate; the figure is the difference of their medians. "step" is the four public lines of a guidance
+step without the reward, beside the two raw functions. A pair is timed only after both gave the same answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import measure
+from benchmarks.inputs import Shape
+from entrgi_kernels import backends, ops
+from entrgi_kernels.backends.arguments import Adam, Draw
+from entrgi_kernels.ops import _vocabulary_head
+
+SHAPE = Shape(4, 8, 64)
+CALLS = 50  # a block
+LIMIT = 25.0  # microseconds of the issue: more is red
+TAU, TOP_P, LR, BETAS, EPS = 0.7, 0.95, 0.5, (0.9, 0.999), 1e-8
+ADAM = (LR, *BETAS, EPS)
+
+
+class Pair(NamedTuple):
+    """A public call and the raw one beside it; `calls` raw functions are called in each."""
+
+    public: Callable[[], Any]
+    raw: Callable[[], Any]
+    calls: int = 1
+
+
+def pairs(device: str, backend: str) -> dict[str, Pair]:
+    """Name to pair, on one small problem."""
+    g = torch.Generator().manual_seed(0)
+    n, v, d = SHAPE.n, SHAPE.v, SHAPE.d
+    phi, table, grad = (torch.randn(*size, generator=g).to(device) for size in ((n, v), (v, d), (n, d)))
+    targets = torch.zeros(n, dtype=torch.int64, device=device)
+    rng, keys = ops.make_rng(phi, 3, 0), torch.arange(n, device=device)
+    state = ops.entrgi_embedding(phi, table, temperature=TAU, backend=backend).state
+    adam, moments = ops.AdamState.zeros(phi), ops.AdamState.zeros(phi)
+    zero = torch.zeros_like(grad)  # moves nothing, so that every call has the same work
+    draw = {"temperature": TAU, "top_p": TOP_P, "seed": 3, "backend": backend}
+
+    def raw(name: str) -> Callable[..., Any]:
+        return getattr(backends.resolve(backend, phi, name), name)
+
+    forward, update = raw("entrgi_embedding"), raw("guidance_update_")
+    how, step = Draw(rng, keys, TAU, 0, TOP_P), Adam(moments.exp_avg, moments.exp_avg_sq, 2, *ADAM)
+    arguments = (phi, table, how, None, None, "entropy")
+
+    def public_step() -> Any:
+        blend = ops.entrgi_embedding(phi, table, **draw)
+        ops.guidance_update_(phi, zero, table, blend.state, lr=LR, adam=adam, backend=backend)
+        return blend.embedding
+
+    def raw_step() -> Any:
+        blend, _, _, _, soft, lse, _ = forward(*arguments)
+        update(phi, zero, table, soft, lse, TAU, step)
+        return blend
+
+    entropy, sample, soft = raw("softmax_entropy"), raw("sample_tokens"), raw("soft_embedding")
+    confidence = raw("unmask_confidence")
+    kernels = backends.resolve(backend, phi, "soft_embedding")
+    log_prob = getattr(kernels, "token_log_prob", partial(_vocabulary_head.token_log_prob, kernels))
+    return {
+        "softmax_entropy": Pair(lambda: ops.softmax_entropy(phi, TAU, backend=backend), lambda: entropy(phi, TAU)),
+        "sample_tokens": Pair(lambda: ops.sample_tokens(phi, **draw), lambda: sample(phi, how)),
+        "soft_embedding": Pair(
+            lambda: ops.soft_embedding(phi, table, temperature=TAU, backend=backend), lambda: soft(phi, table, TAU)
+        ),
+        "entrgi_embedding": Pair(lambda: ops.entrgi_embedding(phi, table, **draw), lambda: forward(*arguments)),
+        "guidance_update_": Pair(
+            lambda: ops.guidance_update_(phi, zero, table, state, lr=LR, adam=adam, backend=backend),
+            lambda: update(phi, zero, table, *state[:2], TAU, step),
+        ),
+        "unmask_confidence": Pair(
+            lambda: ops.unmask_confidence(phi, targets, temperature=TAU, backend=backend),
+            lambda: confidence(phi, targets, "entropy", TAU, 0, 1.0),
+        ),
+        "token_log_prob": Pair(
+            lambda: ops.token_log_prob(grad, table, targets, backend=backend),
+            lambda: log_prob(grad, table, None, targets, False),
+        ),
+        "step": Pair(public_step, raw_step, calls=2),
+    }
+
+
+def same(pair: Pair) -> bool:
+    """Whether both gave the same first tensor."""
+    ours, theirs = pair.public(), pair.raw()
+    if ours is None:
+        return True
+    ours, theirs = (x if isinstance(x, torch.Tensor) else x[0] for x in (ours, theirs))
+    return torch.equal(ours, theirs)
+
+
+def microseconds(pair: Pair, device: str, blocks: int) -> tuple[float, float]:
+    """(public, raw): medians over blocks of calls of what the caller's thread spent on one."""
+    spent: tuple[list[float], list[float]] = ([], [])
+    for _ in range(blocks):
+        for seconds, call in zip(spent, pair[:2], strict=True):
+            measure.synchronize(device)
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            seconds.append((time.perf_counter() - start) / CALLS)
+    return 1e6 * statistics.median(spent[0]), 1e6 * statistics.median(spent[1])
+
+
+def measure_overhead(device: str, backend: str, blocks: int = 40) -> list[dict[str, Any]]:
+    """A row an operator, times in microseconds; "refused" instead of times where the answers differ."""
+    rows = []
+    common = {"device": measure.device_name(device), **measure.versions(), "revision": measure.revision()}
+    for name, pair in pairs(device, backend).items():
+        row = {"op": f"overhead {name}", "backend": backend, "dtype": "float32", "shape": SHAPE.to_dict()}
+        if same(pair):
+            public, raw = microseconds(pair, device, blocks)
+            row |= {"public us": public, "raw us": raw, "over us": public - raw, "limit us": LIMIT * pair.calls}
+        else:
+            row["refused"] = "the public call and the raw one differ"
+        rows.append(row | common)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as text."""
+    lines = [f"{'operator':18}  {'public us':>9}  {'raw us':>7}  {'over us':>7}  {'limit':>5}"]
+    for row in rows:
+        name = row["op"].removeprefix("overhead ")
+        if "refused" in row:
+            lines.append(f"{name:18}  REFUSED: {row['refused']}")
+        else:
+            figures = f"{row['public us']:9.1f}  {row['raw us']:7.1f}  {row['over us']:7.1f}  {row['limit us']:5.0f}"
+            lines.append(f"{name:18}  {figures}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print a table, and add the rows to the device's results.
+
+    Returns:
+        0, or 1 when an answer differs. A busy machine makes calls slow, so that a figure over the limit is only shown.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.suite_overhead", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", help="of this project (default: what auto takes)", default="auto")
+    parser.add_argument("--blocks", type=int, default=40, help=f"blocks of {CALLS} calls (default: 40)")
+    parser.add_argument("--json", type=Path, help="where to write rows (default: benchmarks/results/<device>.json)")
+    chosen = parser.parse_args(argv)
+    rows = measure_overhead(chosen.device, chosen.backend, chosen.blocks)
+    print(table(rows))
+    measure.save(rows, chosen.json or measure.result_path(chosen.device))
+    return 1 if any("refused" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

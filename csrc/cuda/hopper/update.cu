@@ -1,0 +1,287 @@
+// grad @ table^T with the softmax gradient and Adam: the N x V gradient never exists.
+//
+// A block owns a multiprocessor and works through tiles of 128 rows x 192 vocabulary entries. One warp brings operands by
+// the copy engine; two warp groups multiply, 64 rows each; six warps finish tiles: they take the sums over by way of
+// shared memory, so that Adam's traffic runs while the next tile is multiplied. Two blocks of neighbouring rows form a
+// cluster: each brings half of the table's tile for both.
+#include "maps.h"
+#include "primitives.cuh"
+
+namespace entrgi::cuda::hopper {
+namespace {
+
+constexpr int ROWS = 128, COLUMNS = 192, DEPTH = 64, STAGES = 3;
+constexpr int FINISHERS = 6;  // warps: the third group's four and two of the fourth, whose last one brings the operands
+constexpr int THREADS = 4 * WARP_GROUP;
+// Registers a thread, of the 512 that four groups share.
+constexpr int MULTIPLYING = 136, FINISHING = 120;
+constexpr int GRAD_BYTES = ROWS * DEPTH * 2, TABLE_BYTES = COLUMNS * DEPTH * 2;
+constexpr int HALF_ROWS = ROWS / 2;
+
+struct Shared {
+  alignas(1024) unsigned char grad[STAGES][GRAD_BYTES];
+  alignas(1024) unsigned char table[STAGES][TABLE_BYTES];
+  alignas(1024) float sums[ROWS][COLUMNS];
+  float2 row[ROWS];  // grad . soft and log-sum-exp, of the tile that is being finished
+  uint64_t full[STAGES], empty[STAGES], summed[2], taken[2];
+};
+
+// Where chunk `chunk` (four float32) of a row of sums lies: rows of a fragment would meet in the same banks.
+DEVICE int chunk_of(int row, int chunk) { return chunk ^ (row & 7); }
+
+template <typename T>
+struct Eight;  // eight neighbouring entries of a tensor
+template <>
+struct Eight<__nv_bfloat16> {
+  uint4 raw;
+  DEVICE void load(const __nv_bfloat16* from) { raw = __ldcs(reinterpret_cast<const uint4*>(from)); }
+  DEVICE void unpack(float (&to)[8]) const {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) to[2 * i] = low(words[i]), to[2 * i + 1] = high(words[i]);
+  }
+  static DEVICE void store(__nv_bfloat16* to, const float (&x)[8]) {
+    __stcs(reinterpret_cast<uint4*>(to), make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7])));
+  }
+};
+template <>
+struct Eight<float> {
+  float4 a, b;
+  DEVICE void load(const float* from) {
+    a = __ldcs(reinterpret_cast<const float4*>(from));
+    b = __ldcs(reinterpret_cast<const float4*>(from) + 1);
+  }
+  DEVICE void unpack(float (&to)[8]) const {
+    to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
+  }
+  static DEVICE void store(float* to, const float (&x)[8]) {
+    __stcs(reinterpret_cast<float4*>(to), make_float4(x[0], x[1], x[2], x[3]));
+    __stcs(reinterpret_cast<float4*>(to) + 1, make_float4(x[4], x[5], x[6], x[7]));
+  }
+};
+
+// What the epilogue reads of one row for a lane's eight entries.
+template <typename M, bool READS>
+struct Fetched {
+  Eight<__nv_bfloat16> logits;
+  Eight<M> exp_avg, exp_avg_sq;
+};
+
+DEVICE void finishers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(32 * FINISHERS) : "memory"); }
+
+// Softmax gradient and Adam of this block's tiles, as their sums come: eight neighbouring entries a lane, so many rows at once.
+template <int CLUSTER, typename M, bool READS, bool WRITES>
+DEVICE void finish_tiles(Shared& shared, const UpdateJob& job, int thread, uint32_t rank, int row_tiles, int tiles,
+                         int clusters, int first_tile) {
+  const int n = static_cast<int>(job.logits.rows), v = static_cast<int>(job.logits.columns);
+  constexpr int LANES_A_ROW = COLUMNS / 8, ROWS_AT_ONCE = 32 * FINISHERS / LANES_A_ROW, TURNS = ROWS / ROWS_AT_ONCE;
+  static_assert(LANES_A_ROW * ROWS_AT_ONCE == 32 * FINISHERS && TURNS % 2 == 0 && LANES_A_ROW % 8 == 0);
+  constexpr int AHEAD = sizeof(M) == 2 || !READS ? 4 : 2;  // turns that loads are ahead of their use
+  static_assert(TURNS % AHEAD == 0);
+  const int own_row = thread / LANES_A_ROW, lane = thread % LANES_A_ROW;
+  const int swap = (lane >> 2) & 1;  // of a lane's two chunks of sums: lanes would meet in the same banks
+  __nv_bfloat16* const logits = static_cast<__nv_bfloat16*>(job.logits.data);
+  M* const exp_avg = static_cast<M*>(job.exp_avg.data);
+  M* const exp_avg_sq = static_cast<M*>(job.exp_avg_sq.data);
+  int phase = 0;
+  for (int tile = first_tile; tile < tiles; tile += clusters, phase ^= 1) {
+    const int tile_row = ((tile % row_tiles) * CLUSTER + static_cast<int>(rank)) * ROWS;
+    const int column = tile / row_tiles * COLUMNS + 8 * lane;
+    const int rows = column < v ? min(ROWS, n - tile_row) : 0;  // v is a multiple of 8
+    Fetched<M, READS> fetched[AHEAD];
+    auto fetch = [&](Fetched<M, READS>& f, int place) {
+      if (place < rows) {
+        const int64_t row = tile_row + place;
+        f.logits.load(logits + row * job.logits.stride + column);
+        if (READS) {
+          f.exp_avg.load(exp_avg + row * job.exp_avg.stride + column);
+          f.exp_avg_sq.load(exp_avg_sq + row * job.exp_avg_sq.stride + column);
+        }
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) fetch(fetched[i], ROWS_AT_ONCE * i + own_row);
+    finishers_meet();  // the rows of the tile before have been read
+    if (thread < ROWS && tile_row + thread < n) {
+      shared.row[thread] = make_float2(job.delta[tile_row + thread], job.lse[tile_row + thread]);
+    }
+    finishers_meet();
+    wait(&shared.summed[0], phase);
+#pragma unroll 1
+    for (int first = 0; first < TURNS; first += AHEAD) {
+      if (first == TURNS / 2) {
+        arrive(&shared.taken[0]);
+        wait(&shared.summed[1], phase);
+      }
+#pragma unroll
+      for (int i = 0; i < AHEAD; i++) {
+        const int place = ROWS_AT_ONCE * (first + i) + own_row;
+        if (place < rows) {
+          const int64_t row = tile_row + place;
+          const float4* const chunks = reinterpret_cast<const float4*>(shared.sums[place]);
+          const float4 one = chunks[chunk_of(place, 2 * lane + swap)], other = chunks[chunk_of(place, 2 * lane + 1 - swap)];
+          const float4 left = swap ? other : one, right = swap ? one : other;
+          const float product[8] = {left.x, left.y, left.z, left.w, right.x, right.y, right.z, right.w};
+          const float delta = shared.row[place].x, lse = shared.row[place].y;
+          float x[8], m[8], s[8];
+          fetched[i].logits.unpack(x);
+          if (READS) {
+            fetched[i].exp_avg.unpack(m);
+            fetched[i].exp_avg_sq.unpack(s);
+          }
+#pragma unroll
+          for (int j = 0; j < 8; j++) {
+            const float p = exp2_fast((x[j] * job.inverse - lse) * LOG2E);
+            const float g = p * (product[j] - delta) * job.inverse;
+            m[j] = (READS ? job.beta1 * m[j] : 0.0f) + (1.0f - job.beta1) * g;
+            s[j] = (READS ? job.beta2 * s[j] : 0.0f) + (1.0f - job.beta2) * g * g;
+            x[j] -= __fdividef(job.step_size * m[j], sqrt_fast(s[j]) * job.root_correction + job.eps);
+          }
+          Eight<__nv_bfloat16>::store(logits + row * job.logits.stride + column, x);
+          if (WRITES) {
+            Eight<M>::store(exp_avg + row * job.exp_avg.stride + column, m);
+            Eight<M>::store(exp_avg_sq + row * job.exp_avg_sq.stride + column, s);
+          }
+        }
+        fetch(fetched[i], place + ROWS_AT_ONCE * AHEAD);
+      }
+    }
+    arrive(&shared.taken[1]);
+  }
+}
+
+template <int CLUSTER, typename M, bool READS, bool WRITES>
+__global__ void __launch_bounds__(THREADS, 1)
+    update_kernel(const __grid_constant__ CUtensorMap grad_map, const __grid_constant__ CUtensorMap table_map,
+                  const __grid_constant__ UpdateJob job) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ unsigned char raw_shared[];
+  Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw_shared) + 1023) & ~uintptr_t{1023});
+  const int group = threadIdx.x / WARP_GROUP, thread = threadIdx.x % WARP_GROUP;
+  const uint32_t rank = cluster_rank<CLUSTER>();
+  const int n = static_cast<int>(job.logits.rows), v = static_cast<int>(job.logits.columns);
+  const int steps = static_cast<int>((job.grad.columns + DEPTH - 1) / DEPTH);
+  // Tiles are dealt to clusters, rows fastest: a tile of the table serves all rows from the cache.
+  const int row_tiles = (n + ROWS * CLUSTER - 1) / (ROWS * CLUSTER), column_tiles = (v + COLUMNS - 1) / COLUMNS;
+  const int tiles = row_tiles * column_tiles, clusters = gridDim.x / CLUSTER, first_tile = blockIdx.x / CLUSTER;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      init_barrier(&shared.full[s], 1);
+      init_barrier(&shared.empty[s], 2 * CLUSTER);
+    }
+    for (int half = 0; half < 2; half++) {
+      init_barrier(&shared.summed[half], WARP_GROUP);
+      init_barrier(&shared.taken[half], 32 * FINISHERS);
+    }
+    fence_barrier_init();
+  }
+  synchronize_cluster<CLUSTER>();
+
+  if (group < 2) {  // multiplies
+    more_registers<MULTIPLYING>();
+    float sums[96];
+    int slot = 0, phase = 0, turn = 0;
+    const int warp = thread / 32, lane = thread % 32;
+    for (int tile = first_tile; tile < tiles; tile += clusters, turn ^= 1) {
+      for (int step = 0; step < steps; step++) {
+        wait(&shared.full[slot], phase);
+        begin_products();
+#pragma unroll
+        for (int k = 0; k < DEPTH / 16; k++) {
+          const unsigned char* const a = shared.grad[slot] + group * HALF_ROWS * DEPTH * 2 + 32 * k;
+          product(sums, matrix<128>(a, 16, 1024), matrix<128>(shared.table[slot] + 32 * k, 16, 1024), step > 0 || k > 0);
+        }
+        commit_products();
+        // The step before has been read once at most this one is running.
+        if (step > 0) {
+          finish_products<1>();
+          const int before = slot == 0 ? STAGES - 1 : slot - 1;
+          if (thread < CLUSTER) {
+            if (CLUSTER == 1) arrive(&shared.empty[before]);
+            else arrive_at(&shared.empty[before], thread);
+          }
+        }
+        if (++slot == STAGES) slot = 0, phase ^= 1;
+      }
+      finish_products<0>();
+      const int before = slot == 0 ? STAGES - 1 : slot - 1;
+      if (thread < CLUSTER) {
+        if (CLUSTER == 1) arrive(&shared.empty[before]);
+        else arrive_at(&shared.empty[before], thread);
+      }
+      pin(sums);
+      wait(&shared.taken[group], turn ^ 1);
+#pragma unroll
+      for (int j = 0; j < COLUMNS / 8; j++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int row = group * HALF_ROWS + warp * 16 + h * 8 + lane / 4, column = 8 * j + lane % 4 * 2;
+          float* const to = &shared.sums[row][4 * chunk_of(row, column / 4) + column % 4];
+          *reinterpret_cast<float2*>(to) = make_float2(sums[4 * j + 2 * h], sums[4 * j + 2 * h + 1]);
+        }
+      }
+      arrive(&shared.summed[group]);
+    }
+  } else {
+    fewer_registers<FINISHING>();
+    const int other = threadIdx.x - 2 * WARP_GROUP;
+    if (other == 2 * WARP_GROUP - 32) {  // brings the operands
+      prefetch_map(&grad_map);
+      prefetch_map(&table_map);
+      int slot = 0, phase = 0;
+      for (int tile = first_tile; tile < tiles; tile += clusters) {
+        const int row = ((tile % row_tiles) * CLUSTER + static_cast<int>(rank)) * ROWS, column = tile / row_tiles * COLUMNS;
+        for (int step = 0; step < steps; step++) {
+          wait(&shared.empty[slot], phase ^ 1);
+          expect_bytes(&shared.full[slot], GRAD_BYTES + TABLE_BYTES);
+          copy_tile(shared.grad[slot], &grad_map, step * DEPTH, row, &shared.full[slot]);
+          if (CLUSTER == 1) {
+            copy_tile(shared.table[slot], &table_map, step * DEPTH, column, &shared.full[slot]);
+          } else {
+            constexpr int SHARE = COLUMNS / CLUSTER;
+            copy_tile_to(shared.table[slot] + rank * (TABLE_BYTES / CLUSTER), &table_map, step * DEPTH,
+                         column + static_cast<int>(rank) * SHARE, &shared.full[slot], (1 << CLUSTER) - 1);
+          }
+          if (++slot == STAGES) slot = 0, phase ^= 1;
+        }
+      }
+    } else if (other < 32 * FINISHERS) {
+      finish_tiles<CLUSTER, M, READS, WRITES>(shared, job, other, rank, row_tiles, tiles, clusters, first_tile);
+    }
+    __syncwarp();
+  }
+  synchronize_cluster<CLUSTER>();  // a block must not end while its neighbour still copies into it or arrives at it
+#endif
+}
+
+template <int CLUSTER, typename M, bool READS, bool WRITES>
+cudaError_t launch(const UpdateJob& job, int multiprocessors, cudaStream_t stream) {
+  CUtensorMap grad, table;
+  cudaError_t error = make_map(&grad, job.grad, ROWS, DEPTH);
+  if (error == cudaSuccess) error = make_map(&table, job.table, COLUMNS / CLUSTER, DEPTH);
+  if (error != cudaSuccess) return error;
+  return launch_clusters(update_kernel<CLUSTER, M, READS, WRITES>, multiprocessors / CLUSTER * CLUSTER, THREADS, CLUSTER,
+                         sizeof(Shared) + 1024, stream, grad, table, job);
+}
+
+template <int CLUSTER, typename M>
+cudaError_t of_moments(const UpdateJob& job, int multiprocessors, cudaStream_t stream) {
+  if (job.reads && job.writes) return launch<CLUSTER, M, true, true>(job, multiprocessors, stream);
+  if (job.reads) return launch<CLUSTER, M, true, false>(job, multiprocessors, stream);
+  if (job.writes) return launch<CLUSTER, M, false, true>(job, multiprocessors, stream);
+  return launch<CLUSTER, __nv_bfloat16, false, false>(job, multiprocessors, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_update(const UpdateJob& job, int multiprocessors, cudaStream_t stream) {
+  if (job.logits.rows == 0) return cudaSuccess;
+  if (job.logits.rows > ROWS) {
+    return job.wide_moments ? of_moments<2, float>(job, multiprocessors, stream)
+                            : of_moments<2, __nv_bfloat16>(job, multiprocessors, stream);
+  }
+  return job.wide_moments ? of_moments<1, float>(job, multiprocessors, stream)
+                          : of_moments<1, __nv_bfloat16>(job, multiprocessors, stream);
+}
+
+}  // namespace entrgi::cuda::hopper
