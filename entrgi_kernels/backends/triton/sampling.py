@@ -1,16 +1,19 @@
 """Filtered draws without a sort: gather the few entries that can matter, find the threshold among them, race them.
 
-1. collect. Entries below probability (1 - top_p) / (2 V) weigh less than 1 - top_p together, so none of them is kept:
-   one read of the row writes the others into a short list (value and index). Where a sample of the row says that
-   they are too many for it, the cut-off is raised; the search then proves that the list has all that is kept.
-2. pick. One program a row searches the ordered bit pattern for the smallest key t whose strictly larger entries weigh
+1. cut. Entries below probability (1 - top_p) / (2 V) weigh less than 1 - top_p together, so none of them is kept. Where
+   a sample of the row says that more entries than its list holds lie above that cut-off, it is raised.
+2. collect. One read of the row writes what reaches the cut-off into a short list (value and index) a slice.
+3. pick. One program a row searches the ordered bit pattern for the smallest key t whose strictly larger entries weigh
    at most top_p and number fewer than top_k (both conditions are monotone in t, so one search serves both filters),
-   then runs the exponential race over the kept entries alone. A 16-bit logit has 16 bits of key and the search starts
-   between the cut-off and the maximum: two to four short passes over the list. A row whose list overflows, or has not
-   all that is kept (thousands of entries are), is searched and raced in full instead, by the same code.
+   then runs the exponential race over the kept entries alone. The list stays in registers (the first tile of a long
+   one), and the search starts between the cut-off and the maximum: two or three passes.
 
-Masses are summed in a fixed order, so the kept set does not change from run to run. An unfiltered draw is one race over
-the whole row, split over programs when rows are few. Noise depends on (seed, step, row key, index) alone.
+Nothing kept is lost: under a raised cut-off a list is believed only where it weighs more than top_p or numbers top_k,
+for then the threshold lies inside. Where it does not, all of it is kept, and the row itself is searched, by the same
+code, between the first cut-off and the raised one. A row whose list overflows is searched up to its maximum.
+
+Masses are summed in a fixed order, so the kept set does not change from run to run. Noise depends on (seed, step, row
+key, index) alone. An unfiltered draw is another kernel's (`race.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from ..arguments import Draw
 from ..ranges import ranged
 from . import config
 from .launch import aligned, cdiv, kernel, launch, rows_of, vector
-from .philox import log_exponential, log_exponential_of, words_of_pairs
+from .philox import log_exponential_of
+from .race import race
 from .statistics import RowStatistics, row_statistics, tile_offsets
 
 # A float32 that came from a narrower type ends in zeros: those bits of the key need no search.
@@ -96,7 +100,7 @@ def _cut_kernel(
             reach = tl.sum(tl.sum((x >= first + (more - 1) * temperature * _RAISE).to(tl.int32), axis=1), axis=0)
             raises = tl.where(reach > allowed, more, raises)
     tl.store(raises_ptr + row, raises)
-    # No higher than the maximum, and lowered to where its key begins: listed is then what has at least that key.
+    # No higher than the maximum, and lowered to where its key begins: what has at least that key is what is listed.
     key = ordered_key(tl.minimum(first + raises * temperature * _RAISE, m), SHIFT) << SHIFT
     tl.store(cuts_ptr + row, (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True))
 
@@ -444,65 +448,6 @@ def _pick_kernel(
         tl.store(thresholds_ptr + row, threshold)
 
 
-@kernel("splits")
-def _race_kernel(
-    logits_ptr,
-    stride_n,
-    maximum_ptr,
-    rng_ptr,
-    rows_ptr,
-    scores_ptr,
-    places_ptr,
-    v,
-    slice_length,
-    splits,
-    inverse,
-    BLOCK: tl.constexpr,
-):
-    """Unfiltered race over one slice of one row; a Philox call serves two neighbouring entries."""
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    base = logits_ptr + row * stride_n
-    start = split * slice_length
-    end = tl.minimum(start + slice_length, v)
-    m = tl.load(maximum_ptr + row)
-    key = tl.load(rows_ptr + row)
-    pairs = tl.arange(0, BLOCK // 2)
-    c = inverse * 1.4426950408889634
-    top = float("-inf")
-    place = 2147483647
-    for tile in range(start, end, BLOCK):
-        even = tile + 2 * pairs
-        x0 = tl.load(base + even, mask=even < end, other=float("-inf")).to(tl.float32) - m
-        x1 = tl.load(base + even + 1, mask=even + 1 < end, other=float("-inf")).to(tl.float32) - m
-        high0, low0, high1, low1 = words_of_pairs((tile >> 1) + pairs, rng_ptr, key)
-        # An exponential variate is at least high / 2^32, so a score at most (x - m) / T - log(high / 2^32): a tile
-        # without an entry that could reach the best so far, roundings allowed for, needs no logarithms.
-        allowed = 32.01 + 1e-6 * tl.abs(top) - top * 1.4426950408889634
-        near = (high0.to(tl.float32) <= tl.exp2(x0 * c + allowed)) | (high1.to(tl.float32) <= tl.exp2(x1 * c + allowed))
-        if tl.max(near.to(tl.int32), axis=0) > 0:
-            score0 = x0 * inverse - log_exponential(high0, low0)
-            score1 = x1 * inverse - log_exponential(high1, low1)
-            best = tl.max(tl.maximum(score0, score1), axis=0)
-            index = tl.where(score0 == best, even, tl.where(score1 == best, even + 1, 2147483647))
-            place = tl.where(best > top, tl.min(index, axis=0), place)
-            top = tl.maximum(best, top)
-    tl.store(scores_ptr + row * splits + split, top)
-    tl.store(places_ptr + row * splits + split, place)
-
-
-@kernel("splits")
-def _race_merge_kernel(maximum_ptr, scores_ptr, places_ptr, tokens_ptr, splits, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK)
-    mask = lanes < splits
-    scores = tl.load(scores_ptr + row * splits + lanes, mask=mask, other=float("-inf"))
-    places = tl.load(places_ptr + row * splits + lanes, mask=mask, other=2147483647)
-    token = tl.min(tl.where(scores == tl.max(scores, axis=0), places, 2147483647), axis=0)
-    m = tl.load(maximum_ptr + row)
-    tl.store(tokens_ptr + row, tl.where(m == m, token, -1).to(tl.int64))
-
-
 def is_filtered(v: int, top_k: int, top_p: float) -> bool:
     """Whether top-k or top-p can drop anything."""
     return top_p < 1.0 or 0 < top_k < v
@@ -617,45 +562,11 @@ def filter_thresholds(
 
 def drawn(logits: torch.Tensor, maximum: torch.Tensor, logsum: torch.Tensor, draw: Draw) -> torch.Tensor:
     """Tokens [N] int64 from dense-rowed `logits` whose maximum and logsum (at `temperature`) are known; -1 if bad."""
-    (n, v), temperature = logits.shape, draw.temperature
-    rng, rows = draw.rng.contiguous(), draw.keys
-    if is_filtered(v, draw.top_k, draw.top_p):
-        return _filtered(logits, maximum, logsum, temperature, draw.top_k, draw.top_p, rng, rows)
-    target = config.target(logits.device)
-    entry = target.architecture.sample.race
-    length, splits = entry.slices(n, v, target.sms)
-    scores = torch.empty((n, splits), dtype=torch.float32, device=logits.device)
-    places = torch.empty((n, splits), dtype=torch.int32, device=logits.device)
-    tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
-    launch(
-        _race_kernel,
-        (n, splits),
-        logits,
-        logits.stride(0),
-        maximum,
-        rng,
-        vector(rows),
-        scores,
-        places,
-        v,
-        length,
-        splits,
-        1.0 / temperature,
-        num_warps=entry.num_warps,
-        BLOCK=entry.block,
-    )
-    launch(
-        _race_merge_kernel,
-        (n,),
-        maximum,
-        scores,
-        places,
-        tokens,
-        splits,
-        num_warps=1,
-        BLOCK=config.MOST_SPLITS,
-    )
-    return tokens
+    rng, rows, temperature, top_k, top_p = draw
+    rng = rng.contiguous()
+    if is_filtered(logits.shape[1], top_k, top_p):
+        return _filtered(logits, maximum, logsum, temperature, top_k, top_p, rng, rows)
+    return race(logits, maximum, rng, rows, temperature)
 
 
 @ranged
