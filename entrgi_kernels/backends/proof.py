@@ -22,6 +22,7 @@ import logging
 import math
 import os
 import platform
+import re
 import tempfile
 import threading
 import time
@@ -43,7 +44,8 @@ _MOST_KEYS = 1 << 14  # calls of so many kinds are known at a time
 _MOST_MACHINES = 16  # kept in the file
 _LOCK_SECONDS = 5.0
 _LARGEST = 1e30  # stands for infinity in the file, which other readers of JSON do not know
-_NO_VERDICT = (torch.OutOfMemoryError, MemoryError, OSError)
+# Errors that say nothing about the kernels.
+NO_VERDICT = (torch.OutOfMemoryError, MemoryError, OSError)
 _lock = threading.RLock()
 
 
@@ -78,9 +80,10 @@ def _device(device: torch.device) -> str:
 
 
 def _driver() -> str:
-    with contextlib.suppress(OSError, IndexError):
-        line = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace").splitlines()[0]
-        return line.partition(":")[2].strip()
+    with contextlib.suppress(OSError):
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"\d{3,}\.\d+(?:\.\d+)?", text):
+            return f"driver {found[0]}"
     with contextlib.suppress(AttributeError, RuntimeError):
         return f"driver for CUDA {torch._C._cuda_getDriverVersion()}"
     return "driver unknown"
@@ -241,7 +244,7 @@ def examine(name: str, kernels: Any, trial: trials.Trial, device: torch.device, 
         excess = max(finding.excess for finding in findings)
         told = [finding for finding in findings if finding.excess > 1 or finding.excess == excess]
         figures = "; ".join(map(_words, told[: 1 if excess <= 1 else None]))
-    except _NO_VERDICT:
+    except NO_VERDICT:
         raise
     except Exception as error:
         excess, figures = math.inf, f"{type(error).__name__}: {str(error)[:500]}"
@@ -382,7 +385,7 @@ class _Function:
                 )
             try:
                 verdict = prove(name, module, trial, device)
-            except _NO_VERDICT as error:
+            except NO_VERDICT as error:
                 return None, f"its kernels could not be compared with eager arithmetic: {type(error).__name__}: {error}"
         return verdict, f"its kernels failed the comparison with eager arithmetic: {verdict.figures}"
 

@@ -34,6 +34,8 @@ FAMILIES = {
     "guidance_update_": "guidance update",
 }
 
+_NOT_COMPARED = "not compared"  # for want of memory
+
 
 class Size(NamedTuple):
     """One shape of the benchmark."""
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """Prove and time every engine of this machine's first GPU, or of its CPU.
 
     Returns:
-        0; 1 if a kernel computes something wrong, or an engine that is there cannot be run.
+        0; 1 if a kernel computes something wrong, cannot run, or could not be compared for want of memory.
     """
     import torch
 
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         f"{time.perf_counter() - started:.0f} s in all"
     )
     for key, verdict in wrong.items():
-        print(f"WRONG: {key}: {verdict.figures}")
+        print(f"{'' if verdict.figures.startswith(_NOT_COMPARED) else 'WRONG: '}{key}: {verdict.figures}")
     if device.type == "cuda":
         print(f"verdicts and times: {proof.path() or 'not kept, there is no home folder'}")
     if args.json is not None:
@@ -164,10 +166,13 @@ def _prove(engines: dict[str, Any], device: Any) -> dict[str, Any]:
     bar = tqdm(wanted, desc="proving", unit="kernel", disable=not sys.stderr.isatty(), leave=False)
     for name, module, trial in bar:
         bar.set_postfix_str(FAMILIES[trial.op])
-        if device.type == "cuda":
-            verdict = proof.prove(name, module, trial, device)
-        else:  # no race of programs to wait for, and nothing asks for the verdict later
-            verdict = proof.examine(name, module, trial, device, launches=3)
+        try:
+            if device.type == "cuda":
+                verdict = proof.prove(name, module, trial, device)
+            else:  # no race of programs to wait for, and nothing asks for the verdict later
+                verdict = proof.examine(name, module, trial, device, launches=3)
+        except proof.NO_VERDICT as error:
+            verdict = proof.Verdict(False, f"{_NOT_COMPARED}: {type(error).__name__}: {error}", 0.0, 0.0)
         found[f"{name} {trial}"] = verdict
     return found
 
@@ -304,7 +309,8 @@ def _table(
                 continue
             mine = [verdict for key, verdict in verdicts.items() if key.startswith(f"{name} {op} ")]
             passed = sum(verdict.passed for verdict in mine)
-            right = "right" if passed == len(mine) else "WRONG"
+            compared = [verdict for verdict in mine if not verdict.figures.startswith(_NOT_COMPARED)]
+            right = "right" if passed == len(mine) else "WRONG" if passed < len(compared) else _NOT_COMPARED
             worst = max((verdict.excess for verdict in mine), default=0.0)
             said = [family, name, right, f"{passed}/{len(mine)}", _short(worst)]
             timed = [row for row in times if row["op"] == op and name in row["ms"]]

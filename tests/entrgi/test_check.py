@@ -80,6 +80,17 @@ def test_a_kernel_that_raises_is_wrong_and_the_rest_is_told(engine, capsys) -> N
     assert next(line for line in text.splitlines() if line.startswith("draw ")).split()[2] == "right"
 
 
+def test_want_of_memory_is_told_and_is_no_fault(engine, capsys) -> None:
+    def hungry(*args):
+        raise torch.OutOfMemoryError("full")
+
+    engine.softmax_entropy_backward = hungry
+    assert cli.main(["check"]) == 1
+    text = capsys.readouterr().out
+    assert "WRONG" not in text and "not compared: OutOfMemoryError: full" in text
+    assert "not compared" in next(line for line in text.splitlines() if line.startswith("their gradient "))
+
+
 def test_a_machine_with_eager_alone_has_nothing_to_prove(engine, monkeypatch, capsys) -> None:
     monkeypatch.setattr(check, "_engines", lambda device: ({}, {"native": "it was not built"}))
     assert cli.main(["check"]) == 0

@@ -135,3 +135,10 @@ def test_extension_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.syspath_prepend(str(tmp_path))
     reason = env.guarded(lambda: env._extension("entrgi_torn"))["unavailable"]
     assert "importing it failed" in reason and "built for torch 0.0.1" in reason and "install again" in reason
+
+
+def test_a_gpu_backend_tells_what_is_proven() -> None:
+    from entrgi_kernels.backends import BackendInfo
+
+    info = BackendInfo("triton", True, ("cuda",), None, "12 kinds of calls proven here")
+    assert env._backend(info) == "available on cuda; 12 kinds of calls proven here"
