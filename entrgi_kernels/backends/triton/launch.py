@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,8 +45,17 @@ def kernel(*counts: str) -> Callable[[Callable[..., None]], Any]:
     return triton.jit(do_not_specialize=counts, do_not_specialize_on_alignment=_VECTORS)
 
 
+# What Triton compiled for a launch, by :func:`key`, and the constants that follow the arguments in the kernel's order.
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
 def launch(function: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 2, **meta: Any) -> None:
-    """Launch `function` over `grid` (nothing when the grid is empty) on the device of the first tensor argument."""
+    """Launch `function` over `grid` (nothing when the grid is empty) on the device of the first tensor argument.
+
+    Triton's own dispatch looks at every argument, prints its options and compares all globals at every launch: on a slow
+    core 90 microseconds, several kernels' time where rows are few. A launch of a kind that was made before goes to
+    the compiled kernel directly.
+    """
     if min(grid) == 0:
         return
     # Fused multiply-adds, said aloud: what Triton does unasked changes between its releases.
@@ -54,12 +63,64 @@ def launch(function: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num
     if recorder is not None:
         recorder(function, args, options | meta)
         return
-    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            function[grid](*args, **options, **meta)
-    else:
+    first = args[0].base if isinstance(args[0], TensorDescriptor) else args[0]
+    device = first.device
+    if device.type != "cuda":
         function[grid](*args, **options, **meta)
+    elif device.index == torch.cuda.current_device():
+        _launch(function, grid, args, options, meta, device.index)
+    else:
+        with torch.cuda.device(device):
+            _launch(function, grid, args, options, meta, device.index)
+
+
+def _launch(
+    function: Any, grid: tuple[int, ...], args: Sequence[Any], options: dict[str, Any], meta: dict[str, Any], device: int
+) -> None:
+    kind = (device, *key(function, args, options, meta))
+    found = _compiled.get(kind)
+    if found is None:
+        compiled = function[grid](*args, **options, **meta)
+        if compiled is not None:  # a hook of Triton's may have kept it from compiling
+            _compiled[kind] = compiled, tuple(meta[name] for name in function.arg_names[len(args) :])
+    else:
+        compiled, constants = found
+        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+
+
+def key(function: Any, args: Sequence[Any], options: dict[str, Any], meta: dict[str, Any]) -> tuple[Any, ...]:
+    """All that Triton looks at when it chooses or compiles machine code for a launch; coarser where it may be."""
+    looks = _looks.get(function.fn)
+    if looks is None:
+        counts, vectors = set(function.do_not_specialize or ()), set(_VECTORS)
+        looks = _looks[function.fn] = [
+            _of_count if name in counts else _of_vector if name in vectors else _of_argument
+            for name in function.arg_names[: len(args)]
+        ]
+    kinds = [look(arg) for look, arg in zip(looks, args, strict=True)]
+    return function.fn, *options.values(), *meta.values(), *kinds
+
+
+_looks: dict[Any, list[Callable[[Any], Any]]] = {}
+
+
+def _of_count(x: int) -> Any:
+    return -0x80000000 <= x < 0x80000000
+
+
+def _of_vector(x: torch.Tensor) -> Any:
+    return x.dtype
+
+
+def _of_argument(x: Any) -> Any:
+    kind = type(x)
+    if kind is int:
+        return x == 1, x % 16 == 0, -0x80000000 <= x < 0x80000000
+    if kind is float:
+        return kind
+    if kind is TensorDescriptor:
+        return x.base.dtype, *x.block_shape, getattr(x, "padding", None)
+    return x.dtype, x.data_ptr() % 16 == 0
 
 
 def rows_of(tensor: torch.Tensor) -> torch.Tensor:
