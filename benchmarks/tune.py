@@ -38,10 +38,10 @@ SPACES: dict[str, dict[str, Sequence[Any]]] = {
     "statistics": {
         "block": (4096, 8192),
         "num_warps": (4, 8),
-        "programs_per_sm": (8, 16),
+        "programs_per_sm": (8, 24, 64),
         "slice_least": (8192, 16384),
     },
-    "collect": {"block": (2048, 4096), "num_warps": (4,), "programs_per_sm": (2, 4, 8), "slice_least": (8192, 16384)},
+    "collect": {"block": (2048, 4096), "num_warps": (4,), "programs_per_sm": (8, 24, 64), "slice_least": (8192, 12288)},
 }
 # Tiles of the products, most promising first, of those that keep off the stack on sm_90.
 TILES: dict[str, dict[str, Sequence[tuple[int, ...]]]] = {

@@ -362,13 +362,22 @@ def test_a_cut_off_between_two_values_of_the_dtype_keeps_neither_more_nor_less()
 
 
 @inner
-def test_a_row_of_equal_entries_keeps_all_of_them():
-    """The cut-off, raised as long as the sample reaches it, stays at the maximum."""
-    for value in (-3.0, 0.0, 5.0):
-        logits = torch.full((1, 300), value, dtype=torch.bfloat16)
-        found = statistics.row_statistics(logits, 1.0)
-        for top_k, top_p in ((0, 0.5), (20, 1.0)):
-            assert kept_by(sampling.filter_thresholds(logits, found, 1.0, top_k, top_p), logits).all()
+def test_the_cut_off_is_never_raised_above_the_maximum():
+    """Two neighbouring values, half of the row each: the sample asks for more raises than there is room for."""
+    logits = torch.tensor([5.0, 4.96875], dtype=torch.bfloat16).repeat(1, 150)
+    found = statistics.row_statistics(logits, 1.0)
+    for top_k, top_p, kept in ((0, 0.4, 150), (20, 1.0, 150), (0, 0.6, 300)):
+        assert kept_by(sampling.filter_thresholds(logits, found, 1.0, top_k, top_p), logits).sum() == kept
+
+
+@inner
+@pytest.mark.parametrize("scale", [0.5, 300.0])
+def test_a_race_leaves_out_no_tile_that_would_have_won(scale):
+    """Six tiles a row, of which the later ones often hold a slightly better score."""
+    logits = torch.randn(32, 700, generator=torch.Generator().manual_seed(12)) * scale
+    rng, rows = torch.tensor([5, 6]), torch.arange(32)
+    ours = kernels.sample_tokens(logits, rng, rows, 1.0, 0, 1.0)
+    assert torch.equal(ours, eager.sample_tokens(logits, rng, rows, 1.0, 0, 1.0))
 
 
 @inner

@@ -76,7 +76,7 @@ class SampleConfig:
             `capacity_least` for each at the least.
         use: the share of the lists that the cut-off leaves to be filled, judged by a sample of `sample` entries of the
             row, at which `cut_warps` warps look.
-        block: entries that the search reads once and keeps in registers. short: the same for a list of no more.
+        block: entries that the search reads once and keeps in registers.
         pivots: how many thresholds one pass tries. num_warps: of the search.
     """
 
@@ -88,7 +88,6 @@ class SampleConfig:
     use: float
     sample: int
     cut_warps: int
-    short: int
     block: int
     pivots: int
     num_warps: int
@@ -198,7 +197,6 @@ _ROWS = dict(
         use=0.65,
         sample=4096,
         cut_warps=4,
-        short=512,
         block=1024,
         pivots=4,
         num_warps=8,
@@ -342,7 +340,6 @@ _INTERPRETER = Architecture(
         use=0.5,
         sample=64,
         cut_warps=1,
-        short=32,
         block=64,
         pivots=4,
         num_warps=1,

@@ -213,7 +213,7 @@ def _weigh(masses, totals, x, m, c, lo, hi, SHIFT: tl.constexpr, PIVOTS: tl.cons
     keys = ordered_key(x, SHIFT)
     pivots = tl.arange(0, PIVOTS)[:, None]
     for pivot in tl.static_range(PIVOTS):
-        above = keys > _pivot(lo, hi, pivot, PIVOTS).to(tl.int32)
+        above = keys > _pivot(lo, hi, pivot, PIVOTS)
         mass = tl.sum(tl.where(above, e, 0.0), axis=0)
         number = tl.sum(above.to(tl.int32), axis=0)
         masses += tl.where(pivots == pivot, mass[None, :], 0.0)
@@ -224,7 +224,9 @@ def _weigh(masses, totals, x, m, c, lo, hi, SHIFT: tl.constexpr, PIVOTS: tl.cons
 @triton.jit
 def _pivot(lo, hi, pivot, PIVOTS: tl.constexpr):
     """The pivot (or pivots) number `pivot` of PIVOTS in (lo, hi)."""
-    return tl.maximum(lo + ((hi - lo) * (pivot + 1)) // (PIVOTS + 1), lo + 1)
+    # Keys of float32 are up to 2^32 apart.
+    step = tl.maximum((hi - lo).to(tl.uint32, bitcast=True) // (PIVOTS + 1), 1).to(tl.int32, bitcast=True)
+    return tl.minimum(lo + step * (pivot + 1), hi - 1)
 
 
 @triton.jit
@@ -254,7 +256,7 @@ def _search(
     Invariant: `hi` satisfies that, `lo` does not. Above them lie `beyond` and at most `below` entries: once one entry
     is left between, it is the smallest that is kept. `x` are the first BLOCK entries: they are read once.
     """
-    while (hi - lo > 1) & (below - beyond > 1):
+    while (hi != lo + 1) & (below - beyond > 1):
         masses = tl.zeros([PIVOTS, LANES], tl.float32)
         totals = tl.zeros([PIVOTS, LANES], tl.int32)
         masses, totals = _weigh(masses, totals, x, m, c, lo, hi, SHIFT, PIVOTS)
@@ -377,7 +379,6 @@ def _pick_kernel(
     SHIFT: tl.constexpr,
     PIVOTS: tl.constexpr,
     LANES: tl.constexpr,
-    SHORT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -396,51 +397,44 @@ def _pick_kernel(
         length = splits * room
         values = values_ptr + row * splits * capacity
         base = logits_ptr + row * stride_n
-        hi = ordered_key(m, SHIFT).to(tl.int64)
-        lo = tl.minimum(ordered_key(tl.load(cuts_ptr + row), SHIFT).to(tl.int64), hi) - 1
+        hi = ordered_key(m, SHIFT)
+        lo = tl.minimum(ordered_key(tl.load(cuts_ptr + row), SHIFT), hi) - 1
         reached = lo + 1
         beyond = 0
         whole = room > capacity
         if whole == 0:
-            everything = whole
-            if length <= SHORT:
-                reached, everything = _among_listed(
-                    *(values, length, number, counts, room, capacity, m, c, limit, top_k, lo, hi),
-                    *(SHIFT, PIVOTS, LANES, SHORT),
-                )
-            else:
-                reached, everything = _among_listed(
-                    *(values, length, number, counts, room, capacity, m, c, limit, top_k, lo, hi),
-                    *(SHIFT, PIVOTS, LANES, BLOCK),
-                )
+            reached, everything = _among_listed(
+                *(values, length, number, counts, room, capacity, m, c, limit, top_k, lo, hi),
+                *(SHIFT, PIVOTS, LANES, BLOCK),
+            )
             # The first cut-off of top-p is low enough. Under any other more may be kept than is listed, unless that
             # weighs more than top_p or numbers top_k.
             whole = everything & ((tl.load(raises_ptr + row) > 0) | (top_p >= 1.0))
             hi = tl.where(whole, lo, hi)
             beyond = tl.where(whole, number, beyond)
         if whole:
-            lo = hi * 0 - (2147483647 >> SHIFT) - 2
+            lo = ordered_key(m * 0 - float("inf"), SHIFT) - 1
             if top_p < 1.0:
-                first = ordered_key(_first_cut(m, logsum, temperature, log_cut), SHIFT).to(tl.int64)
+                first = ordered_key(_first_cut(m, logsum, temperature, log_cut), SHIFT)
                 lo = tl.minimum(first, hi) - 1
             x = _tile(base, 0, v, counts, room, capacity, LANES, BLOCK, False)
             reached = _search(
                 *(x, base, v, counts, room, capacity, m, c, limit, top_k, lo, hi, v, beyond),
                 *(SHIFT, PIVOTS, LANES, BLOCK, False),
             )
-        threshold = reached.to(tl.int32)
+        threshold = reached
         if DRAW:
             key = tl.load(rows_ptr + row)
             indices = index_ptr + row * splits * capacity
             if whole:
                 token = _race(
                     *(base, indices, v, counts, room, capacity, m, inverse, threshold, rng_ptr, key),
-                    *(SHIFT, BLOCK, False),
+                    *(SHIFT, BLOCK // 2, False),
                 )
             else:
                 token = _race(
                     *(values, indices, length, counts, room, capacity, m, inverse, threshold, rng_ptr, key),
-                    *(SHIFT, SHORT, True),
+                    *(SHIFT, BLOCK // 2, True),
                 )
     if DRAW:
         tl.store(tokens_ptr + row, token.to(tl.int64))
@@ -547,7 +541,6 @@ def _filtered(
         SHIFT=_KEY_SHIFT[logits.dtype],
         PIVOTS=entry.pivots,
         LANES=32 * entry.num_warps,
-        SHORT=entry.short,
         BLOCK=entry.block,
     )
     return out
