@@ -52,8 +52,8 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 def launch(function: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 2, **meta: Any) -> None:
     """Launch `function` over `grid` (nothing when the grid is empty) on the device of the first tensor argument.
 
-    Triton's own dispatch looks at every argument, prints its options and compares all globals at every launch: on a slow
-    core 90 microseconds, several kernels' time where rows are few. A launch of a kind that was made before goes to
+    Triton's own dispatch looks at every argument, prints its options and compares all globals at every launch: on a
+    slow core 90 microseconds, several kernels' time where rows are few. A launch of a kind that was made before goes to
     the compiled kernel directly.
     """
     if min(grid) == 0:
@@ -75,7 +75,12 @@ def launch(function: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num
 
 
 def _launch(
-    function: Any, grid: tuple[int, ...], args: Sequence[Any], options: dict[str, Any], meta: dict[str, Any], device: int
+    function: Any,
+    grid: tuple[int, ...],
+    args: Sequence[Any],
+    options: dict[str, Any],
+    meta: dict[str, Any],
+    device: int,
 ) -> None:
     kind = (device, *key(function, args, options, meta))
     found = _compiled.get(kind)
