@@ -41,8 +41,8 @@ class Candidate:
         run: the timed call.
         check: the gate; called once, before any timing, on the very objects that will be timed.
         prepare: called before every run, outside the timed part (restores phi, for example).
-        floor: True for the speed-of-light reference of the group. It has no arithmetic to check; its check, where it has
-            one, says whether it is the least work.
+        floor: True for the speed-of-light reference of the group. It has no arithmetic to check; a check of it says
+            whether it is the least work.
     """
 
     name: str
