@@ -15,11 +15,9 @@ OLDEST := torch==2.11.0
 LOCKS  := requirements.lock requirements-oldest.lock
 
 ifeq ($(SET),latest)
-override VENV  := $(VENV)-latest
 override TORCH := torch
 LOCK := /dev/null
 else ifeq ($(SET),oldest)
-override VENV  := $(VENV)-oldest
 override TORCH := $(OLDEST)
 LOCK := requirements-oldest.lock
 else
@@ -28,6 +26,7 @@ endif
 
 BIN    := $(VENV)/bin
 PY     := $(BIN)/python
+PYTEST := $(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal
 REPORT := build/demo/index.html
 # Deeper folders than csrc/*/* are not used.
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
@@ -44,12 +43,13 @@ export PIP_NO_INPUT := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-short test test-real test-latest test-oldest lint format lock bench gpu fresh sanitize env clean distclean
+.PHONY: help demo demo-short test quick test-all test-real test-latest test-oldest lint format lock bench gpu fresh sanitize env clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo     the main job on the built-in models: the same prompts with and without guidance (a minute)"
-	@echo "make test     every test that this machine can run"
+	@echo "make test     every test that this machine can run;  make quick  a part in two minutes"
+	@echo "make test-all the tests on all architectures and releases: compilations for every GPU, test-real, -latest, -oldest"
 	@echo "make test-real  tests with small published models, which come as packages (the extra 'real')"
 	@echo "make bench    CPU benchmarks, as a table and as JSON"
 	@echo "make gpu      GPU numerics, then every figure, with the interpreter at hand (offline, no $(VENV))"
@@ -70,14 +70,29 @@ demo-short:
 	@$(MAKE) --no-print-directory demo DEMO=short
 
 test: $(VENV)/.ready
-	$(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# What one runs while working: no processes of their own, no compilations, each operator and adapter all the same.
+quick: $(VENV)/.ready
+	$(PYTEST) -m "not slow" tests/ops tests/rewards tests/models tests/guidance --ignore tests/guidance/hosts/test_examples.py \
+	  -k "not compile and not opcheck and not sampling and not frequencies" $(ARGS)
+
+# All architectures, then all releases.
+test-all: $(VENV)/.ready
+	$(PYTEST) --deep $(ARGS)
+	@$(MAKE) --no-print-directory test-real test-latest test-oldest
 
 test-real: $(VENV)/.real
 	$(PY) -m pytest -m real $(ARGS)
 
-# The ends of the range that pyproject.toml promises, each in an environment of its own.
+# The ends of the range that pyproject.toml promises, each in a copy with an environment and an extension of its own.
+test-latest test-oldest: set = $(@:test-%=%)
 test-latest test-oldest:
-	@$(MAKE) --no-print-directory test SET=$(@:test-%=%)
+	@mkdir -p build/$(set) && cd build/$(set) && rm -rf benchmarks entrgi_kernels/*/ examples python tests
+	@tar -cf - --exclude=./build --exclude='./.venv*' --exclude=./.git --exclude='*.so' --exclude=_build_info.json . | \
+	  tar -xf - -C build/$(set)
+	@cd build/$(set) && { git init -q . && git add -A || true; } 2>/dev/null && rm -f .venv/.ready
+	@$(MAKE) --no-print-directory -C build/$(set) test SET=$(set) PYTHON='$(PYTHON)' ARGS='$(ARGS)'
 
 # One lock for every Python and machine that is supported. torch is handled apart (see the end of this file), and so is
 # what its CUDA builds bring with them. Resolved for several Pythons, uv forgets the floor of datasets: it is said again.
@@ -122,7 +137,7 @@ clean:
 	find entrgi_kernels python tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(VENV)-latest $(VENV)-oldest
+	rm -rf $(VENV)
 
 # -- the environment ---------------------------------------------------------------------------------------------------
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import glob
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -109,18 +111,46 @@ def openmp_link_flags() -> list[str]:
 
 
 def cuda_sources() -> list[str]:
-    """Sources of the CUDA module; none where torch was built without CUDA, which needs no word."""
+    """Sources of the CUDA module; none where nobody needs it, which needs no word.
+
+    Wanted it is where torch has CUDA and there is a GPU, or it was asked for with torch's own FORCE_CUDA=1 or
+    TORCH_CUDA_ARCH_LIST, as on a build machine.
+    """
     import torch
 
-    return sources("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp") if torch.version.cuda else []
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or os.environ.get("FORCE_CUDA", "0") not in ("", "0")
+    wanted = torch.version.cuda and (asked or torch.cuda.is_available())
+    return sources("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp") if wanted else []
+
+
+@functools.cache
+def toolkit() -> Path | None:
+    """The CUDA toolkit: the folder with nvcc and with cuda_runtime_api.h. None where there is none.
+
+    The nvcc on PATH may be a wrapper in a folder that holds nothing else, so nvcc is asked where it lives.
+    """
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if compiler := shutil.which("nvcc"):
+        candidates += [str(Path(path).parents[1]) for path in (compiler, os.path.realpath(compiler))]
+        command = [compiler, "--dryrun", "-E", "-x", "cu", os.devnull]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        candidates += re.findall(r"^#\$ TOP=(.+)$", run.stderr + run.stdout, re.MULTILINE)
+    candidates.append("/usr/local/cuda")
+    for root in (Path(given).resolve() for given in candidates if given):
+        if (root / "bin" / "nvcc").exists() and (root / "include" / "cuda_runtime_api.h").exists():
+            return root
+    return None
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler that torch would use; None where there is none."""
-    from torch.utils.cpp_extension import CUDA_HOME
+    """The toolkit's compiler, with torch told to use that toolkit; None where there is none."""
+    from torch.utils import cpp_extension
 
-    path = Path(CUDA_HOME or "", "bin", "nvcc")
-    return str(path) if CUDA_HOME and path.exists() else None
+    root = toolkit()
+    if root is None:
+        return None
+    cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"] = str(root)
+    return str(root / "bin" / "nvcc")
 
 
 def cuda_architectures(compiler: str) -> str:
@@ -152,8 +182,8 @@ def extensions() -> list[Extension]:
     cpu = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     link = openmp_link_flags() if openmp else []
     modules = [CppExtension(CPU_MODULE, cpu, extra_compile_args={"cxx": cxx}, extra_link_args=link, **common)]
-    cuda, compiler = cuda_sources(), nvcc()
-    if cuda and compiler:
+    cuda = cuda_sources()
+    if cuda and (compiler := nvcc()):
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures(compiler)
         # No --use_fast_math: the race is decided by the relative accuracy of logarithms near 1.
         flags = {"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "-lineinfo", "--threads=4"]}
@@ -293,14 +323,20 @@ def make_build_ext() -> type[build_ext]:
                     problem = f"{type(error).__name__}: {error}"
                     self.outcome = {ext.name: self.outcome.get(ext.name) or problem for ext in self.extensions}
             for name, problem in self.outcome.items():
-                if problem is not None:
-                    reason = self.outcome[name] = summary(name, problem, lines)
+                if problem is None:
+                    continue
+                reason = self.outcome[name] = summary(name, problem, lines)
+                if name == CUDA_MODULE:
+                    self.outcome[name] = (reason.splitlines()[1:] or [problem])[0].strip()
+                else:
                     say(f"{reason}\nTo see the compiler's whole output: {NO_ISOLATION} -v")
             if cuda_sources() and nvcc() is None:
                 self.outcome[CUDA_MODULE] = (
-                    "torch has CUDA but there is no nvcc: install the CUDA toolkit (or set CUDA_HOME), "
-                    f"then run `{NO_ISOLATION}`"
+                    "torch has CUDA but no toolkit with nvcc and cuda_runtime_api.h was found: install one (or set "
+                    f"CUDA_HOME), then run `{NO_ISOLATION}`"
                 )
+            if problem := self.outcome.get(CUDA_MODULE):
+                print(f"{PACKAGE}: installing without the CUDA module: {problem}", file=sys.stderr, flush=True)
             record(folder, self.outcome, compiler_facts())
 
         def build_extension(self, ext: Extension) -> None:

@@ -152,7 +152,7 @@ class Recording:
     """The very calls that a sampler's run makes of its two models; replayed, they are the floor.
 
     Nothing is between them then: no operators of the vocabulary, no draws, no decisions. The reward's prefix cache and
-    its other savings are at work as in the run.
+    its other savings are at work as in the run (:func:`check_least_work`).
     """
 
     _OF_THE_REWARD = ("prepare", "score_embeddings", "score_texts")
@@ -232,5 +232,16 @@ def candidates(
                 lambda backend=backend: check_ours(world, size, backend, device),
             )
         )
-    floor = Recording(sampler(world, size, backends[0] if backends else "auto"), size.texts)
-    return [*made, Candidate(FLOOR, floor.replay, floor=True)]
+    leanest = sampler(world, size, backends[0] if backends else "auto")
+    floor = Recording(leanest, size.texts)
+    return [*made, Candidate(FLOOR, floor.replay, lambda: check_least_work(leanest.reward, device), floor=True)]
+
+
+def check_least_work(reward: Any, device: str) -> Check:
+    """Whether a recording is of the least known work: all savings in use, whatever those of the timed samplers.
+
+    Without one the floor would move with what it is to judge, so there is none then.
+    """
+    lost = {name: why for name, why in reward.savings_off.items() if not why.startswith(f"on {device.split(':')[0]},")}
+    said = "; ".join(f"{name} is not in use: {why}" for name, why in lost.items())
+    return Check(not lost, said or "all savings in use")

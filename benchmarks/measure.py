@@ -41,7 +41,8 @@ class Candidate:
         run: the timed call.
         check: the gate; called once, before any timing, on the very objects that will be timed.
         prepare: called before every run, outside the timed part (restores phi, for example).
-        floor: True for the speed-of-light reference of the group, which has no arithmetic to check.
+        floor: True for the speed-of-light reference of the group. It has no arithmetic to check; a check of it says
+            whether it is the least work.
     """
 
     name: str
@@ -113,7 +114,7 @@ def synchronize(device: str) -> None:
 
 def gate(candidate: Candidate) -> str | None:
     """None when the candidate may be timed, else the reason why not. Never raises."""
-    if candidate.floor:
+    if candidate.floor and candidate.check is None:
         return None
     if candidate.check is None:
         return "it has no correctness check"

@@ -5,7 +5,7 @@ reported and costs no other:
 
 1. what the machine has; all kernels compiled on all cores (one after the other, at their first calls, they would take
 the time of the rest); 2. the proof of every kernel (`entrgi check`); 3. the machine's ceilings: a device copy and a
-large matrix product; 4. kernels alone, by device events, against those ceilings, a step's kernels together first; 5. the
+large matrix product; 4. kernels alone, by device events, against those ceilings, a step's kernels first; 5. the
 guidance step by the clock at all canonical shapes against the published loop, its batched form and the two products'
 floor; then candidate tiles (`benchmarks.tune`) and `pytest -m gpu`, kernels against float64; 6. a whole guided
 generation with models of Dream-7B's and Qwen3-1.7B's shapes; 7. the step against the batched form compiled;

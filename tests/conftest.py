@@ -21,6 +21,7 @@ THREADS = 2  # results of a sum depend on how it is split; every machine splits 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--hosts", metavar="FOLDER", help="code of guide()'s hosts, laid out as docs/hosts.md says")
+    parser.addoption("--deep", action="store_true", help="also every architecture (make test-all)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,6 +38,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name, skip in (("gpu", no_gpu), ("real", not_chosen)):
             if skip is not None and item.get_closest_marker(name):
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def deep(request: pytest.FixtureRequest) -> bool:
+    """Whether everything is asked for, minutes of compilation among it."""
+    return request.config.getoption("--deep")
 
 
 @pytest.fixture(autouse=True)

@@ -254,24 +254,61 @@ def test_cuda_architectures_are_the_given_ones_or_those_that_nvcc_knows(
     assert architectures(str(nvcc)) == "9.0a"
 
 
-def test_the_cuda_module_is_tried_where_torch_has_cuda_and_nvcc_is_there(
+def test_the_toolkit_is_found_by_its_headers(
+    build_script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    toolkit, real, wrapper = build_script["toolkit"], tmp_path / "cuda-13", tmp_path / "bin" / "nvcc"
+    for folder in (real / "bin", real / "include", wrapper.parent):
+        folder.mkdir(parents=True)
+    (real / "bin" / "nvcc").write_text(f"#!/bin/sh\necho '#$ TOP={real}/bin/..' >&2\n")
+    wrapper.write_text(f'#!/bin/sh\nexec {real}/bin/nvcc "$@"\n')
+    for path in (real / "bin" / "nvcc", wrapper):
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{wrapper.parent}{os.pathsep}{os.defpath}")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+
+    def found() -> Path | None:
+        toolkit.cache_clear()
+        return toolkit()
+
+    assert found() in (None, Path("/usr/local/cuda").resolve())  # an nvcc without headers is no toolkit
+    (real / "include" / "cuda_runtime_api.h").touch()
+    assert found() == real  # the wrapper was asked
+    monkeypatch.setenv("CUDA_HOME", str(wrapper.parents[1]))
+    assert found() == real  # a CUDA_HOME without headers is passed over
+
+
+def test_the_cuda_module_is_tried_where_it_is_wanted_and_can_be_built(
     build_script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     torch = pytest.importorskip("torch")
     cpp_extension = pytest.importorskip("torch.utils.cpp_extension")
     names = build_script["extensions"].__globals__
     monkeypatch.setitem(names, "sources", lambda *patterns: [p.replace("*", "a") for p in patterns])
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setenv("CUDA_HOME", "")  # set by the script, restored here
+    monkeypatch.delenv("FORCE_CUDA", raising=False)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def modules() -> list[str]:
         return [module.name for module in build_script["extensions"]()]
 
     cpu, both = ["entrgi_kernels._C"], ["entrgi_kernels._C", "entrgi_kernels._C_cuda"]
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setitem(names, "toolkit", lambda: None)
     assert modules() == cpu
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvcc").touch()
+    monkeypatch.setitem(names, "toolkit", lambda: tmp_path)
+    assert modules() == both and cpp_extension.CUDA_HOME == str(tmp_path)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    assert modules() == cpu  # no GPU, and nobody asked
+    monkeypatch.setitem(names, "cuda_architectures", lambda compiler: "9.0a")
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    assert modules() == both
+    monkeypatch.delenv("FORCE_CUDA")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert modules() == both
     monkeypatch.setattr(torch.version, "cuda", None)
     assert modules() == cpu

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
+import shutil
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+logger = logging.getLogger("entrgi_kernels")
+
 _RECORD = Path(__file__).parents[1] / "_build_info.json"  # setup.py writes there what became of the build
+
+_UNKNOWN = "run 'python setup.py build_ext --inplace' in a checkout, or install the package again"
 
 
 @cache
@@ -22,9 +28,22 @@ def load(name: str) -> ModuleType | str:
         return f"the extension {name} cannot be loaded, probably because it was built for another torch: {error}"
 
 
+# What setup.py records where nothing was to be built, or nothing could be.
+_EXPECTED = ("ENTRGI_DISABLE_EXTENSION", "no C++ compiler", "this source tree has no", "the extension is built on")
+
+
+@cache
+def warn_of_loss(name: str) -> None:
+    """Warn, once, of a module that is missing although there was a compiler to build it."""
+    reason = _recorded_reason(name)
+    if reason.startswith(_EXPECTED) or (reason == _UNKNOWN and not any(map(shutil.which, ("c++", "g++", "clang++")))):
+        return
+    logger.warning("%s; eager serves CPU tensors, several times slower", load(name))
+
+
 def _recorded_reason(name: str) -> str:
     try:
         reason = json.loads(_RECORD.read_text(encoding="utf-8"))["extensions"][name]
     except (OSError, ValueError, KeyError, TypeError):
         reason = None
-    return str(reason or "run 'python setup.py build_ext --inplace' in a checkout, or install the package again")
+    return str(reason or _UNKNOWN)

@@ -23,6 +23,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot serve a device and dtype; None when it can."""
     module = extension.load(_MODULE)
     if isinstance(module, str):
+        if device.type == "cpu":
+            extension.warn_of_loss(_MODULE)
         return module
     if getattr(module, "INTERFACE", 1) != _INTERFACE:
         return f"{_MODULE} was built from other sources: run 'python setup.py build_ext --inplace', or install again"

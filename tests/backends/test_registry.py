@@ -131,3 +131,28 @@ def test_the_real_ones():
     for name, info in backends.backends().items():
         assert info.available == bool(info.devices) == (info.reason is None) and info.name == name
     assert backends.resolve("eager", X).__name__ == "entrgi_kernels.backends.eager"
+
+
+def test_an_extension_that_could_have_been_built_is_warned_of_once(monkeypatch, caplog):
+    from entrgi_kernels.backends import extension, native
+
+    missing = "the extension entrgi_kernels._C is not built: building failed"
+    monkeypatch.setattr(native.extension, "load", lambda name: missing)
+
+    def said(reason: str, compiler: str | None) -> int:
+        caplog.clear()
+        extension.warn_of_loss.cache_clear()
+        monkeypatch.setattr(extension, "_recorded_reason", lambda name: reason)
+        monkeypatch.setattr(extension.shutil, "which", lambda name: compiler)
+        assert [native.why_not(device, torch.float32) for device in (CPU, CPU, torch.device("meta"))] == [missing] * 3
+        return len(caplog.records)
+
+    with caplog.at_level(logging.WARNING, "entrgi_kernels"):
+        assert said("building entrgi_kernels._C failed: CompileError", None) == 1
+        assert "building failed; eager serves" in caplog.text
+        assert said("torch is not installed where the package is built", None) == 1
+        assert said(extension._UNKNOWN, "/usr/bin/c++") == 1
+        assert said(extension._UNKNOWN, None) == 0
+        assert said("no C++ compiler was found", "/usr/bin/c++") == 0  # at the time, and known
+        assert said("ENTRGI_DISABLE_EXTENSION is set", "/usr/bin/c++") == 0
+    extension.warn_of_loss.cache_clear()

@@ -15,6 +15,7 @@ from benchmarks.phases import REST, FlopCounter, PhaseTimer
 from benchmarks.profile import OneStep
 from entrgi_kernels import ops
 from entrgi_kernels.backends.ranges import EMBED, MODEL, PHASES, REWARD, REWARD_BACKWARD, UPDATE, listening, scope
+from entrgi_kernels.rewards import savings
 
 SIZE = Size(
     v=401,
@@ -64,6 +65,16 @@ def test_the_floor_replays_the_runs_own_calls():
     of_models += whole.total - sum(whole.by_phase.values())  # the final scores, which no phase covers
     assert alone.total == pytest.approx(of_models, rel=1e-6) and names.count("score_texts") == 1
     assert "masked_logits" not in vars(ours.model)
+
+
+def test_the_floor_is_the_least_work_or_none(monkeypatch):
+    """Were the floor replayed without the reward's savings, a run without them would be near it."""
+    refused = {"reward_prefix": "not exact for this network"}
+    monkeypatch.setattr(savings.ExactSavings, "probe", lambda self, measure: self.refused.update(refused))
+    monkeypatch.setattr(savings.ExactSavings, "warn", lambda self: None)
+    found = measure_end_to_end("quick", torch.float32, backend="eager", size=SIZE, budget=0.0)
+    assert found.group.floor is None and set(found.group.refused) == {FLOOR}
+    assert "reward_prefix is not in use: not exact" in found.group.refused[FLOOR]
 
 
 def test_a_red_check_gives_no_time(monkeypatch):

@@ -95,10 +95,16 @@ def assert_accurate(
     ours: torch.Tensor, truth: torch.Tensor, naive: torch.Tensor, k: float = 2.0, ulps: float = 4.0, floor: float = 0.0
 ) -> None:
     """error <= k x the error of plain torch in the same dtype + a few ulps of the largest value (or of `floor`, the
-    size of the terms where they cancel)."""
+    size of the terms where they cancel).
+
+    The truth of float64 inputs is itself a sum of up to 151,936 terms in float64, often the very sum that plain torch
+    makes, whose error then is 0. What such a sum rounds off in any order, sqrt(V) ulps, is no error of ours.
+    """
     assert torch.isfinite(ours).all()
     scale = max(float(truth.abs().amax()), floor) if truth.numel() else floor
     error, theirs = (((x.double() - truth).abs().amax() if truth.numel() else 0.0) for x in (ours, naive))
+    if ours.dtype == torch.float64:
+        ulps = max(ulps, 400.0)
     bound = k * theirs + ulps * torch.finfo(ours.dtype).eps * scale
     assert error <= bound, f"error {float(error):.3g}, plain torch {float(theirs):.3g}, bound {float(bound):.3g}"
 
