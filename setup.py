@@ -353,7 +353,7 @@ class Sdist(sdist):
     """Adds the sources of the extension also where it cannot be built."""
 
     def make_distribution(self) -> None:
-        self.filelist.extend(sources("csrc/*.*", "csrc/*/*.*"))
+        self.filelist.extend(sources("csrc/*.*", "csrc/*/*.*", "csrc/*/*/*.*"))
         super().make_distribution()
 
 
