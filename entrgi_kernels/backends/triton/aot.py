@@ -7,7 +7,7 @@ The raw functions are run on tensors without storage, and every launch goes thro
 that is not there, up to the point where it would compile: so what is compiled is what a GPU of that architecture would
 be given (kernels, argument types, specialisations, tiles, warps and stages), and what is compiled on a machine that has
 the GPU is found there by Triton's cache. Of each distinct launch the packaged tools say how many registers its machine
-code takes and whether it spills. What is printed is the table of docs/gpu.md.
+code takes and whether it spills.
 """
 
 from __future__ import annotations
