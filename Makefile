@@ -157,7 +157,7 @@ $(VENV)/.torch: $(filter-out /dev/null,$(LOCK)) .ci/constraints.py
 	else $(PYTHON) -c 'import sys, sysconfig as s; sys.prefix != sys.base_prefix and print(s.get_path("purelib"))' \
 	  > "$$($(PY) -c 'import sysconfig as s; print(s.get_path("purelib"))')/parent.pth"; fi; \
 	$(PY) .ci/constraints.py $(LOCK) > $(VENV)/constraints.txt && \
-	$(PY) -m pip install -qq -c $(VENV)/constraints.txt 'setuptools>=77' ninja
+	$(PY) -m pip install -qq -c $(VENV)/constraints.txt 'setuptools>=77' ninja torch
 	@touch $@
 
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
