@@ -44,7 +44,7 @@ ADAM = (0.5, 0.9, 0.999, 1e-8)
 # (family, raw function, rows, module and kernel that is spoiled, its argument)
 FAMILIES = [
     ("statistics", "softmax_entropy", 3, "statistics", "_merge_kernel", "lse_ptr"),
-    ("sampling", "sample_tokens", 3, "sampling", "_race_merge_kernel", "tokens_ptr"),
+    ("race", "sample_tokens", 3, "race", "_race_merge_kernel", "tokens_ptr"),
     ("product", "soft_embedding", 3, "soft_embedding", "_forward_kernel", "soft_ptr"),
     ("chunked", "soft_embedding", 22, "chunked", "_probability_kernel", "out_ptr"),
     ("forward", "entrgi_embedding", 3, "soft_embedding", "_merge_kernel", "out_ptr"),

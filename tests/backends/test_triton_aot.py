@@ -117,7 +117,8 @@ def test_products_on_hopper_copy_in_bulk_and_keep_the_tensor_cores_busy():
         ptx = aot.build(machine.gpu, item).asm["ptx"]
         assert "cp.async.bulk.tensor.2d" in ptx and "cp.async.cg" not in ptx
         assert "wgmma.mma_async" in ptx and "mma.sync" not in ptx
-        assert re.search(r"wgmma.wait_group.sync.aligned [1-9];", ptx)
+        if item.kernel == "_backward_kernel" or not machine.tables.waits:
+            assert re.search(r"wgmma.wait_group.sync.aligned [1-9];", ptx)
         # The left operand goes to the product from where it was copied to, or from registers: not by way of shared
         # memory a second time.
         assert "st.shared" not in ptx[: ptx.index("wgmma.mma_async")]

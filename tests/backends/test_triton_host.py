@@ -262,7 +262,7 @@ def test_tuning_starts_from_the_table_and_tries_the_other_engine():
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
 def test_tuning_compiles_each_candidates_own_kernels_first(monkeypatch):
-    machine, shape = aot.MACHINES["sm_90"], Shape(1100, 64, 4096)
+    machine, shape = aot.MACHINES["sm_90"], Shape(1600, 64, 4096)
     kernels_of = {"statistics": "_statistics_kernel", "collect": "_collect_kernel", "backward": "_backward_kernel"}
     jobs = [(f, shape, tune.present_entry(machine.tables, f, shape.n)) for f in (*kernels_of, "forward")]
     for family, _, entry in jobs[:3]:

@@ -10,7 +10,6 @@ import math
 import os
 import subprocess
 import sys
-import types
 import warnings
 from pathlib import Path
 
@@ -44,35 +43,6 @@ def test_parity_with_eager_in_interpreting_processes():
         assert " passed" in text and " failed" not in text
 
 
-def _patch_once() -> None:
-    """Let nested device functions reuse the language patch of the launch that calls them.
-
-    The interpreter walks through all of triton.language at every call of a device function, tl.sum included: nine
-    tenths of a launch. Inside one launch the second walk changes nothing.
-    """
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    original, active = interpreter._patch_lang, []
-
-    def once(function):
-        if active:
-            return interpreter._LangPatchScope()
-        scope = original(types.FunctionType((lambda: 0).__code__, {"tl": tl, "core": tl.core}))
-        active.append(scope)
-        restore = scope.restore
-
-        def done():
-            active.clear()
-            restore()
-
-        scope.restore = done
-        return scope
-
-    if hasattr(interpreter, "_LangPatchScope"):
-        interpreter._patch_lang = once
-
-
 if INTERPRETED:
     import triton
     import triton.language as tl
@@ -86,7 +56,6 @@ if INTERPRETED:
     from entrgi_kernels.ops import _vocabulary_head
 
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's opinion of inf - inf
-    _patch_once()
 
 inner = pytest.mark.skipif(not INTERPRETED, reason="runs in an inner process")
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 3e-3}
@@ -375,9 +344,8 @@ def test_the_cut_off_is_never_raised_above_the_maximum():
 def test_a_race_leaves_out_no_tile_that_would_have_won(scale):
     """Six tiles a row, of which the later ones often hold a slightly better score."""
     logits = torch.randn(32, 700, generator=torch.Generator().manual_seed(12)) * scale
-    rng, rows = torch.tensor([5, 6]), torch.arange(32)
-    ours = kernels.sample_tokens(logits, rng, rows, 1.0, 0, 1.0)
-    assert torch.equal(ours, eager.sample_tokens(logits, rng, rows, 1.0, 0, 1.0))
+    draw = Draw(torch.tensor([5, 6]), torch.arange(32), 1.0, 0, 1.0)
+    assert torch.equal(kernels.sample_tokens(logits, draw), eager.sample_tokens(logits, draw))
 
 
 @inner

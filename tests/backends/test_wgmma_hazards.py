@@ -55,8 +55,22 @@ def test_products_from_shared_memory_alone_have_none():
 
 @pytest.mark.slow
 def test_triton_writes_no_operand_of_a_running_product():
-    counts = {label: len(found) for label, found in wgmma_hazards.of_triton("soft_embedding.forward_kernel")}
-    assert counts and max(counts.values()) == 0, counts
+    counts = {
+        label: len(found) for label, found in wgmma_hazards.of_triton("forward_kernel|backward_kernel|table_kernel")
+    }
+    assert any("table_kernel" in label for label in counts) and any("forward" in label for label in counts)
+    assert max(counts.values()) == 0, counts
+
+
+def test_another_assembler_is_not_trusted(monkeypatch):
+    for name in config._ASSEMBLERS:
+        monkeypatch.delenv(name, raising=False)
+    assert config.target_of(9, 132).waits == (config._TRITON < (3, 9))
+    for name in config._ASSEMBLERS:
+        with monkeypatch.context() as given:
+            given.setenv(name, "/somewhere/ptxas")
+            assert config.target_of(9, 132).waits
+            assert not config.target_of(10, 148).waits and not config.target_of(8, 108).waits
 
 
 @pytest.mark.skipif(config._TRITON >= (3, 9), reason="this Triton waits by itself")

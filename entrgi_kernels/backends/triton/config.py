@@ -10,6 +10,7 @@ and from a count of bytes and operations.
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,6 +18,8 @@ import triton
 
 from . import hopper
 
+# By which a user gives Triton another ptxas.
+_ASSEMBLERS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 # A row is read by this many programs at most. Merging kernels have as many lanes whatever the split, so that a new
@@ -299,7 +302,8 @@ _UNALIGNED = {2: GemmConfig(64, 64, 32, 8, 2), 4: GemmConfig(64, 32, 32, 8, 2)}
 
 _SM_80 = Architecture(
     "sm_80",
-    **_ROWS,
+    # With the other tile the search of a threshold keeps 8 bytes on the stack, under Triton 3.6 and 3.7.
+    **_ROWS | dict(sample=replace(_ROWS["sample"], block=512, num_warps=4)),
     forward={2: _FORWARD_16_BIT, 4: _FORWARD_32_BIT},
     backward={2: _BACKWARD_16_BIT, 4: _BACKWARD_32_BIT},
     table={2: _TABLE_16_BIT, 4: _TABLE_32_BIT},
@@ -395,7 +399,9 @@ def target_of(major: int, sms: int, hip: bool = False) -> Target:
     """The tables for a GPU: `major` of its compute capability (not looked at on ROCm), and its multiprocessors."""
     if hip:
         return Target(_SM_80, sms, "ieee")
-    return Target(_BY_MAJOR.get(major, _SM_80), sms, "tf32x3", waits=major == 9 and _TRITON < (3, 9))
+    # Triton 3.9 and ptxas 13.3, which it brings, are the cure together; nobody knows what another assembler does.
+    unsafe = _TRITON < (3, 9) or any(os.environ.get(name) for name in _ASSEMBLERS)
+    return Target(_BY_MAJOR.get(major, _SM_80), sms, "tf32x3", waits=major == 9 and unsafe)
 
 
 @functools.cache

@@ -39,6 +39,15 @@ def blend(soft, table_ptr, stride_e, tokens_ptr, weight_ptr, rows, columns, mask
     return tl.where(w < 0.5, soft + w * shift, hard - shift * (1.0 - w))
 
 
+@triton.jit
+def ended(acc):
+    """`acc`, when the product that forms it has ended: its left operand's registers may then be written anew.
+
+    No instruction, but one that reads and writes the sums. See :class:`.config.Target`, `waits`.
+    """
+    return tl.inline_asm_elementwise("// $0", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+
+
 @kernel("n")
 def _forward_kernel(
     logits,
@@ -112,9 +121,7 @@ def _forward_kernel(
         p = tl.exp2(below * c[:, None] + offset[:, None])
         acc = tl.dot(p.to(e.dtype), e, acc, input_precision=PRECISION)
         if WAITS:
-            # No instruction, but it reads and writes the sums: the product has to end before p's registers are formed
-            # anew. See config.Target.
-            acc = tl.inline_asm_elementwise("// $0", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+            acc = ended(acc)
     acc *= scale_back
     mask = inside_n[:, None] & inside_d[None, :]
     place = rows[:, None] * d + columns[None, :]

@@ -10,7 +10,7 @@ from ..ranges import ranged
 from . import config
 from .guidance_update import product_dtype
 from .launch import cdiv, kernel, launch, rows_of, vector
-from .soft_embedding import scale_of
+from .soft_embedding import ended, scale_of
 
 
 @kernel("n")
@@ -27,6 +27,7 @@ def _table_kernel(
     inverse,
     log2_scale,
     scale_back,
+    WAITS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -58,6 +59,8 @@ def _table_kernel(
         lse = tl.load(lse_ptr + rows, mask=inside_n, other=0.0)
         p = tl.exp2((x * inverse - lse[None, :]) * 1.4426950408889634 + log2_scale)
         acc = tl.dot(p.to(g.dtype), g, acc, input_precision=PRECISION)
+        if WAITS:
+            acc = ended(acc)
     place = entries.to(tl.int64)[:, None] * d + columns[None, :]
     value = (acc * scale_back).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + place, value, mask=inside_v[:, None] & inside_d[None, :])
@@ -94,6 +97,7 @@ def soft_embedding_grad_table(
         2.0**-scale,
         num_warps=entry.num_warps,
         num_stages=entry.num_stages,
+        WAITS=target.waits and grad.element_size() == 2,
         PRECISION=target.precision,
         BLOCK_N=entry.block_n,
         BLOCK_V=entry.block_v,
