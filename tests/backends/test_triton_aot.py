@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process: nothing to compile", allow_module_level=True)
 
@@ -41,8 +43,19 @@ def test_launches_cover_every_kernel_and_every_tile(target):
             assert (entry.block_n, entry.block_v, entry.block_d, entry.num_warps, entry.num_stages) in compiled
 
 
+# Spills are judged on the releases that users get: torch 2.11's, and the lock's. On others they are told.
+JUDGED = {(3, 6), (3, 7)}
+
+
 def failures(made, spilled=0):
-    """What the gate holds against launches, one a line; `spilled` bytes are let pass."""
+    """What the gate holds against launches, one a line; `spilled` bytes are let pass, on other releases any."""
+    if config._TRITON not in JUDGED:
+        told = [f"{r.target} {r.launch.label}: {r.spill_bytes} bytes" for r in made if r.spill_bytes > spilled]
+        if told:
+            warnings.warn(
+                f"spills on a Triton that is not judged ({triton.__version__}): " + "; ".join(told), stacklevel=2
+            )
+        spilled = math.inf
     return "\n".join(
         f"{r.target} {r.launch.label}: {r.error or f'{r.spill_bytes} bytes spilled, {r.shared_bytes} shared'}"
         for r in made
@@ -161,3 +174,10 @@ def test_what_is_compiled_here_is_what_a_gpu_finds_in_its_cache(tmp_path, monkey
     monkeypatch.setattr(aot.driver, "_active", aot._Absent(machine.gpu))
     calls()
     assert set(os.listdir(tmp_path)) == made
+
+
+def test_the_lock_holds_a_release_whose_spills_are_judged():
+    for lock in ("requirements.lock", "requirements-oldest.lock"):
+        text = (Path(__file__).parents[2] / lock).read_text(encoding="utf-8")
+        (release,) = set(re.findall(r"^triton==(\d+)\.(\d+)", text, re.MULTILINE))
+        assert tuple(map(int, release)) in JUDGED, lock
