@@ -47,6 +47,8 @@ def test_launches_of_one_key_are_compiled_alike(split):
         def record(kernel, args, options):
             nonlocal again
             triton_records(kernel, args, options)
+            # A compiled kernel is given all of its parameters in their order: arguments, then constants.
+            assert set(kernel.arg_names[len(args) :]) == set(split(options)[1])
             kind = launch.key(kernel, args, *split(options))
             assert made.setdefault(kind, found[-1]) == found[-1]
             again += 1
