@@ -147,7 +147,7 @@ def test_loops_are_counted_in_machine_code():
     # Under Triton 3.6 two more, once a tile.
     assert 2 * entries + 2 <= main.names["MUFU"] <= 2 * entries + 4 and main.counts["mufu"] == main.names["MUFU"]
     assert main.names["LDG"] == entries // 8  # 16 bytes each
-    assert main.counts["issue"] == sum(main.names.values()) < 14 * entries
+    assert main.counts["issue"] == sum(main.names.values()) < 15 * entries
     assert main.bound == "mufu" and main.clocks == main.counts["mufu"] / 16
 
 
