@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .errors import check_writable, write_text
 from .tables import text_table
 
 FAMILIES = {
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
 
     from entrgi_kernels.backends import proof
 
+    if args.json is not None:
+        check_writable(args.json)
     started = time.perf_counter()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     engines, absent = _engines(device)
@@ -87,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     if device.type == "cuda":
         print(f"verdicts and times: {proof.path() or 'not kept, there is no home folder'}")
     if args.json is not None:
-        args.json.write_text(json.dumps(_record(device, absent, verdicts, rates, times), indent=2), encoding="utf-8")
+        write_text(args.json, json.dumps(_record(device, absent, verdicts, rates, times), indent=2))
     return int(bool(wrong))
 
 

@@ -91,6 +91,12 @@ def test_want_of_memory_is_told_and_is_no_fault(engine, capsys) -> None:
     assert "not compared" in next(line for line in text.splitlines() if line.startswith("their gradient "))
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(engine, monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setattr(check, "_engines", lambda device: pytest.fail("kernels were looked for"))
+    assert cli.main(["check", "--json", str(tmp_path / "none" / "x.json")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
 def test_a_machine_with_eager_alone_has_nothing_to_prove(engine, monkeypatch, capsys) -> None:
     monkeypatch.setattr(check, "_engines", lambda device: ({}, {"native": "it was not built"}))
     assert cli.main(["check"]) == 0
