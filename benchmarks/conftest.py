@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.inputs import CPU_SHAPES, Shape
-from benchmarks.measure import Candidate, available_memory, gate
-from benchmarks.suite_step import Problem, memory_needed
+from benchmarks.harness.inputs import CPU_SHAPES, Shape
+from benchmarks.harness.measure import Candidate, available_memory, gate
+from benchmarks.suites.step import Problem, memory_needed
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure
-from benchmarks.baselines import BASELINES
-from benchmarks.end_to_end import measure_end_to_end
-from benchmarks.inputs import CPU_SHAPES, SMALL_N, Shape
-from benchmarks.measure import Group
-from benchmarks.suite_ops import OPS, measure_ops
-from benchmarks.suite_step import measure_step, memory_needed
+from benchmarks.baselines.step import BASELINES
+from benchmarks.harness import measure
+from benchmarks.harness.inputs import CPU_SHAPES, SMALL_N, Shape
+from benchmarks.harness.measure import Group
+from benchmarks.suites.end_to_end import measure_end_to_end
+from benchmarks.suites.ops import OPS, measure_ops
+from benchmarks.suites.step import measure_step, memory_needed
 
 PARTS = ("step", "ops", "generation")
 

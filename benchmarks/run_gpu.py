@@ -7,7 +7,7 @@ reported and costs no other:
 the time of the rest); 2. the proof of every kernel (`entrgi check`); 3. the machine's ceilings: a device copy and a
 large matrix product; 4. kernels alone, by device events, against those ceilings, a step's kernels first; 5. the
 guidance step by the clock at all canonical shapes against the published loop, its batched form and the two products'
-floor; then candidate tiles (`benchmarks.tune`) and `pytest -m gpu`, kernels against float64; 6. a whole guided
+floor; then candidate tiles (`benchmarks.tools.tune`) and `pytest -m gpu`, kernels against float64; 6. a whole guided
 generation with models of Dream-7B's and Qwen3-1.7B's shapes; 7. the step against the batched form compiled;
 8. operators against plain torch; 9. the compiled CUDA kernels against Triton's; 10. the draw against flashinfer's, row
 statistics against quack's and Liger's, where those are installed; 11. compute-sanitizer and ncu on the CUDA kernels;
@@ -41,13 +41,22 @@ from typing import Any
 
 import torch
 
-from benchmarks import cuda_engine, measure
-from benchmarks.end_to_end import EndToEnd, measure_end_to_end
-from benchmarks.gpu import REHEARSAL, Machine, ceilings, kernel_group, kernels_are_right, other_draws, other_statistics
-from benchmarks.inputs import Shape
-from benchmarks.measure import Group
-from benchmarks.suite_ops import measure_ops
-from benchmarks.suite_step import measure_step
+from benchmarks.harness import measure
+from benchmarks.harness.inputs import Shape
+from benchmarks.harness.measure import Group
+from benchmarks.suites import cuda_engine
+from benchmarks.suites.end_to_end import EndToEnd, measure_end_to_end
+from benchmarks.suites.kernels import (
+    REHEARSAL,
+    Machine,
+    ceilings,
+    kernel_group,
+    kernels_are_right,
+    other_draws,
+    other_statistics,
+)
+from benchmarks.suites.ops import measure_ops
+from benchmarks.suites.step import measure_step
 
 ROOT = Path(__file__).parent.parent
 PARTS = (
@@ -372,7 +381,7 @@ class Run:
     def tune(self) -> None:
         """Candidates of every family, for a third of the time that is left."""
         minutes = self.clock.left() / 180
-        command = [sys.executable, "-m", "benchmarks.tune", "--minutes", f"{minutes:.2f}"]
+        command = [sys.executable, "-m", "benchmarks.tools.tune", "--minutes", f"{minutes:.2f}"]
         subprocess.run(command, cwd=ROOT, timeout=60 * minutes + 60, env=_environment(), check=True)
 
     def numerics(self) -> None:

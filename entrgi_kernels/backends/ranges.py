@@ -2,7 +2,7 @@
 
 Nobody listens by default, and a range then costs one look at an empty tuple. :func:`enable_nvtx` shows them to Nsight
 Systems and Nsight Compute; anything with ``begin(name)`` and ``end(name)`` may be put into :data:`listeners` by
-:func:`listening` (``benchmarks/phases.py`` takes times and counts FLOPs that way).
+:func:`listening` (``benchmarks/harness/phases.py`` takes times and counts FLOPs that way).
 
 Phases do not overlap; the functions' ranges, whose names begin with ``entrgi::``, lie inside them.
 """

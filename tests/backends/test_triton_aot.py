@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process: nothing to compile", allow_module_level=True)
 
-from benchmarks import sass  # noqa: E402
+from benchmarks.tools import sass  # noqa: E402
 from entrgi_kernels.backends import triton as kernels  # noqa: E402
 from entrgi_kernels.backends.triton import aot, config, launch  # noqa: E402
 

@@ -13,8 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from benchmarks import profile, run_gpu, tune  # noqa: E402
-from benchmarks.inputs import CANONICAL, VOCABULARY, Shape  # noqa: E402
+from benchmarks import run_gpu
+from benchmarks.harness.inputs import CANONICAL, VOCABULARY, Shape  # noqa: E402
+from benchmarks.tools import (
+    profile,
+    tune,  # noqa: E402
+)
 from entrgi_kernels import backends  # noqa: E402
 from entrgi_kernels.backends import triton as kernels  # noqa: E402
 from entrgi_kernels.backends.arguments import Adam, Draw, Placement  # noqa: E402

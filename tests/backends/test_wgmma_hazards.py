@@ -13,7 +13,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process: nothing to compile", allow_module_level=True)
 
-from benchmarks import cuda_static, wgmma_hazards  # noqa: E402
+from benchmarks.tools import (
+    cuda_static,
+    wgmma_hazards,  # noqa: E402
+)
 from entrgi_kernels.backends.triton import aot, config  # noqa: E402
 
 HOPPER = cuda_static.ROOT / "csrc" / "cuda" / "hopper"

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from benchmarks import baselines, oracle
-from benchmarks.baselines import Published, StepSettings, Vectorized
-from benchmarks.fused import Fused
-from benchmarks.inputs import Canvas, Shape, canvas, embedding_table, linear_reward, peaked_logits
-from benchmarks.suite_step import Problem, maker
+from benchmarks.baselines import step as baselines
+from benchmarks.baselines.step import Published, Vectorized
+from benchmarks.harness import oracle
+from benchmarks.harness.inputs import Canvas, Shape, StepSettings, canvas, embedding_table, linear_reward, peaked_logits
+from benchmarks.suites.fused import Fused
+from benchmarks.suites.step import Problem, maker
 
 V, D, N = 61, 5, 13
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cuda_engine, run_gpu
-from benchmarks.inputs import Shape
+from benchmarks import run_gpu
+from benchmarks.harness.inputs import Shape
+from benchmarks.suites import cuda_engine
 
 # As ncu --csv --page details prints it: its own lines first, then a row a metric.
 REPORT = """==PROF== Connected to process 1

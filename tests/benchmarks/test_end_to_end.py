@@ -7,12 +7,13 @@ import json
 import pytest
 import torch
 
-from benchmarks import end_to_end, generation, measure
-from benchmarks.end_to_end import PLAIN, measure_end_to_end
-from benchmarks.generation import FLOOR, Recording, Size, sampler
-from benchmarks.models import Network
-from benchmarks.phases import REST, FlopCounter, PhaseTimer
-from benchmarks.profile import OneStep
+from benchmarks.harness import measure
+from benchmarks.harness.models import Network
+from benchmarks.harness.phases import REST, FlopCounter, PhaseTimer
+from benchmarks.suites import end_to_end, generation
+from benchmarks.suites.end_to_end import PLAIN, measure_end_to_end
+from benchmarks.suites.generation import FLOOR, Recording, Size, sampler
+from benchmarks.tools.profile import OneStep
 from entrgi_kernels import ops
 from entrgi_kernels.backends.ranges import EMBED, MODEL, PHASES, REWARD, REWARD_BACKWARD, UPDATE, listening, scope
 from entrgi_kernels.rewards import savings

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, run_cpu
-from benchmarks.baselines import Vectorized
-from benchmarks.inputs import Shape
-from benchmarks.measure import Candidate, GateError
-from benchmarks.oracle import Check
-from benchmarks.suite_step import Problem, maker, measure_step, step_candidates
+from benchmarks import run_cpu
+from benchmarks.baselines.step import Vectorized
+from benchmarks.harness import measure
+from benchmarks.harness.inputs import Shape
+from benchmarks.harness.measure import Candidate, GateError
+from benchmarks.harness.oracle import Check
+from benchmarks.suites.step import Problem, maker, measure_step, step_candidates
 
 SHAPE = Shape(5, 8, 127)
 

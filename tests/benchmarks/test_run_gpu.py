@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu, run_gpu
-from benchmarks.gpu import REHEARSAL
+from benchmarks import run_gpu
 from benchmarks.run_gpu import MUST, Report
+from benchmarks.suites import kernels as gpu
+from benchmarks.suites.kernels import REHEARSAL
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 
-from benchmarks import suite_overhead as suite
+from benchmarks.suites import overhead as suite
 from entrgi_kernels import ops
 
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from benchmarks import generation, oracle
-from benchmarks.inputs import Shape
-from benchmarks.loop import LoopSettings, PublishedLoop
-from benchmarks.models import make_world, word_tokenizer
-from benchmarks.suite_ops import OPS, OpSuite
-from benchmarks.suite_step import Problem
+from benchmarks.baselines.loop import LoopSettings, PublishedLoop
+from benchmarks.harness import oracle
+from benchmarks.harness.inputs import Shape
+from benchmarks.harness.models import make_world, word_tokenizer
+from benchmarks.suites import generation
+from benchmarks.suites.ops import OPS, OpSuite
+from benchmarks.suites.step import Problem
 from entrgi_kernels import ops
 
 SHAPE = Shape(6, 16, 301)

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import suite_token_log_prob as suite
-from benchmarks.inputs import Shape
+from benchmarks.harness.inputs import Shape
+from benchmarks.suites import token_log_prob as suite
 
 SHAPE = Shape(5, 8, 97)
 

@@ -1,6 +1,6 @@
 """Tile sizes and engines per architecture and shape: frozen threshold tables, no tuning at run time.
 
-An entry serves row counts up to its `most_rows`; the last entry of a list has none. `benchmarks/tune.py` measures the
+An entry serves row counts up to its `most_rows`; the last entry of a list has none. `benchmarks/tools/tune.py` measures the
 candidates on a GPU and prints the tables; `evidence` beside an entry says where its numbers come from. Those
 of sm_90 in 16 bits were timed on an H100 (benchmarks/results/tiles-nvidia-h100-80gb-hbm3.json); every other was chosen
 WITHOUT A GPU, from what ahead-of-time compilation shows (registers, shared memory, no spills)

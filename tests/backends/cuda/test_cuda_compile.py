@@ -9,8 +9,8 @@ import sysconfig
 import pytest
 from cuda_tree import SOURCES, torch_headers
 
-from benchmarks import cuda_static
-from benchmarks.cuda_static import Kernel
+from benchmarks.tools import cuda_static
+from benchmarks.tools.cuda_static import Kernel
 
 MISSING = [name for name, path in (("nvcc", cuda_static.nvcc()), ("cuobjdump", cuda_static.disassembler())) if not path]
 needs_nvcc = pytest.mark.skipif(bool(MISSING), reason=f"no {' and no '.join(MISSING)} on this machine")

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure
-from benchmarks.generation import Size
-from benchmarks.inputs import CANONICAL, SMALL_N, Shape
-from benchmarks.measure import Candidate, Group
-from benchmarks.models import Network
+from benchmarks.harness import measure
+from benchmarks.harness.inputs import CANONICAL, SMALL_N, Shape
+from benchmarks.harness.measure import Candidate, Group
+from benchmarks.harness.models import Network
+from benchmarks.suites.generation import Size
 
 # Clock cycles: about two milliseconds, longer than any one function here takes to enqueue.
 _HEAD_START = 4_000_000
@@ -122,7 +122,7 @@ def ceilings(machine: Machine, scratch: torch.Tensor) -> tuple[float, float, lis
 
 def kernel_group(machine: Machine, shape: Shape, scratch: torch.Tensor, bandwidth: float) -> list[Group]:
     """Kernels alone at a shape in bf16, by device events: no Python or launch gaps between them are left out."""
-    from benchmarks.suite_step import Problem
+    from benchmarks.suites.step import Problem
     from entrgi_kernels.backends.arguments import Adam, Draw
 
     kernels, device = machine.kernels(), machine.device
@@ -204,8 +204,8 @@ def kernel_group(machine: Machine, shape: Shape, scratch: torch.Tensor, bandwidt
 
 def kernels_are_right(machine: Machine, shape: Shape) -> list[str]:
     """What is wrong with the kernels at a shape; their times are reported only when nothing is."""
-    from benchmarks.suite_ops import OPS, OpSuite
-    from benchmarks.suite_step import Problem
+    from benchmarks.suites.ops import OPS, OpSuite
+    from benchmarks.suites.step import Problem
 
     suite = OpSuite(Problem.make(shape, torch.bfloat16, device=machine.device))
     wrong = []
@@ -222,9 +222,9 @@ def other_draws(machine: Machine) -> Group | None:
         return None
     import flashinfer
 
-    from benchmarks import oracle
-    from benchmarks.suite_ops import OpSuite
-    from benchmarks.suite_step import Problem
+    from benchmarks.harness import oracle
+    from benchmarks.suites.ops import OpSuite
+    from benchmarks.suites.step import Problem
 
     shape = machine.others
     problem = Problem.make(shape, torch.bfloat16, device=machine.device)
@@ -248,8 +248,8 @@ def other_statistics(machine: Machine) -> Group:
 
     A cross-entropy is the same pass over the same rows: a log-sum-exp and one entry. It is checked as that.
     """
-    from benchmarks import oracle
-    from benchmarks.suite_step import Problem
+    from benchmarks.harness import oracle
+    from benchmarks.suites.step import Problem
     from entrgi_kernels import ops
 
     p = Problem.make(machine.others, torch.bfloat16, device=machine.device)

@@ -1,6 +1,6 @@
 """Token log-probabilities under a vocabulary head, forward and backward: ours, plain torch, Liger and CCE.
 
-    python -m benchmarks.suite_token_log_prob [--shapes 64,1024 ...] [--device cuda] [--json FILE]
+    python -m benchmarks.suites.token_log_prob [--shapes 64,1024 ...] [--device cuda] [--json FILE]
 
 Two cases: the head is frozen (LoRA: gradient of hidden alone) or it learns too. `plain` is what people write: a linear
 layer, float32 log-softmax, gather. Liger's fused linear cross-entropy and Apple's cut-cross-entropy are measured where
@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks import measure
-from benchmarks.inputs import Shape
-from benchmarks.measure import Candidate, Group
-from benchmarks.oracle import Check, chosen_rows
+from benchmarks.harness import measure
+from benchmarks.harness.inputs import Shape
+from benchmarks.harness.measure import Candidate, Group
+from benchmarks.harness.oracle import Check, chosen_rows
 from entrgi_kernels import ops
 
 CASES = {"frozen head": False, "learning head": True}
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 1 when a backend of this project failed its check.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.suite_token_log_prob", description=__doc__.split("\n")[0]
+        prog="python -m benchmarks.suites.token_log_prob", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, default=[Shape(256, 1024)], help="N,D or N,D,V")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])

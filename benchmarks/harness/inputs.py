@@ -1,4 +1,4 @@
-"""Inputs of the benchmarks: logits peaked like a trained model's, embedding tables, canvases, canonical shapes.
+"""Inputs of the benchmarks: logits peaked like a trained model's, embedding tables, canvases, shapes, settings.
 
 How the logits are made. Every row is
 
@@ -24,6 +24,7 @@ VOCABULARY = 151_936
 CANONICAL = ((64, 1024), (512, 1024), (1024, 2048), (2048, 2048), (4096, 2560))
 CPU_SHAPES = ((64, 1024), (512, 1024))
 SMALL_N = (1, 7)
+WEIGHTS = ("entropy", "one", "zero")
 
 Reward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -57,6 +58,23 @@ class Shape:
         if len(numbers) not in (2, 3) or min(numbers) < 1:
             raise ValueError(f"shape {text!r}: expected N,D or N,D,V with positive integers, for example 64,1024")
         return cls(*numbers)
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Settings of a guidance step; the defaults are the published ones. `weight`: "entropy", "one" or "zero"."""
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    top_k: int | None = None
+    lr: float = 0.5
+    weight: str = "entropy"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if self.weight not in WEIGHTS:
+            raise ValueError(f"weight={self.weight!r}: expected one of {WEIGHTS}")
 
 
 @dataclass

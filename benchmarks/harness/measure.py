@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.inputs import Shape
-from benchmarks.oracle import Check
+from benchmarks.harness.inputs import Shape
+from benchmarks.harness.oracle import Check
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 class GateError(RuntimeError):

@@ -2,8 +2,8 @@
 
 Every position's logits are computed and shifted; masked rows are gathered trajectory by trajectory; phi, Adam and the
 reward model's input are made anew at every denoising step, also where it commits nothing; draws and commits go
-trajectory by trajectory; the final texts are scored one at a time. The inner steps are :class:`benchmarks.baselines`'s,
-so the loop can be run with the batched step in place of the published one.
+trajectory by trajectory; the final texts are scored one at a time. The inner steps are :mod:`.step`'s, so the
+loop can be run with the batched step in place of the published one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.baselines import Published, StepSettings, filtered
-from benchmarks.inputs import Canvas
+from benchmarks.baselines.step import Published, filtered
+from benchmarks.harness.inputs import Canvas, StepSettings
 
 Draw = Callable[[torch.Tensor], torch.Tensor]
 

@@ -9,20 +9,28 @@ from typing import Any
 
 import torch
 
-from benchmarks import oracle
-from benchmarks.baselines import (
+from benchmarks.baselines.step import (
     BASELINES,
     GuidanceStep,
     Published,
     StepResult,
-    StepSettings,
     batched_alive,
     batched_forward,
 )
-from benchmarks.fused import Fused, two_products
-from benchmarks.inputs import Canvas, Reward, Shape, canvas, embedding_table, linear_reward, peaked_logits
-from benchmarks.measure import Candidate, Group, measure
-from benchmarks.oracle import Check
+from benchmarks.harness import oracle
+from benchmarks.harness.inputs import (
+    Canvas,
+    Reward,
+    Shape,
+    StepSettings,
+    canvas,
+    embedding_table,
+    linear_reward,
+    peaked_logits,
+)
+from benchmarks.harness.measure import Candidate, Group, measure
+from benchmarks.harness.oracle import Check
+from benchmarks.suites.fused import Fused, two_products
 
 FLOOR = "two GEMMs"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.generation import FLOOR, Size, candidates
+from benchmarks.suites.generation import FLOOR, Size, candidates
 
 BASELINES = ("published", "vectorized")
 FLOORS = (FLOOR,)

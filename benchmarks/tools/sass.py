@@ -1,6 +1,6 @@
-"""What the loops of the Triton kernels ask of an NVIDIA GPU's pipes, from machine code: `python -m benchmarks.sass`.
+"""What loops of the Triton kernels ask of an NVIDIA GPU's pipes, from machine code: `python -m benchmarks.tools.sass`.
 
-    python -m benchmarks.sass --only 'statistics_kernel .bf16' --clock 1.755
+    python -m benchmarks.tools.sass --only 'statistics_kernel .bf16' --clock 1.755
 
 Needs no GPU and measures nothing: every launch of the ahead-of-time gate that matches is compiled and disassembled,
 and of each loop the instructions are counted by the pipe that takes them. From that follows a ceiling of entries a
@@ -119,7 +119,7 @@ def rows(target: str, only: str, clock: float, bandwidth: float) -> Iterator[str
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the counts; exit status 1 when no launch matches."""
-    parser: Any = argparse.ArgumentParser(prog="python -m benchmarks.sass", description=__doc__.splitlines()[0])
+    parser: Any = argparse.ArgumentParser(prog="python -m benchmarks.tools.sass", description=__doc__.splitlines()[0])
     parser.add_argument("--target", default="sm_90", choices=("sm_80", "sm_90"))
     parser.add_argument(
         "--only", default="statistics_kernel|collect_kernel|confidence_kernel", help="regular expression"

@@ -1,4 +1,4 @@
-"""Guided generation, whole: `python -m benchmarks.end_to_end [--preset small] [--dtype bfloat16] [--device cuda]`.
+"""Guided generation, whole: `python -m benchmarks.suites.end_to_end [--preset small] [--dtype …] [--device cuda]`.
 
 The published loop and our sampler, with all exact savings and with none, on the same random models; and the floor, the
 models' own forwards and backwards replayed alone. For our sampler also where the time goes, phase by phase, and the
@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure
-from benchmarks.generation import FLOOR, PRESETS, Size, candidates, check_ours, sampler, tokens_of
-from benchmarks.measure import Candidate, Group
-from benchmarks.models import World
-from benchmarks.phases import REST, FlopCounter, PhaseTimer
+from benchmarks.harness import measure
+from benchmarks.harness.measure import Candidate, Group
+from benchmarks.harness.models import World
+from benchmarks.harness.phases import REST, FlopCounter, PhaseTimer
+from benchmarks.suites.generation import FLOOR, PRESETS, Size, candidates, check_ours, sampler, tokens_of
 from entrgi_kernels.backends.ranges import PHASES, listening
 
 OP, PLAIN = "generation", "no savings"
@@ -144,7 +144,7 @@ def _look_inside(found: EndToEnd, world: World, size: Size, backend: str, device
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.suites.end_to_end", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", action="append", choices=tuple(PRESETS), help="may be repeated (default: small)")
     parser.add_argument("--dtype", action="append", choices=("bfloat16", "float16", "float32"), help="may be repeated")
     parser.add_argument("--device", default="cpu")

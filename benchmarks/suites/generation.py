@@ -2,7 +2,7 @@
 
 The floor is what the two models alone cost: the very forwards of the diffusion LM and forwards and backwards of the
 reward model that our sampler's run makes, the final scoring among them, with nothing between. It is measured by
-:mod:`benchmarks.end_to_end`.
+:mod:`benchmarks.suites.end_to_end`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.baselines import Published, StepSettings, Vectorized
-from benchmarks.inputs import VOCABULARY, Shape
-from benchmarks.loop import LoopSettings, PublishedLoop
-from benchmarks.measure import Candidate
-from benchmarks.models import DREAM_7B, QWEN3_1_7B, Network, World, make_world
-from benchmarks.oracle import Check, combine
+from benchmarks.baselines.loop import LoopSettings, PublishedLoop
+from benchmarks.baselines.step import Published, Vectorized
+from benchmarks.harness.inputs import VOCABULARY, Shape, StepSettings
+from benchmarks.harness.measure import Candidate
+from benchmarks.harness.models import DREAM_7B, QWEN3_1_7B, Network, World, make_world
+from benchmarks.harness.oracle import Check, combine
 
 PROMPTS = ["w11 w5 w300 w7 w2 w19", "w800 w20"]
 FLOOR = "models alone"
@@ -66,7 +66,7 @@ class Size:
         return make_world(v=self.v, d=self.d, diffusion=self.diffusion, reward=self.reward, dtype=dtype, device=device)
 
 
-# What `python -m benchmarks.end_to_end --preset` knows.
+# What `python -m benchmarks.suites.end_to_end --preset` knows.
 PRESETS = {
     # Nearly free models: what is left is the guidance itself.
     "guidance": Size(),

@@ -22,26 +22,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from benchmarks.inputs import Canvas, Reward
-
-WEIGHTS = ("entropy", "one", "zero")
-
-
-@dataclass(frozen=True)
-class StepSettings:
-    """Settings of a guidance step; the defaults are the published ones. `weight`: "entropy", "one" or "zero"."""
-
-    temperature: float = 0.7
-    top_p: float = 0.95
-    top_k: int | None = None
-    lr: float = 0.5
-    weight: str = "entropy"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        if self.weight not in WEIGHTS:
-            raise ValueError(f"weight={self.weight!r}: expected one of {WEIGHTS}")
+from benchmarks.harness.inputs import Canvas, Reward, StepSettings
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """What a public operator costs beyond its backend's raw function, in microseconds of the caller's time.
 
-    python -m benchmarks.suite_overhead [--device cuda] [--backend triton] [--json FILE]
+    python -m benchmarks.suites.overhead [--device cuda] [--backend triton] [--json FILE]
 
 Shapes are small, so that a call is little but its overhead; nothing waits for a GPU inside a timed block. Blocks of
 calls of the two alternate; the figure is the difference of their medians. "step" is the four public lines of a guidance
@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import measure
-from benchmarks.inputs import Shape
+from benchmarks.harness import measure
+from benchmarks.harness.inputs import Shape
 from entrgi_kernels import backends, ops
 from entrgi_kernels.backends.arguments import Adam, Draw
 from entrgi_kernels.ops import _vocabulary_head
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 when an answer differs. A busy machine makes calls slow, so that a figure over the limit is only shown.
     """
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.suite_overhead", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.suites.overhead", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", help="of this project (default: what auto takes)", default="auto")
     parser.add_argument("--blocks", type=int, default=40, help=f"blocks of {CALLS} calls (default: 40)")

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.inputs import Shape
-from benchmarks.measure import Group, measure
+from benchmarks.harness.inputs import Shape
+from benchmarks.harness.measure import Group, measure
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OPS = ("softmax_entropy", "sample_tokens", "unmask_confidence")
 TESTS = "tests/backends/cuda/test_cuda_gpu.py"  # left out of the first part: these kernels must not cost Triton's run
 TOOLS = ("memcheck", "racecheck")
@@ -79,8 +79,8 @@ def compare(shapes: Sequence[Shape], left: Callable[[], float], add: Callable[[l
     Args:
         shapes: canonical shapes. left: seconds that remain. add: takes what was measured at a shape.
     """
-    from benchmarks.suite_ops import OpSuite
-    from benchmarks.suite_step import Problem
+    from benchmarks.suites.ops import OpSuite
+    from benchmarks.suites.step import Problem
 
     groups: list[Group] = []
     if (reason := why_not()) is not None:
@@ -134,7 +134,7 @@ def profile(op: str, shape: Shape, backend: str, seconds: float) -> str:
     """
     command = ["ncu", "--clock-control", "none", "--nvtx", "--nvtx-include", "measured/", "--csv", "--page", "details"]
     command += [f"--section={name}" for name in SECTIONS] + ["--print-details=all"]
-    command += [sys.executable, "-m", "benchmarks.profile", op, "--backend", backend]
+    command += [sys.executable, "-m", "benchmarks.tools.profile", op, "--backend", backend]
     command += ["--shape", f"{shape.n},{shape.d},{shape.v}"]
     done = subprocess.run(command, cwd=ROOT, env=_environment(), timeout=seconds, capture_output=True, text=True)
     if done.returncode != 0 or '"Kernel Name"' not in done.stdout:

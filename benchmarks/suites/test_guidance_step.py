@@ -1,7 +1,7 @@
 """pytest-benchmark: one guidance step. Not interleaved: for ratios, `python -m benchmarks.run_cpu` is better."""
 
-from benchmarks import baselines
-from benchmarks.suite_step import FLOOR, step_candidates
+from benchmarks.baselines import step as baselines
+from benchmarks.suites.step import FLOOR, step_candidates
 
 BASELINES = tuple(baselines.BASELINES)
 FLOORS = (FLOOR,)

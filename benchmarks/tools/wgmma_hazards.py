@@ -1,4 +1,4 @@
-"""Register operands of running products that are written to, on Hopper: `python -m benchmarks.wgmma_hazards`.
+"""Register operands of running products that are written to, on Hopper: `python -m benchmarks.tools.wgmma_hazards`.
 
 A wgmma whose left operand is in registers (HGMMA R.., R.., gdesc[..]) reads them until the wait that retires its group
 (WARPGROUP.DEPBAR.LE gsb0). Triton 3.6 to 3.8 with ptxas below 13.3 write them before (triton-lang/triton #9433, #9514,
@@ -114,7 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the count of each launch; exit status 1 where there is a hazard."""
     import triton
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.wgmma_hazards", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tools.wgmma_hazards", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--only", default="", help="regular expression on the launch's label")
     worst = 0
     print(f"triton {triton.__version__}")

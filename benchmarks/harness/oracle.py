@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.baselines import StepSettings
+from benchmarks.harness.inputs import StepSettings
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks import oracle
-from benchmarks.baselines import adam_, batched_draw, batched_forward
-from benchmarks.inputs import Shape
-from benchmarks.measure import Candidate, Group, measure
-from benchmarks.oracle import Check
-from benchmarks.suite_step import Problem
+from benchmarks.baselines.step import adam_, batched_draw, batched_forward
+from benchmarks.harness import oracle
+from benchmarks.harness.inputs import Shape
+from benchmarks.harness.measure import Candidate, Group, measure
+from benchmarks.harness.oracle import Check
+from benchmarks.suites.step import Problem
 
 OPS = (
     "softmax_entropy",

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.baselines import StepResult, StepSettings, batched_alive
-from benchmarks.inputs import Canvas, Reward
+from benchmarks.baselines.step import StepResult, batched_alive
+from benchmarks.harness.inputs import Canvas, Reward, StepSettings
 
 
 class Fused:

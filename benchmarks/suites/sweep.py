@@ -1,4 +1,4 @@
-"""Every raw function, native against eager, over many shapes: `python -m benchmarks.sweep`.
+"""Every raw function, native against eager, over many shapes: `python -m benchmarks.suites.sweep`.
 
 No operator may be slower than eager by more than a tenth at any shape: this prints the worst ratios and writes all of
 them as JSON. The functions are called without the operators' argument checks, which cost both engines the same. One
@@ -16,9 +16,9 @@ from types import ModuleType
 
 import torch
 
-from benchmarks import measure, oracle
-from benchmarks.inputs import Shape, embedding_table, peaked_logits
-from benchmarks.measure import Group, Timing
+from benchmarks.harness import measure, oracle
+from benchmarks.harness.inputs import Shape, embedding_table, peaked_logits
+from benchmarks.harness.measure import Group, Timing
 from entrgi_kernels.backends import eager, native
 from entrgi_kernels.backends.arguments import Adam, Draw
 
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 when a function is more than a tenth slower than eager somewhere, or differs from it.
     """
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.suites.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 7, 64], metavar="N")
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[7, 63, 1000, 32_000, 151_936], metavar="V")
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 1024], metavar="D")

@@ -1,9 +1,9 @@
 """Run one operator, one denoising step's guidance, or one whole denoising step, so that a profiler shows just that.
 
     ncu --clock-control none --nvtx --nvtx-include "measured/" --set full -o op \\
-        python -m benchmarks.profile guidance_update_ --shape 2048,2048
-    nsys profile --trace=cuda,nvtx --capture-range=cudaProfilerApi -o step python -m benchmarks.profile step
-    nsys profile --trace=cuda,nvtx --capture-range=cudaProfilerApi -o whole python -m benchmarks.profile denoise
+        python -m benchmarks.tools.profile guidance_update_ --shape 2048,2048
+    nsys profile --trace=cuda,nvtx --capture-range=cudaProfilerApi -o step python -m benchmarks.tools.profile step
+    nsys profile --trace=cuda,nvtx --capture-range=cudaProfilerApi -o whole python -m benchmarks.tools.profile denoise
 
 Compilation and warm-up happen before the range "measured" and before cudaProfilerStart; inputs are the benchmarks' own.
 docs/profiling.md says how to read the result. Without a profiler it prints the time by device events.
@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.generation import PRESETS, sampler
-from benchmarks.inputs import Shape
-from benchmarks.suite_ops import OPS
-from benchmarks.suite_step import Problem, maker
+from benchmarks.harness.inputs import Shape
+from benchmarks.suites.generation import PRESETS, sampler
+from benchmarks.suites.ops import OPS
+from benchmarks.suites.step import Problem, maker
 from entrgi_kernels.backends import ranges
 
 
@@ -38,7 +38,7 @@ def call(
                 stepper.step(problem.reward)
 
         return loop
-    from benchmarks.suite_ops import OpSuite
+    from benchmarks.suites.ops import OpSuite
 
     candidate = getattr(OpSuite(problem), f"_{name.rstrip('_')}")(backend)
     if candidate.prepare is not None:
@@ -103,7 +103,7 @@ def profile_denoising(preset: str, dtype: torch.dtype, backend: str, number: int
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Warm up, then run once inside the range "measured"; exit status 2 without a CUDA GPU."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tools.profile", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("denoise", "step", *OPS))
     parser.add_argument("--shape", type=Shape.parse, default=Shape(2048, 2048), help="N,D or N,D,V (default 2048,2048)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))

@@ -1,6 +1,6 @@
-"""Measure candidate configurations of the Triton kernels on this GPU: `python -m benchmarks.tune`.
+"""Measure candidate configurations of the Triton kernels on this GPU: `python -m benchmarks.tools.tune`.
 
-    python -m benchmarks.tune --family backward forward statistics --minutes 8
+    python -m benchmarks.tools.tune --family backward forward statistics --minutes 8
 
 For every family and row count the candidates are compiled first, on all cores at once (one that spills or wants more
 shared memory than there is is dropped, with its reason), then checked against the table's present choice, timed by
@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure
-from benchmarks.inputs import CANONICAL, Shape
+from benchmarks.harness import measure
+from benchmarks.harness.inputs import CANONICAL, Shape
 
 # Family, shape, and the entry of the table that is tried.
 Job = tuple[str, Shape, Any]
@@ -161,7 +161,7 @@ def compiled(jobs: Iterable[Job], workers: int) -> dict[Job, str | None]:
 
 def launches(job: Job, machine: Any) -> list[Any]:
     """What a job's workload launches on a machine."""
-    from benchmarks.baselines import StepSettings
+    from benchmarks.harness.inputs import StepSettings
     from entrgi_kernels.backends.triton import aot, config
 
     family, shape, entry = job
@@ -188,8 +188,8 @@ def tune(family: str, shape: Shape, verdicts: dict[Any, str | None], deadline: f
 
     `verdicts` has the candidates in the order in which they are tried, each with what the compiler holds against it.
     """
-    from benchmarks.gpu import timed
-    from benchmarks.suite_step import Problem
+    from benchmarks.suites.kernels import timed
+    from benchmarks.suites.step import Problem
     from entrgi_kernels.backends.triton import config
 
     target = config.target(torch.device("cuda"))
@@ -251,7 +251,7 @@ def advice(family: str, shape: Shape, made: list[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Tune the families asked for; exit status 2 without a CUDA GPU."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tools.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, help="N,D or N,D,V (default: the canonical ones)")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for everything (default: 8)")

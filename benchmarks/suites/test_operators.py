@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.suite_ops import OPS, PLAIN, OpSuite
+from benchmarks.suites.ops import OPS, PLAIN, OpSuite
 
 BASELINES = PLAIN
 FLOORS = ("floor",)

@@ -1,4 +1,4 @@
-"""What the compiler makes of csrc/cuda, on a machine without a GPU: `python -m benchmarks.cuda_static`.
+"""What the compiler makes of csrc/cuda, on a machine without a GPU: `python -m benchmarks.tools.cuda_static`.
 
 nvcc compiles every source for every shipped architecture; ptxas tells registers, stack and spills, and the machine code
 is searched for 16-byte loads and stores and for local memory. Threads and blocks a multiprocessor are template
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 TARGETS = ("sm_80", "sm_90a", "sm_100a")
 FLAGS = ("-std=c++20", "-O3", "-lineinfo")  # as setup.py has them
@@ -176,7 +176,7 @@ def table(kernels: Sequence[Kernel]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; exit status 1 when a kernel is not as planned or nothing can be compiled."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_static", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tools.cuda_static", description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
     try:
         kernels = [kernel for target in parser.parse_args(argv).target or TARGETS for kernel in compile_for(target)]

@@ -1,0 +1,1 @@
+"""Inputs, gates, timing and bookkeeping of every measurement."""

@@ -1,0 +1,1 @@
+"""Tuning, profiling, and machine code read without a GPU."""
