@@ -1,6 +1,6 @@
 """Reward guidance of diffusion language models: the drop-in, the sampler, and their parts for loops of one's own."""
 
-from .canvas import Canvas, NonFiniteLogitsError, Statistics
+from .canvas import Canvas, NonFiniteLogitsError, NonFiniteRewardError, Statistics
 from .config import GuidanceConfig
 from .denoising import Denoiser
 from .guide import guide
@@ -20,6 +20,7 @@ __all__ = [
     "GuidedSampler",
     "LogitOptimizer",
     "NonFiniteLogitsError",
+    "NonFiniteRewardError",
     "Sample",
     "Statistics",
     "Step",

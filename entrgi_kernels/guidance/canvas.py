@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,31 @@ class NonFiniteLogitsError(ArithmeticError):
             f"logits are NaN or infinite at denoising step {step}, {where}: expected finite logits; check the "
             "diffusion model's and the reward model's weights and dtype"
         )
+
+    def at(self, where: str) -> NonFiniteLogitsError:
+        """The same error with another name of the place."""
+        return NonFiniteLogitsError(self.step, self.trajectory, where)
+
+
+class NonFiniteRewardError(ArithmeticError):
+    """A reward that guides was NaN or infinite, or its gradient was; the diffusion model's logits were finite.
+
+    Attributes:
+        step, trajectory: as in :class:`NonFiniteLogitsError`.
+        reward: its value there; where that is finite the gradient is not.
+    """
+
+    def __init__(self, step: int, trajectory: int, where: str, reward: float) -> None:
+        self.step, self.trajectory, self.reward = step, trajectory, reward
+        finite = math.isfinite(reward)
+        said = "the gradient of the reward is NaN or infinite" if finite else f"the reward is {reward}"
+        said += f" at denoising step {step}, {where}"
+        said += f" (the reward is {reward:.6g}): expected a finite gradient" if finite else ": expected a finite number"
+        super().__init__(f"{said}; check the reward model's weights and dtype, or the reward function")
+
+    def at(self, where: str) -> NonFiniteRewardError:
+        """The same error with another name of the place."""
+        return NonFiniteRewardError(self.step, self.trajectory, where, self.reward)
 
 
 @dataclass

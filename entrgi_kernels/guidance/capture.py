@@ -121,7 +121,8 @@ class CapturedLoop:
     @staticmethod
     def _own(guided: Guided, count: int) -> Guided:
         """Without the rows too many."""
-        return dataclasses.replace(guided, weights=guided.weights[:, :count])
+        columns = {name: getattr(guided, name)[..., :count] for name in ("weights", "unreadable", "gradients")}
+        return dataclasses.replace(guided, **columns)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from ..ops import make_rng, sample_tokens, softmax_entropy, unmask_confidence
 from ..rewards import PreparedPrompts, Reward
 from . import selection
 from .buffers import Buffers
-from .canvas import Canvas, NonFiniteLogitsError, OpenSlots, Statistics
+from .canvas import Canvas, NonFiniteLogitsError, NonFiniteRewardError, OpenSlots, Statistics
 from .capture import CapturedLoop
 from .config import GuidanceConfig
 from .inner import Guided, InnerLoop, Scorer
@@ -112,6 +112,7 @@ class Denoiser:
 
         Raises:
             NonFiniteLogitsError: NaN or infinite logits, with the first step and the trajectory.
+            NonFiniteRewardError: likewise of the reward, or its gradient.
         """
         config, canvas = self.config, self.canvas
         left = canvas.masked.sum(dim=1).tolist()
@@ -120,7 +121,9 @@ class Denoiser:
         # Where commits follow the plan to the letter the host knows what is open; else (a drawn mask token stays open,
         # a hook changes tokens, "origin" commits by chance) it asks the device once a step.
         self._planned = config.alg != "origin" and self.undrawable.numel() > 0
-        self._failed = torch.full_like(self.index, -1)
+        # The step in which a trajectory's logits, or its reward, first were not finite: one of the two, or -1.
+        self._failed, self._faulty = torch.full_like(self.index, -1), torch.full_like(self.index, -1)
+        self._faulty_rewards = torch.zeros(self.index.shape, device=self.index.device)
         self._identical = canvas.repeats > 1 and config.saves("shared_forward")
         self._trace = None if traces is None else Trace(traces)
         skipping = config.saves("idle_steps") and config.alg != "origin" and not every_step
@@ -205,6 +208,7 @@ class Denoiser:
             guided = self._guide(phi, opened, canvas, step, settled, partial)
             self.statistics.reward_evaluations += self._guide.length
             self.statistics.add_weights(guided.weights)
+            self._note_faults(step, opened.rows, guided)
         if partial:
             assert ranking is not None
             chosen, proposal = self._commit_ranked(phi, opened, step, counts, wanted, ranking, guided)
@@ -298,7 +302,15 @@ class Denoiser:
     def _note_failures(self, step: int, rows: torch.Tensor, bad: torch.Tensor) -> None:
         """Remember the first step in which a trajectory had logits that are not finite; no wait for the device."""
         hit = torch.zeros_like(self._failed).index_put_((rows,), bad.long(), accumulate=True) > 0
-        self._failed = torch.where(hit & (self._failed < 0), step, self._failed)
+        self._failed = torch.where(hit & (self._failed < 0) & (self._faulty < 0), step, self._failed)
+
+    def _note_faults(self, step: int, rows: torch.Tensor, guided: Guided) -> None:
+        """As for logits, of rewards and their gradients: what they spoil is not the diffusion model's doing."""
+        self._note_failures(step, rows, guided.unreadable)
+        hit, rewards = guided.faults(rows)
+        hit &= (self._failed < 0) & (self._faulty < 0)
+        self._faulty = torch.where(hit, step, self._faulty)
+        self._faulty_rewards = torch.where(hit, rewards, self._faulty_rewards)
 
     def _choose(
         self,
@@ -403,10 +415,14 @@ class Denoiser:
             return selection.best_positions(ranking, tried, wanted), proposal
 
     def _raise_if_failed(self) -> None:
-        bad = [(step, row) for row, step in enumerate(self._failed.tolist()) if step >= 0]
+        pairs = enumerate(torch.stack([self._failed, self._faulty]).T.tolist())
+        bad = [(max(steps), row, steps[1] >= 0) for row, steps in pairs if max(steps) >= 0]
         if bad:
-            step, row = min(bad)
-            raise NonFiniteLogitsError(step, row, f"trajectory {row} of the batch")
+            step, row, faulty = min(bad)
+            where = f"trajectory {row} of the batch"
+            if faulty:
+                raise NonFiniteRewardError(step, row, where, self._faulty_rewards[row].item())
+            raise NonFiniteLogitsError(step, row, where)
 
 
 def _runs(first: torch.Tensor, lengths: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:

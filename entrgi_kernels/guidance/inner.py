@@ -24,16 +24,44 @@ class Guided:
 
     Attributes:
         weights: [M, N], the hard token's share in every inner step.
-        before, after: [R], rewards that the first and the last inner step saw.
+        unreadable: [N] bool, rows of phi that were not finite before the first inner step.
+        rewards: [M, R], what every inner step saw.
+        gradients: [M, N], the largest absolute entry of every inner step's gradient.
         pending: [N, D], the last inner step's gradient where its update is still to be taken; else None.
         optimizer: takes it.
     """
 
     weights: torch.Tensor
-    before: torch.Tensor
-    after: torch.Tensor
+    unreadable: torch.Tensor
+    rewards: torch.Tensor
+    gradients: torch.Tensor
     pending: torch.Tensor | None
     optimizer: LogitOptimizer
+
+    @property
+    def before(self) -> torch.Tensor:
+        """[R], rewards that the first inner step saw."""
+        return self.rewards[0]
+
+    @property
+    def after(self) -> torch.Tensor:
+        """[R], rewards that the last inner step saw."""
+        return self.rewards[-1]
+
+    def faults(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which trajectories had a reward or a gradient that is not finite, without waiting for the device.
+
+        Args:
+            rows: int64 [N], the trajectory of each row of phi.
+
+        Returns:
+            ([R] bool, [R] rewards at the first inner step at fault: finite ones where the gradient was not).
+        """
+        bad = (~self.gradients.isfinite()).to(self.rewards.dtype)
+        bad = torch.zeros_like(self.rewards).index_add_(1, rows, bad) > 0
+        bad |= ~self.rewards.isfinite()
+        first = bad.long().argmax(dim=0, keepdim=True)
+        return bad.any(dim=0), self.rewards.gather(0, first)[0]
 
 
 @dataclass
@@ -181,7 +209,8 @@ class InnerLoop:
         index = rows * length + slots
         # Such rows take another's gradient: they have none, and nobody reads what becomes of them.
         source = index.clamp(max=count * length - 1)
-        weights, values, grad = [], [], None
+        weights, values, sizes, grad = [], [], [], None
+        unreadable = None
         for inner in range(config.guidance_steps):
             with ranges.scope(ranges.EMBED):
                 blend = optimizer.embed(out=embedded, index=index)
@@ -195,10 +224,14 @@ class InnerLoop:
                 with ranges.scope(ranges.REWARD_BACKWARD):
                     (grad,) = torch.autograd.grad(-value.sum(), filled)
                     grad = grad.flatten(0, 1)[source]
+                    sizes.append(torch.linalg.vector_norm(grad, torch.inf, dim=-1))
             if not (defer and inner == config.guidance_steps - 1):
                 with ranges.scope(ranges.UPDATE):
                     optimizer.step(grad, last=saves_state and inner == config.guidance_steps - 1)
+            unreadable = blend.entropy.isnan() if unreadable is None else unreadable
             weights.append(blend.weight)
             # A copy: a reward may be a view of the rows that the next inner step writes.
             values.append(value.detach().clone())
-        return Guided(torch.stack(weights), values[0], values[-1], grad if defer else None, optimizer)
+        assert unreadable is not None
+        rewards, gradients = torch.stack(values), torch.stack(sizes)
+        return Guided(torch.stack(weights), unreadable, rewards, gradients, grad if defer else None, optimizer)

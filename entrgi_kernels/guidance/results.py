@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .config import GuidanceConfig
+
+logger = logging.getLogger("entrgi_kernels")
 
 Conversation = list[dict[str, str]]
 
 
 class _Record:
     def to_dict(self) -> dict[str, Any]:
-        """The content as JSON-safe dicts, lists, strings and numbers."""
+        """The content as JSON-safe dicts, lists, strings and numbers; what is not finite becomes None."""
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
     def to_json(self, **kwargs: Any) -> str:
@@ -27,7 +32,7 @@ def _plain(value: Any) -> Any:
         return value.to_dict()
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class Sample(_Record):
     Attributes:
         text: the response, special tokens removed.
         tokens: the response's ids, all slots.
-        reward: the reward model's value of `text`, decoded and tokenised again.
+        reward: the reward model's value of `text`, decoded and tokenised again. NaN and infinities are no reward: such
+            a sample is never the best, and left out of means.
         trace: every step, where asked for.
     """
 
@@ -92,20 +98,55 @@ class GenerationResult(_Record):
         return [sample.reward for sample in self.samples]
 
     @property
+    def rewarded(self) -> list[Sample]:
+        """The samples that have a reward: a finite one."""
+        return [sample for sample in self.samples if math.isfinite(sample.reward)]
+
+    @property
     def best(self) -> Sample:
-        """The sample of the highest reward (the first of ties)."""
-        return max(self.samples, key=lambda sample: sample.reward)
+        """The sample of the highest reward (the first of ties).
+
+        Raises:
+            ValueError: no sample has a finite reward.
+        """
+        found = self.rewarded
+        if not found:
+            raise ValueError(f"no sample of {named(self.prompt)} has a finite reward: they are {self.rewards}")
+        return max(found, key=lambda sample: sample.reward)
 
     @property
     def top1(self) -> float:
-        """The highest reward: Top@1 of this prompt."""
-        return max(self.rewards)
+        """The highest finite reward: Top@1 of this prompt; NaN where there is none."""
+        return max((sample.reward for sample in self.rewarded), default=math.nan)
 
     @property
     def mean(self) -> float:
-        """The mean reward: Avg@N of this prompt."""
-        return sum(self.rewards) / len(self.rewards)
+        """The mean of the finite rewards: Avg@N of this prompt; NaN where there is none."""
+        found = self.rewarded
+        return sum(sample.reward for sample in found) / len(found) if found else math.nan
 
     def to_dict(self) -> dict[str, Any]:
         """The content as JSON-safe dicts, with the summary figures."""
-        return {**super().to_dict(), "top1": self.top1, "mean": self.mean}
+        return {**super().to_dict(), "top1": _plain(self.top1), "mean": _plain(self.mean)}
+
+
+def named(prompt: str | Conversation) -> str:
+    """A prompt as messages name it: the start of its last turn."""
+    return f"prompt {prompt if isinstance(prompt, str) else prompt[-1]['content']!r:.80}"
+
+
+def warn_of_missing(prompt: str | Conversation, rewards: Sequence[float], first: int = 0) -> None:
+    """Warn of the samples of a prompt whose reward is not finite.
+
+    Args:
+        prompt: theirs.
+        rewards: of all its samples.
+        first: number of the first of them.
+    """
+    bad = [f"{reward} for sample {first + k}" for k, reward in enumerate(rewards) if not math.isfinite(reward)]
+    if bad:
+        logger.warning(
+            "the reward model gives %s of %s: that is no reward, it is never the best and left out of means",
+            ", ".join(bad),
+            named(prompt),
+        )

@@ -19,13 +19,13 @@ from ..rewards import PreparedPrompts, Reward
 from ..rewards.template import conversation_from, encode_prompt
 from .batching import Batch, MemoryEstimate, is_out_of_memory, make_batches
 from .buffers import Buffers
-from .canvas import Canvas, NonFiniteLogitsError, Statistics
+from .canvas import Canvas, NonFiniteLogitsError, NonFiniteRewardError, Statistics
 from .capture import compiled
 from .config import GuidanceConfig
 from .denoising import Denoiser, OnStep
 from .inner import Scorer
 from .keys import prompt_keys, row_keys
-from .results import Conversation, GenerationResult, Sample, StepTrace
+from .results import Conversation, GenerationResult, Sample, StepTrace, named, warn_of_missing
 from .savings import reward_savings
 
 logger = logging.getLogger("entrgi_kernels")
@@ -108,6 +108,8 @@ class GuidedSampler:
         Raises:
             ValueError, TypeError: bad prompts or settings.
             NonFiniteLogitsError: NaN or infinite logits; names step, prompt and sample.
+            NonFiniteRewardError: likewise of a reward that guides, or its gradient. A *final* reward that is not
+                finite is kept and warned of: see :attr:`GenerationResult.rewarded`.
         """
         results: dict[int, GenerationResult] = {}
         for index, result in self.stream(prompts, trace=trace, progress=progress, **settings):
@@ -212,6 +214,7 @@ class GuidedSampler:
         model: DiffusionModel | None = None,
         every_step: bool = False,
         buffers: Buffers | None = None,
+        first_sample: int = 0,
     ) -> torch.Tensor:
         """Fill the masked slots of a canvas of one's own, in place: what hosts with tokens in hand call.
 
@@ -223,9 +226,13 @@ class GuidedSampler:
             statistics, traces, on_step, every_step: as in :meth:`Denoiser.run`.
             model: takes the place of the sampler's own adapter (to put something between forward and guidance).
             buffers: memory to use again from one call to the next.
+            first_sample: number of each prompt's first trajectory, as errors name it.
 
         Returns:
             [R, L] int64, the responses.
+
+        Raises:
+            NonFiniteLogitsError, NonFiniteRewardError: as :meth:`generate`.
         """
         with self.running(config):
             table, undrawable = self.table(config, canvas.tokens.device)
@@ -244,7 +251,12 @@ class GuidedSampler:
                 buffers=Buffers() if buffers is None else buffers,
                 tokenizer=self.tokenizer,
             )
-            return denoiser.run(traces=traces, on_step=on_step, every_step=every_step)
+            try:
+                return denoiser.run(traces=traces, on_step=on_step, every_step=every_step)
+            except (NonFiniteLogitsError, NonFiniteRewardError) as error:
+                places, row = index.tolist(), error.trajectory
+                number = first_sample + places[:row].count(places[row])
+                raise error.at(f"sample {number} of {named(conversations[places[row]])}") from error
 
     @property
     def eos_token_id(self) -> int:
@@ -319,28 +331,25 @@ class GuidedSampler:
             )
             index = torch.arange(count, device=self.model.device).repeat_interleave(k)
             traces: list[list[StepTrace]] | None = [[] for _ in range(count * k)] if trace else None
-            try:
-                responses = self.denoise(
-                    canvas,
-                    conversations,
-                    index,
-                    config,
-                    statistics=statistics,
-                    traces=traces,
-                    on_step=on_step,
-                    buffers=buffers,
-                ).tolist()
-            except NonFiniteLogitsError as error:
-                where = f"prompt {conversations[error.trajectory // k][-1]['content']!r:.80}"
-                raise NonFiniteLogitsError(
-                    error.step, error.trajectory, f"sample {batch.first + error.trajectory % k} of {where}"
-                ) from error
+            responses = self.denoise(
+                canvas,
+                conversations,
+                index,
+                config,
+                statistics=statistics,
+                traces=traces,
+                on_step=on_step,
+                buffers=buffers,
+                first_sample=batch.first,
+            ).tolist()
         # All at once: as many rows went through the reward model forward and backward a moment ago.
         values = self.score([c for c in conversations for _ in range(k)], responses, batch_size=len(responses))
         samples = [
             Sample(self.decode(response), response, value, None if traces is None else traces[row])
             for row, (response, value) in enumerate(zip(responses, values, strict=True))
         ]
+        for number, conversation in enumerate(conversations):
+            warn_of_missing(conversation, values[number * k : (number + 1) * k], batch.first)
         return [samples[i : i + k] for i in range(0, len(samples), k)]
 
     @contextlib.contextmanager

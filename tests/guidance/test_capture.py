@@ -45,7 +45,10 @@ def emulated(monkeypatch):
             def replay():
                 calls["replayed"] += 1
                 again = run()
-                pairs = [(getattr(result, n), getattr(again, n)) for n in ("weights", "before", "after", "pending")]
+                pairs = [
+                    (getattr(result, n), getattr(again, n))
+                    for n in ("weights", "unreadable", "rewards", "gradients", "pending")
+                ]
                 pairs += zip((result.optimizer._state or ())[:3], (again.optimizer._state or ())[:3], strict=True)
                 for mine, new in pairs:
                     if mine is not None:

@@ -11,11 +11,11 @@ import torch
 from ...rewards import PreparedPrompts
 from ...rewards.template import conversation_from_ids
 from ..buffers import Buffers
-from ..canvas import Canvas, NonFiniteLogitsError, OpenSlots, Statistics
+from ..canvas import Canvas, NonFiniteLogitsError, NonFiniteRewardError, OpenSlots, Statistics
 from ..config import GuidanceConfig
 from ..inner import InnerLoop, Scorer
 from ..keys import prompt_keys, row_keys
-from ..results import Conversation
+from ..results import Conversation, named, warn_of_missing
 from ..sampler import GuidedSampler
 
 
@@ -94,6 +94,7 @@ class Steering:
 
         Raises:
             NonFiniteLogitsError: NaN or infinite logits.
+            NonFiniteRewardError: a NaN or infinite reward, or its gradient.
         """
         config = self.config if temperature is None else self.config.replace(temperature=temperature)
         statistics, sampler = self.sampler.statistics, self.sampler
@@ -137,9 +138,14 @@ class Steering:
             )
             statistics.reward_evaluations += config.guidance_steps
             statistics.add_weights(guided.weights)
-            if not guided.after.isfinite().all():
-                row = int((~guided.after.isfinite()).nonzero()[0])
-                raise NonFiniteLogitsError(self._step - 1, row, f"trajectory {row} of the batch")
+            unreadable = torch.zeros_like(self._index).index_add_(0, opened_slots.rows, guided.unreadable.long()) > 0
+            faulty, rewards = guided.faults(opened_slots.rows)
+            if (unreadable | faulty).any():
+                row = int((unreadable | faulty).nonzero()[0])
+                where = f"trajectory {row} of the batch, {named(self.conversations[row])}"
+                if unreadable[row]:
+                    raise NonFiniteLogitsError(self._step - 1, row, where)
+                raise NonFiniteRewardError(self._step - 1, row, where, rewards[row].item())
         return phi
 
     def _settled(self, score: Scorer, response: torch.Tensor, opened: torch.Tensor) -> int:
@@ -161,7 +167,10 @@ class Steering:
         """Final rewards of finished responses, token ids without the prompts."""
         ends = set(self._ends)
         cut = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in responses]
-        return self.sampler.score(self.conversations, cut)
+        rewards = self.sampler.score(self.conversations, cut)
+        for row, (conversation, reward) in enumerate(zip(self.conversations, rewards, strict=True)):
+            warn_of_missing(conversation, [reward], row)
+        return rewards
 
 
 class _Scorer(Scorer):
