@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import shutil
 import sys
 import textwrap
@@ -17,8 +18,8 @@ from . import loading
 from .errors import UsageError, check_writable, write_text
 from .prompts import Prompt, prompt_text, read_prompts
 from .prompts import add_arguments as add_prompt_arguments
-from .statistics import Estimate, estimate, paired_difference
-from .tables import LABELS, text_table
+from .statistics import Estimate, estimate, finite, number, paired_difference
+from .tables import LABELS, missing_note, text_table
 
 if TYPE_CHECKING:
     from entrgi_kernels import GuidedSampler
@@ -46,7 +47,10 @@ TINY_NOTE = "The models are tiny and their language is synthetic: this shows the
 
 @dataclasses.dataclass(frozen=True)
 class MethodRun:
-    """One method on all prompts. ``metrics`` holds, by name, one number per prompt (see :data:`EXPLAINED`)."""
+    """One method on all prompts.
+
+    ``metrics`` holds, by name, one number per prompt (see :data:`EXPLAINED`); NaN where a prompt has none.
+    """
 
     method: str
     results: list[GenerationResult]
@@ -61,6 +65,15 @@ class MethodRun:
     def estimates(self) -> dict[str, Estimate]:
         """Mean and standard error over prompts of every metric."""
         return {name: estimate(values) for name, values in self.metrics.items()}
+
+    def missing_note(self) -> list[str]:
+        """A line that says what the estimates leave out; none where they leave out nothing."""
+        rewards = [reward for result in self.results for reward in result.rewards]
+        counts = {"samples without a reward": (len(rewards) - len(finite(rewards)), len(rewards))}
+        for name, values in self.metrics.items():
+            if name != "avg":  # as Top@1
+                counts[f"prompts without {METRICS[name]}"] = len(values) - len(finite(values)), len(values)
+        return missing_note(self.label, counts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +99,10 @@ class Comparison:
         return [
             (a, b, {name: paired_difference(a.metrics[name], b.metrics[name]) for name in a.metrics}) for a, b in pairs
         ]
+
+    def notes(self) -> list[str]:
+        """Lines that say what the figures leave out, a method each."""
+        return [note for run in self.runs for note in run.missing_note()]
 
     def verdict(self) -> tuple[bool | None, str]:
         """(passed, sentence): whether every guided method has more reward than best-of-N; None where none was run."""
@@ -116,9 +133,9 @@ class Comparison:
                     "label": run.label,
                     "seconds": run.seconds,
                     "estimates": {name: value.to_dict() for name, value in run.estimates().items()},
-                    "per_prompt": run.metrics,
+                    "per_prompt": {name: [number(v) for v in values] for name, values in run.metrics.items()},
                     "samples": [
-                        [{"text": s.text, "reward": s.reward, "tokens": list(s.tokens)} for s in result.samples]
+                        [{"text": s.text, "reward": number(s.reward), "tokens": list(s.tokens)} for s in result.samples]
                         for result in run.results
                     ],
                 }
@@ -129,6 +146,7 @@ class Comparison:
                 for a, b, d in self.differences()
             ],
             "check": dict(zip(("passed", "statement"), self.verdict(), strict=True)),
+            "notes": self.notes(),
             "prompts": self.prompts,
         }
 
@@ -192,7 +210,7 @@ def run(args: argparse.Namespace) -> int:
     print(render(comparison, texts=args.texts))
     print()
     if args.json:
-        write_text(Path(args.json), json.dumps(comparison.to_dict(), ensure_ascii=False, indent=1))
+        write_text(Path(args.json), json.dumps(comparison.to_dict(), ensure_ascii=False, allow_nan=False, indent=1))
         print(f"wrote {args.json}")
     if args.report:
         from .report import write_report
@@ -257,23 +275,31 @@ def measure(
     loaded: loading.Loaded, sampler: GuidedSampler, prompts: Sequence[Prompt], results: Sequence[GenerationResult]
 ) -> dict[str, list[float]]:
     """Every metric that these models allow, one number per prompt."""
-    best = [result.best for result in results]
     metrics = {"top1": [float(result.top1) for result in results], "avg": [float(result.mean) for result in results]}
+    # What is asked of the best sample has no answer for a prompt without any reward.
+    places = [place for place, result in enumerate(results) if result.rewarded]
+    best, prompts = [results[place].best for place in places], [prompts[place] for place in places]
+
+    def whole(found: Sequence[float]) -> list[float]:
+        values = dict(zip(places, map(float, found), strict=True))
+        return [values.get(place, math.nan) for place in range(len(results))]
+
     if loaded.judge is not None:
         from entrgi_kernels import rewards
         from entrgi_kernels.rewards.template import conversation_from
 
         judge = rewards.wrap(loaded.judge, loaded.judge_tokenizer)
         texts = [sample.text for sample in best]
-        scores = judge.score_texts([conversation_from(prompt) for prompt in prompts], texts, batch_size=64)
-        metrics["judge"] = [float(score) for score in scores]
+        asked = [conversation_from(prompt) for prompt in prompts]
+        metrics["judge"] = whole(judge.score_texts(asked, texts, batch_size=64) if texts else [])
     if loaded.tiny:
         from entrgi import tiny
 
         from .naturalness import nats_per_token
 
-        metrics["rule"] = [float(tiny.gold_score(prompt_text(p), s.text)) for p, s in zip(prompts, best, strict=True)]
-        metrics["nats"] = nats_per_token(sampler.model, loaded.tokenizer, prompts, [sample.tokens for sample in best])
+        metrics["rule"] = whole([tiny.gold_score(prompt_text(p), s.text) for p, s in zip(prompts, best, strict=True)])
+        tokens = [sample.tokens for sample in best]
+        metrics["nats"] = whole(nats_per_token(sampler.model, loaded.tokenizer, prompts, tokens))
     return metrics
 
 
@@ -303,6 +329,8 @@ def render(comparison: Comparison, *, texts: int = 3) -> str:
             "paired differences over the same prompts ± standard error",
             *text_table(["", *(METRICS[name] for name in names)], rows),
         ]
+    notes = comparison.notes()
+    out += ["", *notes] if notes else []
     width = max(len(METRICS[name]) for name in names)
     out += ["", *(f"{METRICS[name].ljust(width)}  {EXPLAINED[name]}" for name in names)]
     out += _texts(comparison, texts)
@@ -321,9 +349,11 @@ def _texts(comparison: Comparison, count: int) -> list[str]:
         out += ["", *textwrap.wrap(f"prompt {index + 1}: {prompt}", total)]
         cells = []
         for run in columns:
-            best = run.results[index].best
+            result = run.results[index]
+            best = result.best if result.rewarded else result.samples[0]
             body = " ".join(best.text.split()) or "(empty)"
-            cells.append([f"{run.label}  {best.reward:+.2f}", *textwrap.wrap(body, max(20, width))])
+            reward = f"{best.reward:+.2f}" if result.rewarded else "no reward"
+            cells.append([f"{run.label}  {reward}", *textwrap.wrap(body, max(20, width))])
         if width < 30:
             out += [text for cell in cells for text in cell]
             continue

@@ -10,7 +10,6 @@ import argparse
 import collections
 import hashlib
 import json
-import math
 import sys
 import time
 from collections.abc import Iterable
@@ -21,9 +20,10 @@ from . import jsonl, loading
 from .errors import UsageError, check_writable
 from .prompts import Prompt, prompt_text, read_prompts
 from .prompts import add_arguments as add_prompt_arguments
+from .statistics import number
 
 if TYPE_CHECKING:
-    from entrgi_kernels.guidance.results import GenerationResult
+    from entrgi_kernels.guidance.results import GenerationResult, Sample
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,11 +115,12 @@ def run(args: argparse.Namespace) -> int:
 def render(prompt: Prompt, result: GenerationResult, *, best_only: bool = False) -> str:
     """One prompt's results for a human reader, the best sample first marked with a star."""
     lines = [f"> {line}" for line in prompt_text(prompt).splitlines()]
-    best = result.best
-    for sample in [best] if best_only else result.samples:
+    best = result.best if result.rewarded else None
+    for sample in _kept(result, best_only):
         mark = "*" if sample is best else " "
         text = sample.text.strip().replace("\n", "\n            ")
-        lines.append(f"{mark} {sample.reward:+8.3f}  {text}")
+        reward = "no rew." if number(sample.reward) is None else f"{sample.reward:+.3f}"
+        lines.append(f"{mark} {reward:>8}  {text}")
     return "\n".join(lines) + "\n\n"
 
 
@@ -127,16 +128,22 @@ def record(
     key: str, prompt: Prompt, result: GenerationResult, identity: dict[str, Any], *, best_only: bool = False
 ) -> dict[str, Any]:
     """One line of the JSON-lines output: texts, tokens, rewards, and every setting that led to them."""
-    samples = [result.best] if best_only else result.samples
     return {
         "key": key,
         "prompt": prompt,
-        "best": result.best.text,
-        "top1": _finite(result.top1),
-        "mean": _finite(result.mean),
-        "samples": [{"text": s.text, "reward": _finite(s.reward), "tokens": list(s.tokens)} for s in samples],
+        "best": result.best.text if result.rewarded else None,
+        "top1": number(result.top1),
+        "mean": number(result.mean),
+        "samples": [
+            {"text": s.text, "reward": number(s.reward), "tokens": list(s.tokens)} for s in _kept(result, best_only)
+        ],
         "settings": identity,
     }
+
+
+def _kept(result: GenerationResult, best_only: bool) -> list[Sample]:
+    """The best sample alone if so wanted; all where none has a reward."""
+    return [result.best] if best_only and result.rewarded else result.samples
 
 
 def repair(path: Path) -> set[str]:
@@ -211,7 +218,3 @@ def _write(out: BinaryIO, text: str) -> None:
         while data:  # a pipe may take less than all of it
             data = data[out.write(data) :]
         out.flush()
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 LABELS = {"none": "Best-of-N", "expectation": "Expectation", "aps": "APS", "entrgi": "EntRGi"}
 SYMBOLS = {
@@ -41,6 +41,17 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
 
     return [line(head), "|---" + "|---:" * (len(head) - 1) + "|", *(line(row) for row in rows)]
+
+
+def missing_note(label: str, counts: Mapping[str, tuple[int, int]]) -> list[str]:
+    """What a method's figures leave out, as a line below a table; none where they leave out nothing.
+
+    Args:
+        label: of the method.
+        counts: by what is left out, as in "samples without a reward": (how many, of how many).
+    """
+    found = [f"{count} of {total} {what}" for what, (count, total) in counts.items() if count]
+    return [f"{label} leaves out {', '.join(found)}."] if found else []
 
 
 def latex_table(

@@ -45,4 +45,4 @@ def test_refusals() -> None:
 
 
 def test_not_finite_is_safe_in_json() -> None:
-    assert estimate([math.nan, 1.0]).to_dict() == {"mean": None, "error": None, "n": 2}
+    assert estimate([math.nan, 1.0]).to_dict() == {"mean": 1.0, "error": None, "n": 1}

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..statistics import Estimate, best_of, bootstrap_interval, estimate
+from ..statistics import Estimate, best_of, bootstrap_interval, estimate, finite, number
+from ..tables import missing_note
 from .config import EvaluationConfig, from_dict
 from .flops import Shape, sample_flops, total
 from .judges import check_judges
@@ -44,14 +45,16 @@ class Figure:
             value = round(value, 2) + 0.0  # no minus before a zero
             return f"{value:+.2f}" if signed else f"{value:.2f}"
 
+        if not self.estimate.n:
+            return "–"
         interval = "" if self.interval is None else f" [{form(self.interval[0])}, {form(self.interval[1])}]"
         return f"{form(self.mean)}{interval}".replace("-", "−")
 
 
 def figure(values: Iterable[float]) -> Figure:
-    """The figure of one number per prompt."""
+    """The figure of one number per prompt that has one."""
     values = list(values)
-    return Figure(estimate(values), bootstrap_interval(values))
+    return Figure(estimate(values or [math.nan]), bootstrap_interval(values))
 
 
 @dataclasses.dataclass
@@ -62,12 +65,13 @@ class Row:
         source: name of the folder that it was read from.
         label: of the method.
         compared: K: how many of each prompt's samples the metrics are of. Best-of-N may have drawn more.
-        rewards: by prompt, then by seed: the rewards of all samples in the order of the draw.
-        metrics: by name, then by prompt: the mean over seeds.
+        rewards: by prompt, then by seed: the rewards of all samples in the order of the draw; None is no reward.
+        metrics: by name, then by prompt: the mean over seeds. Prompts without a value are left out.
         settings: of the sampler, as in config.json.
         seconds: a sample, of generation on one process; None where nothing was timed.
         flops: a sample; None where the models' dimensions are not known.
         weight: mean share of the hard token; None without guidance.
+        grades: by judge, its grades of single tests; None where it gave none.
         records: sample lines by key.
     """
 
@@ -78,12 +82,29 @@ class Row:
     temperature: float
     settings: dict[str, Any]
     compared: int
-    rewards: dict[Prompt, dict[int, list[float]]]
+    rewards: dict[Prompt, dict[int, list[float | None]]]
     metrics: dict[str, dict[Prompt, float]]
     seconds: float | None = None
     flops: float | None = None
     weight: float | None = None
+    grades: dict[str, list[float | None]] = dataclasses.field(default_factory=dict, repr=False)
     records: list[dict[str, Any]] = dataclasses.field(default_factory=list, repr=False)
+
+    @property
+    def all_rewards(self) -> list[float | None]:
+        """Of all samples of all prompts and seeds."""
+        return [reward for seeds in self.rewards.values() for rewards in seeds.values() for reward in rewards]
+
+    def missing_note(self) -> list[str]:
+        """A line that says what the figures leave out; none where they leave out nothing."""
+        drawn, prompts = self.all_rewards, len(self.rewards)
+        counts = {"samples without a reward": (len(drawn) - len(finite(drawn)), len(drawn))}
+        for name, values in self.metrics.items():
+            if name != "avg":  # as Top@1
+                counts[f"prompts without {METRICS.get(name, name)}"] = prompts - len(values), prompts
+        for name, grades in self.grades.items():
+            counts[f"grades that {name} did not give"] = grades.count(None), len(grades)
+        return missing_note(self.label, counts)
 
     @property
     def method(self) -> str:
@@ -105,8 +126,9 @@ class Row:
         return figure(self.metrics[metric].values())
 
     def best_of(self, n: int) -> dict[Prompt, float]:
-        """By prompt: the expected highest reward of n of its samples."""
-        return {p: _mean(best_of(rewards, n) for rewards in seeds.values()) for p, seeds in self.rewards.items()}
+        """By prompt: the expected highest reward of n of its samples; prompts without any reward are left out."""
+        found = {p: [r for r in seeds.values() if finite(r)] for p, seeds in self.rewards.items()}
+        return {p: _mean(best_of(rewards, n) for rewards in seeds) for p, seeds in found.items() if seeds}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,13 +243,13 @@ class Results:
 
 
 def paired(values: Mapping[Prompt, float], baseline: Mapping[Prompt, float]) -> Figure:
-    """Mean of the differences over the prompts that both have.
+    """Mean of the differences over the prompts that both have; no figure where one has no value at all.
 
     Raises:
         UsageError: when they have none in common.
     """
     common = [prompt for prompt in values if prompt in baseline]
-    if not common:
+    if not common and values and baseline:
         raise UsageError("two methods have no finished prompt in common: nothing to compare yet")
     return figure(values[prompt] - baseline[prompt] for prompt in common)
 
@@ -289,10 +311,12 @@ def _rows(source: str, config: EvaluationConfig, header: Mapping[str, Any], stor
             samples[cell_key, prompt, record["seed"]][record["sample"]] = record
     judges = {spec.key: spec for spec in check_judges(config)}
     judged: dict[str, dict[str, float | None]] = {spec.name: {} for spec in judges.values()}
+    grades: dict[str, dict[str, list[float | None]]] = {spec.name: {} for spec in judges.values()}
     for record in store.read("judgements"):
         key = record["key"].rsplit("-", 1)[1]
         if key in judges:  # else a judge that was changed since
             judged[judges[key].name][record["sample"]] = record["score"]
+            grades[judges[key].name][record["sample"]] = record.get("tests") or []
     values: dict[int, dict[str, dict[Prompt, list[float]]]] = collections.defaultdict(
         lambda: collections.defaultdict(lambda: collections.defaultdict(list))
     )
@@ -301,24 +325,27 @@ def _rows(source: str, config: EvaluationConfig, header: Mapping[str, Any], stor
         if len(by_sample) < row.samples:
             continue  # killed in the midst of it
         ordered = [by_sample[k] for k in sorted(by_sample)]
-        rewards = [_or_nan(record["reward"]) for record in ordered]
+        rewards = [number(record["reward"]) for record in ordered]
         row.rewards.setdefault(prompt, {})[seed] = rewards
         ordered, rewards = ordered[: row.compared], rewards[: row.compared]
-        mine = values[id(row)]
-        mine["top1"][prompt].append(max(rewards))
-        mine["avg"][prompt].append(_mean(rewards))
-        best = best_record(ordered)["key"]
+        mine, given = values[id(row)], finite(rewards)
+        mine["top1"][prompt] += [max(given)] if given else []
+        mine["avg"][prompt] += [_mean(given)] if given else []
+        best = best_record(ordered)
         for spec in judges.values():
-            if best in judged[spec.name]:
-                mine[spec.name][prompt].append(_or_nan(judged[spec.name][best]))
-            scores = [judged[spec.name][r["key"]] for r in ordered if r["key"] in judged[spec.name]]
-            if spec.samples == "all" and len(scores) == len(ordered):
-                mine[f"{spec.name}, all"][prompt].append(_mean(map(_or_nan, scores)))
+            scores = judged[spec.name]
+            seen = row.grades.setdefault(spec.name, [])
+            seen += [grade for r in ordered for grade in grades[spec.name].get(r["key"], [])]
+            if best is None or best["key"] in scores:
+                mine[spec.name][prompt] += [] if best is None else finite([scores[best["key"]]])
+            if spec.samples == "all" and all(r["key"] in scores for r in ordered):
+                given = finite(scores[r["key"]] for r in ordered)
+                mine[f"{spec.name}, all"][prompt] += [_mean(given)] if given else []
     batches = store.read("batches")
     rows = [row for row in groups.values() if row.rewards]
     for row in rows:
         row.metrics = {
-            name: {prompt: _mean(v) for prompt, v in by_prompt.items()}
+            name: {prompt: _mean(v) for prompt, v in by_prompt.items() if v}
             for name, by_prompt in values[id(row)].items()
             # A judge that has not seen every prompt yet says nothing of the mean.
             if len(by_prompt) == len(row.rewards)
@@ -354,10 +381,6 @@ def _tell_apart(rows: list[Row]) -> None:
     counts = collections.Counter(map(place, rows))
     for row in [row for row in rows if counts[place(row)] > 1]:
         row.label = f"{row.label} [{row.source}]"
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from ..errors import UsageError
 from ..prompts import Prompt, prompt_text
+from ..statistics import finite, number
 from .config import TINY, EvaluationConfig, digest
 from .endpoint import Endpoint
 
@@ -199,7 +200,7 @@ class RewardJudge:
             scores = self._reward.score_texts(
                 conversations, [candidate.text for candidate in candidates], batch_size=self._batch_size
             )
-        return [Judgement(_finite(float(score))) for score in scores]
+        return [Judgement(number(score)) for score in scores]
 
 
 class RuleJudge:
@@ -223,7 +224,7 @@ class NaturalnessJudge:
         nats = nats_per_token(
             self._model, self._tokenizer, [c.prompt for c in candidates], [c.tokens for c in candidates]
         )
-        return [Judgement(_finite(value)) for value in nats]
+        return [Judgement(number(value)) for value in nats]
 
 
 class LanguageModelJudge:
@@ -253,7 +254,7 @@ class LanguageModelJudge:
         scores: list[float] = []
         for start in range(0, len(texts), self._spec.batch_size):
             scores += self._grade(texts[start : start + self._spec.batch_size])
-        return _by_candidate([_finite(score) for score in scores], len(self._spec.tests))
+        return _by_candidate(scores, len(self._spec.tests))
 
     def _prompt(self, candidate: Candidate, test: str) -> str:
         question = unit_test_question(candidate, test, self._spec.resolved_format)
@@ -347,14 +348,10 @@ def grade_of(answer: Mapping[str, Any]) -> float | None:
     return None if named is None else min(5.0, float(named.group(0)))
 
 
-def _by_candidate(scores: list[float | None], tests: int) -> list[Judgement]:
+def _by_candidate(scores: Sequence[float | None], tests: int) -> list[Judgement]:
     out = []
     for start in range(0, len(scores), tests):
-        part = scores[start : start + tests]
-        given = [score for score in part if score is not None]
+        part = [number(score) for score in scores[start : start + tests]]
+        given = finite(part)
         out.append(Judgement(math.fsum(given) / len(given) if given else None, part))
     return out
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..statistics import number
 from .judges import Candidate, JudgeSpec, check_judges, make_judge
 from .plan import Plan
 from .runner import Worker
@@ -27,7 +28,8 @@ def pending(plan: Plan, store: Store) -> list[tuple[JudgeSpec, list[Candidate]]]
             chosen = []
             for item in batch.items:
                 group = [records[key] for key in batch.compared_keys(item)]
-                chosen += group if spec.samples == "all" else [best_record(group)]
+                best = best_record(group)
+                chosen += group if spec.samples == "all" else [] if best is None else [best]
             missing = [record for record in chosen if judgement_key(record["key"], spec) not in done]
             if missing:
                 # The whole batch is scored again: the company that a text is scored in may change its last bits.
@@ -84,9 +86,10 @@ def judgement_key(sample: str, spec: JudgeSpec) -> str:
     return f"{sample}-{spec.key}"
 
 
-def best_record(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The sample line of the highest reward, the first of ties."""
-    return max(group, key=lambda record: float("-inf") if record["reward"] is None else record["reward"])
+def best_record(group: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The sample line of the highest reward, the first of ties; None where none has a reward."""
+    rewarded = [record for record in group if number(record["reward"]) is not None]
+    return max(rewarded, key=lambda record: record["reward"], default=None)
 
 
 def order(plan: Plan, store: Store) -> list[str]:

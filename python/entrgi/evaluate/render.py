@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from ..statistics import finite
 from ..tables import latex_table, markdown_table, text_table
 from .analysis import METRICS, Match, Results, Slice
 
@@ -65,7 +66,7 @@ def as_latex(results: Results) -> list[str]:
     out: list[str] = []
     for number, (part, tables) in enumerate(tables_of(results), start=1):
         for table, kind in zip(tables, "abc", strict=False):
-            caption = ". ".join([f"{part.title}: {table.title}", *table.notes]) + "."
+            caption = " ".join([f"{part.title}: {table.title}.", *table.notes])
             rows = latex_table(table.head, table.rows, caption=caption, label=f"tab:{number}{kind}", bold=table.bold)
             out += ["", *rows]
     return out
@@ -99,14 +100,15 @@ def _main(part: Slice) -> Table:
         cells = [f.text() for f in figures] + ([weight] if weights else [])
         rows.append([row.label, str(row.compared), *cells, seconds, quantity(row.flops and row.compared * row.flops)])
     better = {name: min if name.startswith("nats") else max for name in names}
-    bold = {
-        (max(range(len(rows)), key=lambda i: means[i][j] == better[name](m[j] for m in means)), 2 + j)
-        for j, name in enumerate(names)
-    }
-    count = len(part.rows[0].rewards)
-    return Table(
-        f"mean over {count} prompts, {INTERVALS}", head, rows, frozenset(bold) if len(rows) > 1 else frozenset()
-    )
+    best = [better[name](finite(m[j] for m in means), default=None) for j, name in enumerate(names)]
+    bold = {(next(i for i, m in enumerate(means) if m[j] == v), 2 + j) for j, v in enumerate(best) if v is not None}
+    chosen = frozenset(bold) if len(rows) > 1 else frozenset()
+    return Table(f"mean over {len(part.rows[0].rewards)} prompts, {INTERVALS}", head, rows, chosen, _missing(part))
+
+
+def _missing(part: Slice) -> tuple[str, ...]:
+    """Notes that every table of a slice has: what its figures leave out."""
+    return tuple(note for row in part.rows for note in row.missing_note())
 
 
 def _differences(part: Slice, reference: str) -> Table:
@@ -115,7 +117,8 @@ def _differences(part: Slice, reference: str) -> Table:
         [f"{a.label} − {b.label}", *(values[name].text(signed=True) for name in names)]
         for a, b, values in part.differences(reference)
     ]
-    return Table(f"paired differences over the same prompts, {INTERVALS}", ["", *map(metric_label, names)], rows)
+    title = f"paired differences over the same prompts, {INTERVALS}"
+    return Table(title, ["", *map(metric_label, names)], rows, notes=_missing(part))
 
 
 def _matched(part: Slice) -> Table:
@@ -137,7 +140,7 @@ def _matched(part: Slice) -> Table:
     notes = ["N: what the method's K samples cost, in unguided samples, and the N compared with."]
     if capped:
         notes.append("≥: fewer unguided samples than that were drawn; the comparison is with all of them.")
-    return Table(f"Top@1 at equal cost, {INTERVALS}", head, rows, notes=tuple(notes))
+    return Table(f"Top@1 at equal cost, {INTERVALS}", head, rows, notes=(*notes, *_missing(part)))
 
 
 def _match(match: Match | None) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import loading
+from ..statistics import number
 from .config import TINY, EvaluationConfig
 from .plan import Batch, Plan
 from .store import Store
@@ -47,7 +48,8 @@ class Worker:
         lines: Lines = {"samples": [], "traces": []}
         for offset, item in enumerate(batch.items):
             result = results[offset]
-            best = max(range(len(result.samples)), key=lambda k: result.samples[k].reward)
+            rewards = [number(sample.reward) for sample in result.samples]
+            best = max(range(len(rewards)), key=lambda k: -math.inf if rewards[k] is None else rewards[k])
             for k, sample in enumerate(result.samples):
                 key = batch.sample_key(item, k)
                 lines["samples"].append(
@@ -61,7 +63,7 @@ class Worker:
                         "index": batch.start + offset,
                         "prompt": item.prompt,
                         "sample": k,
-                        "reward": float(sample.reward) if math.isfinite(sample.reward) else None,
+                        "reward": rewards[k],
                         "text": sample.text,
                         "tokens": list(sample.tokens),
                     }

@@ -86,7 +86,7 @@ def payload(comparison: Comparison, tokenizer: Any) -> dict[str, Any]:
         "title": "EntRGi: a diffusion language model, steered",
         "heading": "A diffusion language model, steered by a reward model",
         "lead": _lead(comparison),
-        "note": TINY_NOTE if settings.get("tiny") else "",
+        "note": " ".join([*([TINY_NOTE] if settings.get("tiny") else []), *comparison.notes()]),
         "footer": f"{comparison.verdict()[1]}. Written by entrgi compare",
         "samplesPerPrompt": settings["num_samples"],
         "top": max(0.5, math.ceil(max(levels, default=100) / 50) / 2),  # nats at the end of the colour scale
@@ -132,7 +132,7 @@ def _lead(comparison: Comparison) -> str:
 
 
 def _samples(result: Any) -> list[dict[str, Any]]:
-    best = result.best
+    best = result.best if result.rewarded else None
     return [{"text": s.text, "reward": _number(s.reward), "best": s is best} for s in result.samples]
 
 
@@ -146,9 +146,10 @@ def _replays(comparison: Comparison, tokenizer: Any) -> tuple[dict[str, list[lis
     for index in range(len(comparison.prompts)):
         for run in comparison.runs:
             result = run.results[index]
+            best = result.best if result.rewarded else result.samples[0]
             row: list[Any] = []
             for sample in result.samples:
-                wanted = sample.trace and (everything or sample is result.best) and budget > 0
+                wanted = sample.trace and (everything or sample is best) and budget > 0
                 row.append(_compact(run, sample.trace) if wanted else None)
                 if wanted:
                     budget -= _cost(sample)

@@ -82,7 +82,7 @@ def figures_of(results: Results) -> Iterator[tuple[Slice, str, str, Any]]:
                 yield part, "reward-compute", caption, figure
             figure = Figure(figsize=(9.8, 3.6), layout="constrained")
             left, right = figure.subplots(1, 2)
-            _histogram(left, part, colors, "all samples", lambda row: _all_rewards(row))
+            _histogram(left, part, colors, "all samples", lambda row: row.all_rewards)
             _histogram(right, part, colors, "best of each prompt's samples", lambda row: row.metrics["top1"].values())
             _legend(figure, left)
             yield part, "histogram", "Rewards of all samples, and of the best sample of each prompt.", figure
@@ -137,7 +137,7 @@ def _curves(axes: Any, part: Slice, unit: str, colors: dict[str, str]) -> None:
 
     for row in part.rows:
         cost = getattr(row, unit)
-        if not cost:
+        if not cost or not row.best_of(1):
             continue
         counts = _counts(row.samples)
         values = [list(row.best_of(n).values()) for n in counts]
@@ -164,24 +164,22 @@ def _counts(samples: int) -> list[int]:
 def _histogram(axes: Any, part: Slice, colors: dict[str, str], title: str, values_of: Any) -> None:
     import math
 
-    values = {row.label: [v for v in values_of(row) if math.isfinite(v)] for row in part.rows}
+    from ..statistics import finite
+
+    values = {row.label: finite(values_of(row)) for row in part.rows}
     everything = [v for some in values.values() for v in some]
     if not everything:
         return
     low, high = min(everything), max(everything)
     count = max(5, min(30, round(math.sqrt(max(map(len, values.values())))) * 2))
     edges = [low + (high - low or 1.0) * i / count for i in range(count + 1)]
-    for label, some in values.items():
+    for label, some in ((label, some) for label, some in values.items() if some):
         # Shares, not counts: best-of-N has more samples.
         axes.hist(some, bins=edges, weights=[1 / len(some)] * len(some), histtype="step", linewidth=1.6,
                   color=colors[label], label=label)  # fmt: skip
     axes.set_title(title)
     axes.set_xlabel("reward")
     axes.set_ylabel("share")
-
-
-def _all_rewards(row: Row) -> list[float]:
-    return [reward for seeds in row.rewards.values() for rewards in seeds.values() for reward in rewards]
 
 
 def _legend(figure: Any, axes: Any) -> None:
