@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..compare import Comparison, MethodRun
+from ..compare import TINY_NOTE, Comparison, MethodRun
 from ..errors import UsageError, check_writable, write_text
 from ..evaluate.analysis import Results, Row
 from ..evaluate.render import INTERVALS, as_latex, as_markdown, tables_of
@@ -104,6 +104,7 @@ def _page(results: Results, path: Path) -> str:
         "title": f"Evaluation: {results.title}",
         "heading": f"Evaluation: {results.title}",
         "lead": _about(results),
+        "note": TINY_NOTE if results.headers[0]["config"]["model"] == "tiny" else "",  # the tables say what is left out
         "footer": "Written by entrgi report",
     }
     return build_page(data, section)

@@ -345,10 +345,11 @@ def outcome(folder: Path) -> list[str]:
     for name in (name for name in last if name not in ("step", "length", "terminated")):
         change = paired_difference(last[name], first[name])
         error = math.nan if change.error is None else change.error
+        some = f"{change.n}" if change.n == len(last[name]) else f"{change.n} of {len(last[name])}"
         lines.append(
             f"held-out {name}, unguided: {estimate(first[name])} at step {first['step']}, {estimate(last[name])} at "
             f"step {last['step']}; change {change.signed()} (95% interval {change.mean - 1.96 * error:+.2f} to "
-            f"{change.mean + 1.96 * error:+.2f}, {change.n} prompts)"
+            f"{change.mean + 1.96 * error:+.2f}, {some} prompts)"
         )
     return lines
 

@@ -25,25 +25,29 @@ def completion_mask(completions: Tensor, eos_token_id: int) -> Tensor:
 def row_weights(rewards: Tensor, num_samples: int, weighting: str = "uniform") -> Tensor:
     """How much each completion counts: weights [R] that sum to 1 over the K completions of a prompt.
 
+    Completions whose reward is not finite have the weight 0; the others of their prompt share the 1.
+
     Args:
         rewards: [R].
         num_samples: K.
-        weighting: "uniform" (1/K each: the published RGRL, which only logs rewards), "softmax" (of reward / 0.1 over
-            the group) or "best" (the completion of the highest reward alone, the first of ties).
+        weighting: "uniform" (1/K: the published RGRL, which only logs rewards), "softmax" (of reward / 0.1 over the
+            group) or "best" (the completion of the highest reward alone, the first of ties).
 
     Raises:
         ValueError: another weighting, or R is no multiple of K.
     """
     groups = _groups(rewards, num_samples)
+    scored = groups.isfinite()
+    ranked = groups.masked_fill(~scored, -torch.inf)
     if weighting == "uniform":
-        weights = torch.full_like(groups, 1 / num_samples)
+        weights = scored.to(groups.dtype) / scored.sum(dim=1, keepdim=True)
     elif weighting == "softmax":
-        weights = torch.softmax(groups / SOFTMAX_TEMPERATURE, dim=1)
+        weights = torch.softmax(ranked / SOFTMAX_TEMPERATURE, dim=1)
     elif weighting == "best":
-        weights = torch.nn.functional.one_hot(groups.argmax(dim=1), num_samples).to(groups.dtype)
+        weights = torch.nn.functional.one_hot(ranked.argmax(dim=1), num_samples).to(groups.dtype)
     else:
         raise ValueError(f"weighting={weighting!r}: expected one of {', '.join(map(repr, WEIGHTINGS))}")
-    return weights.flatten()
+    return weights.masked_fill(~scored, 0).flatten()  # all of them where a prompt has no reward at all
 
 
 def rgrl_loss(log_probs: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
@@ -56,14 +60,29 @@ def rgrl_loss(log_probs: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
 
 
 def advantages(rewards: Tensor, num_samples: int, scale: bool = False) -> Tensor:
-    """Reward less its group's mean, [R]; with `scale` also over the group's standard deviation (+ 1e-4)."""
-    groups = _groups(rewards, num_samples)
-    centred = groups - groups.mean(dim=1, keepdim=True)
+    """Reward less its group's mean, [R]; with `scale` also over the group's standard deviation (+ 1e-4).
+
+    Rewards that are not finite are no part of either, and have the advantage 0.
+    """
+    mean, deviation, _ = group_statistics(rewards, num_samples)
+    centred = rewards - mean.repeat_interleave(num_samples)
     if scale:
-        # One sample a group has no deviation: its advantage is 0 either way.
-        deviation = groups.std(dim=1, keepdim=True) if num_samples > 1 else torch.zeros_like(centred)
-        centred = centred / (deviation + 1e-4)
-    return centred.flatten()
+        centred = centred / (deviation.repeat_interleave(num_samples) + 1e-4)
+    return centred.masked_fill(~rewards.isfinite(), 0)
+
+
+def group_statistics(rewards: Tensor, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, standard deviation, highest) of the finite rewards of each prompt, [R / K] each.
+
+    One reward has the deviation 0; where a prompt has none, mean and deviation are 0 and the highest is -inf.
+    """
+    groups = _groups(rewards, num_samples)
+    scored = groups.isfinite()
+    count = scored.sum(dim=1)
+    mean = groups.masked_fill(~scored, 0).sum(dim=1) / count.clamp(min=1)
+    centred = (groups - mean[:, None]).masked_fill(~scored, 0)
+    deviation = (centred.square().sum(dim=1) / (count - 1).clamp(min=1)).sqrt()
+    return mean, deviation, groups.masked_fill(~scored, -torch.inf).amax(dim=1)
 
 
 def grpo_loss(

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 _SHOWN = (
     ("reward", "reward {:+.2f}"),
     ("reward_best", "best {:+.2f}"),
+    ("reward_missing", "without {:.0f}"),
     ("loss", "loss {:.4g}"),
     ("kl", "kl {:.3f}"),
     ("clipped", "clipped {:.2f}"),
@@ -41,6 +42,7 @@ class Progress(TrainerCallback):
         if "eval_reward" in logs:
             names = [name for name in logs if f"{name}_se" in logs]
             shown = ", ".join(f"{name[5:]} {logs[name]:.2f} ± {logs[f'{name}_se']:.2f}" for name in names)
+            shown += "".join(f", {logs[n]} without {n[5:-8]}" for n in logs if n.endswith("_missing"))
             text = f"held-out, unguided: {shown}, length {logs['eval_length']:.0f}"
         else:
             text = "  ".join(form.format(logs[name]) for name, form in _SHOWN if name in logs)

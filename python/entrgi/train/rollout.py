@@ -14,6 +14,7 @@ from entrgi_kernels import GuidedSampler
 from entrgi_kernels.guidance.canvas import Statistics
 from entrgi_kernels.guidance.config import GuidanceConfig
 from entrgi_kernels.guidance.keys import prompt_keys
+from entrgi_kernels.guidance.results import warn_of_missing
 from entrgi_kernels.rewards.template import conversation_from, encode_prompt
 
 from .objectives import completion_mask
@@ -30,7 +31,7 @@ class Rollout:
         start: first completion slot.
         mask: [R, L] bool, completion tokens up to and including the first end of sequence.
         keys: [R] int64, from which each row's prompt masks are drawn.
-        rewards: [R] float32.
+        rewards: [R] float32; what is not finite is no reward.
         terminated: [R] bool, an end of sequence was drawn.
         entropy_weight: mean share of the hard token; None without guidance.
         seed: of the sampler. mask_seeds: of the prompt masks, one an inner iteration.
@@ -54,6 +55,11 @@ class Rollout:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def trained(self) -> Tensor:
+        """[R, L] bool: `mask`, without completions that have no reward."""
+        return self.mask & self.rewards.isfinite()[:, None]
 
     @property
     def completions(self) -> Tensor:
@@ -104,6 +110,8 @@ def sample_rollout(
     statistics.finish(0.0)
     completions = whole.tokens[:, start:]
     values = sampler.score([c for c in conversations for _ in range(k)], completions.tolist())
+    for number, conversation in enumerate(conversations):
+        warn_of_missing(conversation, values[number * k : (number + 1) * k])
     eos = sampler.tokenizer.eos_token_id
     mask = completion_mask(completions, eos)
     return Rollout(

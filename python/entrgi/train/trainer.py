@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from entrgi_kernels import GuidedSampler
@@ -22,7 +23,7 @@ from entrgi_kernels.models import BackboneModel
 from entrgi_kernels.models.modules import evaluating
 from entrgi_kernels.rewards import Reward
 
-from ..statistics import estimate
+from ..statistics import estimate, finite
 from . import objectives, records
 from .arguments import METHODS, PUBLISHED_SAMPLING, GuidedTrainingArguments
 from .forward_process import CompletionLogProbs, derive_seed, mask_prompts
@@ -138,7 +139,7 @@ class GuidedTrainer(Trainer):
             last = first + len(batch) * self.sampler.config.num_samples
             parts.append({"rollout": rollout.rows(slice(first, last)), "iteration": iteration})
             first = last
-        tokens = self.accelerator.reduce(rollout.mask.sum(), reduction="sum")
+        tokens = self.accelerator.reduce(rollout.trained.sum(), reduction="sum").clamp(min=1)
         return parts, tokens
 
     def compute_loss(
@@ -151,22 +152,25 @@ class GuidedTrainer(Trainer):
         """This part's share of the step's loss.
 
         Scaled so that what Trainer averages over processes and accumulation steps is the sum over the step.
+
+        Raises:
+            ArithmeticError: it is NaN or infinite, on any process; raised on all.
         """
         rollout, iteration = inputs["rollout"], inputs["iteration"]
         args, k = self.args, self.sampler.config.num_samples
         log_probs = self._log_probs_of(model, rollout, iteration)
         if args.objective == "rgrl":
             weights = objectives.row_weights(rollout.rewards, k, args.weighting)
-            loss = objectives.rgrl_loss(log_probs, rollout.mask, weights)
+            loss = objectives.rgrl_loss(log_probs, rollout.trained, weights)
             shares = {}
         else:
             old = log_probs.detach() if rollout.old is None else rollout.old[:, iteration]
-            tokens = rollout.mask.sum() if num_items_in_batch is None else num_items_in_batch
+            tokens = rollout.trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss, shares = objectives.grpo_loss(
                 log_probs,
                 old,
                 None if rollout.reference is None else rollout.reference[:, iteration],
-                rollout.mask,
+                rollout.trained,
                 objectives.advantages(rollout.rewards, k, args.scale_rewards),
                 epsilon=args.epsilon,
                 beta=args.beta,
@@ -174,12 +178,49 @@ class GuidedTrainer(Trainer):
             )
         mean = (log_probs.detach() * rollout.mask).sum() / rollout.mask.sum().clamp(min=1)
         parts = self.current_gradient_accumulation_steps
+        told = torch.stack([mean, loss.detach().to(mean.dtype)])
+        mean, whole = self.accelerator.reduce(told, reduction="mean").tolist()
+        if not math.isfinite(whole):
+            raise ArithmeticError(self._blamed(rollout, iteration, log_probs))
         for name, value in shares.items():
             self._metrics[name].append(self.accelerator.reduce(value, reduction="sum").item() * parts)
-        self._metrics["log_prob"].append(self.accelerator.reduce(mean, reduction="mean").item())
+        self._metrics["log_prob"].append(mean)
         self._metrics["mask_seed"] = [rollout.mask_seeds[iteration]]
         loss = loss * self.accelerator.num_processes * parts
         return (loss, {"log_probs": log_probs}) if return_outputs else loss
+
+    def _blamed(self, rollout: Rollout, iteration: int, log_probs: Tensor) -> str:
+        """What to say of a loss that is not finite."""
+        said = f"the loss of step {self.state.global_step + 1} is NaN or infinite"
+        terms = {"policy's": log_probs, "drawing policy's": rollout.old, "reference's": rollout.reference}
+        for name, term in terms.items():
+            term = term[:, iteration] if term is not None and term.dim() == 3 else term
+            bad = [] if term is None else (rollout.mask & ~term.isfinite()).any(dim=1).nonzero().flatten().tolist()
+            if bad:
+                ids = rollout.tokens[bad[0], : rollout.start][rollout.attention[bad[0], : rollout.start]]
+                prompt = self.sampler.tokenizer.decode(ids, skip_special_tokens=True)
+                said += f": the {name} log-probabilities of a completion of {prompt!r:.80} are not finite"
+                break
+        return f"{said}; this step changed no parameter. Check the model's weights and dtype, and the learning rate"
+
+    def check_gradients(self) -> None:
+        """Refuse the optimiser's step on gradients that are not finite, before it is taken.
+
+        Raises:
+            ArithmeticError: they are not on some process; raised on all.
+        """
+        if self.accelerator.scaler is not None:  # it skips such steps and lowers its scale: they are expected
+            return
+        found = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not found:  # DeepSpeed keeps them to itself
+            return
+        size = nn.utils.get_total_norm([g.to_local() if isinstance(g, DTensor) else g for g in found], torch.inf)
+        bad = self.accelerator.reduce((~size.isfinite()).float(), reduction="sum").item()
+        if bad:
+            raise ArithmeticError(
+                f"the gradient of step {self.state.global_step + 1} is NaN or infinite, its loss is finite; this step "
+                "changed no parameter. Check the model's dtype, and the learning rate"
+            )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Forward and backward on the completions; drawing them is not counted."""
@@ -238,20 +279,34 @@ class GuidedTrainer(Trainer):
     def _note(self, rollout: Rollout, seconds: float) -> None:
         """Metrics of a rollout over all processes."""
         k = self.sampler.config.num_samples
-        groups, lengths = rollout.rewards.view(-1, k), rollout.mask.sum(dim=1).float()
+        lengths = rollout.mask.sum(dim=1).float()
         weight = math.nan if rollout.entropy_weight is None else rollout.entropy_weight
+        mean, deviation, best = objectives.group_statistics(rollout.rewards, k)
+        scored = best.isfinite()
         sums = torch.stack(
             [
-                groups.mean(dim=1).sum(),
-                groups.std(dim=1, correction=min(1, k - 1)).sum(),
-                groups.amax(dim=1).sum(),
+                mean.sum(),
+                deviation.sum(),
+                best[scored].sum(),
                 lengths.view(-1, k).mean(dim=1).sum(),
                 rollout.terminated.float().view(-1, k).mean(dim=1).sum(),
-                torch.tensor(weight * len(groups), device=groups.device),
-                torch.tensor(float(len(groups)), device=groups.device),
+                torch.tensor(weight * len(mean), device=mean.device),
+                scored.sum().float(),
+                rollout.rewards.isfinite().logical_not().sum().float(),
+                torch.tensor(float(len(mean)), device=mean.device),
             ]
         )
-        *values, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        *values, rewarded, missing, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        if not rewarded:
+            raise ArithmeticError(
+                f"step {self.state.global_step + 1}: no completion has a finite reward (the last of this process's are "
+                f"{rollout.rewards[-k:].tolist()}); this step changed no parameter. Check the reward model"
+            )
+        if missing:
+            self._metrics["reward_missing"].append(missing)
+            if self.is_world_process_zero():
+                said = "step %d leaves out %d of %d completions: their rewards are not finite"
+                logger.warning(said, self.state.global_step + 1, missing, count * k)
         names = (
             "reward",
             "reward_std",
@@ -262,7 +317,7 @@ class GuidedTrainer(Trainer):
         )
         for name, value in zip(names, values, strict=True):
             if not math.isnan(value):
-                self._metrics[name].append(value / count)
+                self._metrics[name].append(value / (rewarded if name.startswith("reward") else count))
         self._metrics["rollout_seconds"].append(seconds)
 
     def _show(self, prompt: Any, rollout: Rollout) -> None:
@@ -305,7 +360,8 @@ class GuidedTrainer(Trainer):
 
         Returns:
             {"eval_reward", "eval_reward_se", ...}: means over prompts and their standard errors, also logged; what each
-            prompt earned goes to evaluations.jsonl.
+            prompt earned goes to evaluations.jsonl. Where completions have no finite reward, "eval_reward_missing"
+            says how many; they are left out.
         """
         prompts = list(self.eval_prompts if eval_dataset is None else eval_dataset)
         if not prompts:
@@ -330,14 +386,18 @@ class GuidedTrainer(Trainer):
             for name, judge in self.judges.items():
                 with torch.no_grad():
                     columns[name] = torch.tensor(judge.score_texts(asked, texts))
-        per_prompt = {name: column.view(share, -1).mean(dim=1).tolist() for name, column in columns.items()}
+        per_prompt = {name: column.view(share, -1).tolist() for name, column in columns.items()}
         found = [{"prompt": i, **{name: per_prompt[name][j] for name in columns}} for j, i in enumerate(mine)]
         by_prompt = {entry["prompt"]: entry for entry in gather_object(found)}
         metrics: dict[str, float] = {}
-        values = {name: [by_prompt[i][name] for i in range(len(prompts))] for name in columns}
+        drawn = {name: [by_prompt[i][name] for i in range(len(prompts))] for name in columns}
+        values = {name: [estimate(group).mean for group in groups] for name, groups in drawn.items()}
         for name, column in values.items():
             mean = estimate(column)
             metrics[f"{metric_key_prefix}_{name}"] = mean.mean
+            missing = sum(len(group) - len(finite(group)) for group in drawn[name])
+            if missing:
+                metrics[f"{metric_key_prefix}_{name}_missing"] = missing
             if mean.error is not None and name not in ("length", "terminated"):
                 metrics[f"{metric_key_prefix}_{name}_se"] = mean.error
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - begin
@@ -419,6 +479,9 @@ class _Course(TrainerCallback):
             # A run that starts anew forgets one that was killed before its first checkpoint.
             records.rewind(args.output_dir, state.global_step or -1)
         self.trainer.begin_course()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self.trainer.check_gradients()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         reference, every = self.trainer.reference, args.ref_model_sync_steps

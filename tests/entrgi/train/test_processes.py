@@ -69,6 +69,19 @@ def test_two_processes_take_the_steps_of_one(tiny_weights, tmp_path, method):
 
 
 @pytest.mark.slow
+def test_processes_agree_on_what_is_not_finite(tiny_weights, tmp_path):
+    """The second process has no reward at all in one step, or a NaN in a gradient."""
+    settings = {"method": "diffu-grpo", "max_steps": 2, "num_iterations": 1, "per_device_train_batch_size": 1}
+    running = {what: _start(tmp_path / what, 2, **settings, spoil=what) for what in ("rewards", "gradient")}
+    _finish(running["rewards"], tmp_path / "rewards")
+    assert records.read(tmp_path / "rewards", records.LOG)[1]["reward_missing"] == 2
+    assert all(value.isfinite().all() for value in torch.load(tmp_path / "rewards" / "parameters.pt").values())
+    assert running["gradient"].wait(timeout=TIMEOUT) != 0
+    said = (tmp_path / "gradient" / "output.txt").read_text()
+    assert said.count("ArithmeticError: the gradient of step 2 is NaN or infinite") == 2
+
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny_weights, tmp_path):
     settings = {"method": "diffu-grpo", "num_iterations": 3, "max_steps": 8, "beta": 0.3, "ref_model_sync_steps": 2}
     settings |= {"save_strategy": "steps", "save_steps": 2}

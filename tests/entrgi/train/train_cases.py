@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -59,12 +60,43 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in records.read(folder, records.LOG) if "loss" in record]
 
 
+def spoil_rewards(trainer: Any, places: Any = slice(None), value: float = math.nan, step: int = 1) -> None:
+    """Give completions of one rollout no reward."""
+    score = trainer.sampler.reward.score_texts
+
+    def spoiled(*args: Any, **kwargs: Any) -> list[float]:
+        found = torch.tensor(score(*args, **kwargs))
+        if trainer.state.global_step == step:
+            found[places] = value
+        return found.tolist()
+
+    # Not on the reward itself, which other tests share.
+    trainer.sampler.reward = _Spoiled(trainer.sampler.reward, spoiled)
+
+
+class _Spoiled:
+    def __init__(self, reward: Any, score_texts: Any) -> None:
+        self._reward, self.score_texts = reward, score_texts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reward, name)
+
+
+def spoil_gradient(trainer: Any, step: int = 1) -> None:
+    """Make a parameter's gradient NaN."""
+    parameter = next(p for p in trainer.model.parameters() if p.requires_grad)
+    parameter.register_hook(lambda grad: grad * math.nan if trainer.state.global_step == step else grad)
+
+
 def main() -> None:
     folder, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     resume = changes.pop("resume", False)
     models = (*tiny.load_diffusion(torch.float64), tiny.load_reward(torch.float64)[0])
+    spoil = changes.pop("spoil", None)
     trainer = make_trainer(models, folder, **changes)
+    if spoil and int(os.environ.get("RANK", "0")) == 1:
+        {"rewards": spoil_rewards, "gradient": spoil_gradient}[spoil](trainer)
     trainer.train(resume_from_checkpoint=resume)
     if os.environ.get("RANK", "0") == "0":
         torch.save(parameters(trainer), folder / "parameters.pt")
