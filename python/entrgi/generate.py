@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
     loaded = loading.load(args)
     sampler = loading.make_sampler(loaded, config)
-    finished, hint = 0, "; go on with --resume" if as_jsonl and args.output else ""
+    finished, missing, hint = 0, 0, "; go on with --resume" if as_jsonl and args.output else ""
     out = _open(args)
     try:
         results = loading.stream(sampler, [prompt for _, prompt in items], progress=False if args.quiet else None)
@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
                 text = render(prompt, result, best_only=args.best_only)
             _write(out, text)
             finished += 1
+            missing += len(result.samples) - len(result.rewarded)
     except KeyboardInterrupt:
         print(f"\ninterrupted: {finished} of {len(todo)} prompts done{hint}", file=sys.stderr)
         return 130
@@ -106,6 +107,9 @@ def run(args: argparse.Namespace) -> int:
     finally:
         if args.output:
             out.close()
+    if missing:
+        said = "have no reward: none of them is the best or part of a mean"
+        print(f"{missing} of {finished * config.num_samples} samples {said}", file=sys.stderr)
     if not args.quiet and args.output:
         seconds = time.perf_counter() - start
         print(f"wrote {finished} prompts to {args.output} in {seconds:.1f} s", file=sys.stderr)

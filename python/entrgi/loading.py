@@ -275,7 +275,7 @@ def stream(sampler: GuidedSampler, prompts: Sequence[Prompt], **options: Any) ->
 
     try:
         yield from sampler.stream(prompts, **options)
-    # ArithmeticError: logits that are not finite. The message names step, sample and prompt.
+    # ArithmeticError: logits or rewards that are not finite. The message names step, sample and prompt.
     except (ValueError, TypeError, ArithmeticError, BackendUnavailableError) as error:
         raise UsageError(str(error)) from error
 

@@ -19,6 +19,7 @@ from entrgi_kernels.guidance import (
     Sample,
 )
 from entrgi_kernels.guidance.buffers import Buffers
+from entrgi_kernels.guidance.hosts.steering import Steering
 from entrgi_kernels.guidance.inner import InnerLoop, Scorer
 
 PROMPTS = ["Why?", "A longer question."]
@@ -116,6 +117,17 @@ def test_other_trajectories_are_not_touched(fault, backend):
     assert torch.equal(spoiled[0][others], clean[0][others]) and torch.equal(spoiled[1][:, others], clean[1][:, others])
     assert torch.equal(spoiled[2][[0, 2]], clean[2][[0, 2]])
     assert bool(spoiled[4][1].isfinite()) == (fault == "gradient")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_host_that_is_steered_is_told(sampler, poison, fault):
+    ids = [sampler.tokenizer(f"{prompt}").input_ids for prompt in PROMPTS]
+    steering = Steering(sampler)
+    steering.begin(ids, list(map(len, ids)), seed=0)
+    poison(fault, since=1)  # the last inner step: only the logits that it returns would show
+    phi, response = torch.randn(4, sampler.model.vocab_size), torch.zeros(2, 2, dtype=torch.int64)
+    with pytest.raises(NonFiniteRewardError, match="step 0, trajectory 1 of the batch, prompt 'A longer question.'"):
+        steering(phi, response, torch.ones_like(response, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

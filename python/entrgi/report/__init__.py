@@ -119,9 +119,10 @@ def _lead(comparison: Comparison) -> str:
     base, ours = comparison.run_of("none"), comparison.run_of("entrgi")
     s = comparison.settings
     count = f"{s['prompts']} prompt" + "s" * (s["prompts"] != 1)
-    if not base or not ours:
+    pairs = comparison.differences()
+    difference = next((d["top1"] for a, b, d in pairs if a is ours and b is base), None)
+    if not base or not ours or not difference or not difference.n:
         return f"{count}, {s['num_samples']} samples each, under {', '.join(run.label for run in comparison.runs)}."
-    difference = next(d for a, b, d in comparison.differences() if a is ours and b is base)["top1"]
     margin = "" if difference.error is None else f" ± {difference.error:.2f}"
     return (
         f"Over {count}, the best of {s['num_samples']} unguided samples earns a mean reward of "

@@ -22,11 +22,11 @@ function niceTicks(low, high, count) {
 }
 
 function fixed(value, digits = 2) {
-  return value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−");
+  return !Number.isFinite(value) ? "–" : value.toFixed(digits).replace("-", "−");
 }
 
 function signed(value) {
-  return value === null || value === undefined ? "–" : (value >= 0 ? "+" : "−") + Math.abs(value).toFixed(2);
+  return !Number.isFinite(value) ? "–" : (value >= 0 ? "+" : "−") + Math.abs(value).toFixed(2);
 }
 
 // series: [{label, color, values, before, after, final}], one value of each list per step. Returns {place(step)}.

@@ -175,7 +175,10 @@ def run(args: argparse.Namespace) -> int:
         if args.resume:
             _check_same_run(output, json.loads(text))
         jsonl.write_atomically(output / "run.json", [text])
-    trainer.train(resume_from_checkpoint=args.resume)
+    try:
+        trainer.train(resume_from_checkpoint=args.resume)
+    except ArithmeticError as error:  # what is not finite; the message says what and where
+        raise UsageError(str(error)) from error
     trainer.save_model()
     trainer.save_state()
     if args.save_merged and args.lora_r and trainer.is_world_process_zero():

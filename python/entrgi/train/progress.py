@@ -39,7 +39,7 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        if "eval_reward" in logs:
+        if "eval_length" in logs:
             names = [name for name in logs if f"{name}_se" in logs]
             shown = ", ".join(f"{name[5:]} {logs[name]:.2f} ± {logs[f'{name}_se']:.2f}" for name in names)
             shown += "".join(f", {logs[n]} without {n[5:-8]}" for n in logs if n.endswith("_missing"))

@@ -394,7 +394,8 @@ class GuidedTrainer(Trainer):
         values = {name: [estimate(group).mean for group in groups] for name, groups in drawn.items()}
         for name, column in values.items():
             mean = estimate(column)
-            metrics[f"{metric_key_prefix}_{name}"] = mean.mean
+            if mean.n:
+                metrics[f"{metric_key_prefix}_{name}"] = mean.mean
             missing = sum(len(group) - len(finite(group)) for group in drawn[name])
             if missing:
                 metrics[f"{metric_key_prefix}_{name}_missing"] = missing
