@@ -143,6 +143,18 @@ def test_evaluate_has_one_figure_in_every_table(folder, capsys) -> None:
     assert "nan" not in as_text(results) and ".. " not in "\n".join(as_latex(results))
 
 
+def test_a_judge_without_an_answer_is_left_out_and_counted(folder) -> None:
+    path = folder / "judgements.jsonl"
+    first, second, *rest = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    before = read_results([folder]).slices[0].rows[0].metrics["rule"]
+    lines = [{**first, "score": None, "tests": [None, None]}, {**second, "tests": [None, 4.0]}, *rest]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    row = read_results([folder]).slices[0].rows[0]
+    gone = first["sample"].split("-")[1]
+    assert row.metrics["rule"] == {prompt: score for prompt, score in before.items() if prompt != gone}
+    assert row.missing_note()[0].endswith("2 of 4 prompts without rule, 3 of 4 grades that rule did not give.")
+
+
 def test_reports_of_missing_rewards(folder, entrgi) -> None:
     assert entrgi("report", folder, "--out", folder / "r.html", "--out", folder / "r.md") == 0
     markdown = (folder / "r.md").read_text(encoding="utf-8")
