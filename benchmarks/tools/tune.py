@@ -238,15 +238,15 @@ def advice(family: str, shape: Shape, made: list[dict[str, Any]]) -> str:
     if not made or "ms" not in made[0]:
         return f"# {family} at {shape.label}: nothing ran"
     best = made[0]
-    kept = {k: v for k, v in best["entry"].items() if k not in ("evidence", "most_rows")}
+    kept = {k: v for k, v in best["entry"].items() if k != "most_rows"}
     words = ", ".join(f"{k}={v!r}" for k, v in kept.items())
     second = made[1].get("ms") if len(made) > 1 else None
     versions = measure.versions()
-    evidence = f"{best['ms']:.3f} ms at {shape.label} (next {second and round(second, 3)}), " + (
+    measured = f"{best['ms']:.3f} ms at {shape.label} (next {second and round(second, 3)}), " + (
         f"{measure.device_name('cuda')}, torch {versions['torch']}, triton {versions['triton']}"
     )
     kind = "GemmConfig" if family in ("forward", "backward") else "RowConfig"
-    return f"{family}: {kind}({words}, most_rows={shape.n}, evidence={evidence!r})"
+    return f"{family}: {kind}({words}, most_rows={shape.n})  # {measured}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

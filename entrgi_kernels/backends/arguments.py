@@ -48,12 +48,12 @@ class Adam(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Where rows of a result go: row i to ``out[index[i]]``; the rest of `out` is left alone.
+    """Where rows of a result go: row i to ``out[rows[i]]``; the rest of `out` is left alone.
 
     Attributes:
         out: [M, D] of the table's dtype, dense rows.
-        index: int64 [N].
+        rows: int64 [N].
     """
 
     out: torch.Tensor
-    index: torch.Tensor
+    rows: torch.Tensor

@@ -179,7 +179,10 @@ def _try_statistics(make: _Maker, kernels: Any) -> Iterator[Problem]:
             ):
                 yield _compared(name, ours, exact, _near(exact))
 
-        yield lambda logits=logits, tau=tau: kernels.softmax_entropy(logits, tau), found
+        def call(logits=logits, tau=tau):
+            return kernels.softmax_entropy(logits, tau)
+
+        yield call, found
 
 
 def _try_statistics_backward(make: _Maker, kernels: Any) -> Iterator[Problem]:

@@ -236,7 +236,7 @@ def entrgi_embedding(
     hard = embedding[tokens.clamp(min=0)].to(acc)
     mixed = torch.lerp(soft, hard, weight[:, None]).to(embedding.dtype)
     if placement is not None:
-        mixed = placement.out.index_copy_(0, placement.index, mixed)
+        mixed = placement.out.index_copy_(0, placement.rows, mixed)
     return mixed, tokens, weight, entropy, soft, lse, x.argmax(dim=-1)
 
 

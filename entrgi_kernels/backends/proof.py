@@ -85,7 +85,7 @@ def _driver() -> str:
         if found := re.search(r"\d{3,}\.\d+(?:\.\d+)?", text):
             return f"driver {found[0]}"
     with contextlib.suppress(AttributeError, RuntimeError):
-        return f"driver for CUDA {torch._C._cuda_getDriverVersion()}"
+        return f"driver for CUDA {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
     return "driver unknown"
 
 
@@ -132,21 +132,21 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
+def _entries(kept: dict[str, Any], part: str) -> list[tuple[str, Any]]:
+    entries = kept.get(part)
+    return list(entries.items()) if isinstance(entries, dict) else []
+
+
 def _sound(kept: dict[str, Any]) -> tuple[dict[str, Verdict], dict[str, dict[str, float]]]:
     """(verdicts, timings) of a machine in the file; what is not whole is left out."""
-    proofs, timings = {}, {}
-    for part, found, make in (
-        (
-            "proofs",
-            proofs,
-            lambda one: Verdict(bool(one["passed"]), str(one["figures"]), float(one["excess"]), float(one["seconds"])),
-        ),
-        ("timings", timings, lambda one: {str(engine): float(ms) for engine, ms in one.items()}),
-    ):
-        entries = kept.get(part)
-        for key, one in entries.items() if isinstance(entries, dict) else ():
-            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
-                found[key] = make(one)
+    proofs: dict[str, Verdict] = {}
+    timings: dict[str, dict[str, float]] = {}
+    for key, one in _entries(kept, "proofs"):
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            proofs[key] = Verdict(bool(one["passed"]), str(one["figures"]), float(one["excess"]), float(one["seconds"]))
+    for key, one in _entries(kept, "timings"):
+        with contextlib.suppress(AttributeError, TypeError, ValueError):
+            timings[key] = {str(engine): float(ms) for engine, ms in one.items()}
     return proofs, timings
 
 

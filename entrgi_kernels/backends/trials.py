@@ -152,9 +152,9 @@ def describe(op: str, matrices: Sequence[torch.Tensor | None], flags: tuple[Any,
     first, second = matrices[0], matrices[1] if len(matrices) > 1 else None
     assert first is not None
     widths = first.shape[1], 0 if second is None else second.shape[1]
-    sizes = (0 if size <= 1 else low(size, limit(device)) for size in widths)
+    v, d = (0 if size <= 1 else low(size, limit(device)) for size in widths)
     forms = tuple(None if matrix is None else _form(matrix) for matrix in matrices)
-    return Trial(op, _bucket(op, first.shape[0], forms, flags, device), *sizes, forms, flags)
+    return Trial(op, _bucket(op, first.shape[0], forms, flags, device), v, d, forms, flags)
 
 
 def _ends(op: str, forms: Sequence[Form | None], flags: tuple[Any, ...], device: torch.device) -> list[int]:
@@ -225,7 +225,7 @@ def calls(
         draw = Draw(rng, keys, 0.7, 0, top_p)
         yield "entrgi_embedding", (logits, table, draw, None, None, "entropy", placement)
     for held, step, keep in (((None, None), 1, True), (moments, 1, True), (moments, 2, True), (moments, 3, False)):
-        adam = Adam(*held, step, 0.5, 0.9, 0.999, 1e-8, keep)
+        adam = Adam(held[0], held[1], step, 0.5, 0.9, 0.999, 1e-8, keep)
         yield "guidance_update_", (logits, grad, table, soft, lse, 0.7, adam)
     for alg in ("entropy", "maskgit_plus", "topk_margin", "anchor"):
         yield "unmask_confidence", (logits, keys, alg, 0.7, 0, 0.95)

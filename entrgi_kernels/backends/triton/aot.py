@@ -347,17 +347,24 @@ def _read_cubin(report: Report, asm: Any) -> None:
 
 def _read_amdgcn(report: Report, asm: Any) -> None:
     """Vector registers and scratch memory, from the assembler's own notes."""
-    notes = {
-        name: re.search(rf"\.{name}:\s+(\d+)", asm["amdgcn"]) for name in ("vgpr_count", "private_segment_fixed_size")
-    }
-    if None in notes.values():
+    notes = [
+        int(found[1])
+        for name in ("vgpr_count", "private_segment_fixed_size")
+        if (found := re.search(rf"\.{name}:\s+(\d+)", asm["amdgcn"]))
+    ]
+    if len(notes) != 2:
         raise RuntimeError("the assembly does not tell its registers")
-    report.registers, report.spill_bytes = (int(found[1]) for found in notes.values())
+    report.registers, report.spill_bytes = notes
 
 
 def compile_all(wanted: Iterable[tuple[str, Machine, Launch]], workers: int) -> list[Report]:
     """:func:`compile_launch` of each, in so many processes. Triton's own cache makes a second run fast."""
-    return in_processes(compile_launch, list(wanted), workers, lambda job: Report(*job, error="the compiler crashed"))
+
+    def lost(job: tuple[Any, ...]) -> Report:
+        target, machine, launch = job
+        return Report(target, machine, launch, error="the compiler crashed")
+
+    return in_processes(compile_launch, list(wanted), workers, lost)
 
 
 def in_processes(

@@ -9,7 +9,7 @@ the logits and Adam's state stays under a share of the logits' own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -68,7 +68,7 @@ class AdamStep(NamedTuple):
 
 
 # Where the gradient itself is wanted.
-NO_STEP = AdamStep(*[0.0] * 5, reads=False, writes=False, moves=False)
+NO_STEP = AdamStep(0.0, 0.0, 0.0, 0.0, 0.0, reads=False, writes=False, moves=False)
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def chunks(n: int, v: int, bytes_per_entry: int, budget: int) -> Iterator[tuple[
 
 def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
     """out (float32) = a @ b, plus out when `add`; float32 sums of 16-bit operands."""
-    kind = {"out_dtype": torch.float32}
+    kind: Any = {"out_dtype": torch.float32}
     if a.dtype == torch.float32 or a.device.type != "cuda":
         a, b, kind = a.float(), b.float(), {}
     # With out= a caller's autocast leaves them alone: of a @ b it would make a product in bfloat16.

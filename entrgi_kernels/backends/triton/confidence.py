@@ -6,6 +6,8 @@ slices in a fixed order and puts the drawn token's own logit beside them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -147,7 +149,7 @@ def unmask_confidence(
     parts = torch.empty((n, splits, _PART), dtype=torch.float32, device=logits.device)
     out = torch.empty(n, dtype=torch.float32, device=logits.device)
     read = logits, logits.stride(0), statistics.maximum, thresholds
-    flags = dict(ALG=alg, FILTERED=filtered, SHIFT=_KEY_SHIFT[logits.dtype], PART=_PART)
+    flags: Any = dict(ALG=alg, FILTERED=filtered, SHIFT=_KEY_SHIFT[logits.dtype], PART=_PART)
     if alg != "anchor":
         launch(
             _confidence_kernel,

@@ -1,10 +1,9 @@
 """Tile sizes and engines per architecture and shape: frozen threshold tables, no tuning at run time.
 
-An entry serves row counts up to its `most_rows`; the last entry of a list has none. `benchmarks/tools/tune.py` measures the
-candidates on a GPU and prints the tables; `evidence` beside an entry says where its numbers come from. Those
-of sm_90 in 16 bits were timed on an H100 (benchmarks/results/tiles-nvidia-h100-80gb-hbm3.json); every other was chosen
-WITHOUT A GPU, from what ahead-of-time compilation shows (registers, shared memory, no spills)
-and from a count of bytes and operations.
+An entry serves row counts up to its `most_rows`; the last entry of a list has none. `benchmarks/tools/tune.py` measures
+candidates on a GPU and prints the tables. A comment beside an entry says what was measured. Entries of sm_90 in 16 bits
+were timed on an H100 (benchmarks/results/tiles-nvidia-h100-80gb-hbm3.json). Every other was chosen WITHOUT A GPU, from
+what ahead-of-time compilation shows (registers, shared memory, no spills) and from a count of bytes and operations.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import triton
@@ -29,8 +29,6 @@ MOST_SPLITS = 128
 # From so many rows on the compiled products (:mod:`.hopper`) serve: an end of an entry of the tables below.
 LEAST_COMPILED = 33
 
-UNMEASURED = "not measured yet: chosen by AOT register/shared-memory analysis"
-
 
 @dataclass(frozen=True)
 class RowConfig:
@@ -47,7 +45,6 @@ class RowConfig:
     slice_least: int
     programs_per_sm: int
     most_rows: int | None = None
-    evidence: str = UNMEASURED
 
     def splits(self, rows: int, length: int, sms: int) -> int:
         """How many programs share a row of `length` entries."""
@@ -94,7 +91,6 @@ class SampleConfig:
     block: int
     pivots: int
     num_warps: int
-    evidence: str = UNMEASURED
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,6 @@ class GemmConfig:
     loads: str = "pointer"
     parts: int = 1
     most_rows: int | None = None
-    evidence: str = UNMEASURED
 
 
 @dataclass(frozen=True)
@@ -182,15 +177,10 @@ def pick_product(
     return entry
 
 
-_STATISTICS = (
-    "not measured yet: 56 registers, so that nine programs share a multiprocessor; 12.9 instructions an entry with two "
-    "temperatures counted in its machine code"
-)
-_ROWS = dict(
-    statistics=(
-        RowConfig(4096, 4, 4096, 8, most_rows=32, evidence=_STATISTICS),
-        RowConfig(4096, 4, 12288, 64, evidence=_STATISTICS),
-    ),
+_ROWS: dict[str, Any] = dict(
+    # 56 registers, so that nine programs share a multiprocessor.
+    statistics=(RowConfig(4096, 4, 4096, 8, most_rows=32), RowConfig(4096, 4, 12288, 64)),
+    # H100: filtered draw with its statistics 3.3, 2.9, 2.7, 2.6 reads of phi at N 512, 1024, 2048, 4096.
     sample=SampleConfig(
         collect=RowConfig(4096, 4, 12288, 64),
         words=4,
@@ -203,7 +193,6 @@ _ROWS = dict(
         block=1024,
         pivots=4,
         num_warps=8,
-        evidence="H100: filtered draw with its statistics 3.3, 2.9, 2.7, 2.6 reads of phi at N 512, 1024, 2048, 4096",
     ),
     confidence=RowConfig(2048, 4, 16384, 8),
     elementwise=RowConfig(1024, 4, 1024, 4),
@@ -235,61 +224,38 @@ _FORWARD_16_BIT_BULK = (
     GemmConfig(16, 128, 64, 4, 4, loads="descriptor", most_rows=32),
     GemmConfig(64, 64, 64, 4, 4, loads="descriptor", most_rows=64),
     GemmConfig(64, 64, 128, 4, 4, loads="descriptor", most_rows=256),
-    GemmConfig(
-        *(128, 64, 256, 8, 3),
-        loads="descriptor",
-        most_rows=1023,
-        evidence="not measured yet: half the exponentials of 128 columns; one program a multiprocessor (201 registers)",
-    ),
+    # Half the exponentials of 128 columns; one program a multiprocessor (201 registers).
+    GemmConfig(128, 64, 256, 8, 3, loads="descriptor", most_rows=1023),
     GemmConfig(128, 64, 128, 8, 3, engine="chunked"),
 )
 _BACKWARD_16_BIT_BULK = (
     GemmConfig(16, 128, 64, 4, 4, loads="descriptor", most_rows=32),
     GemmConfig(64, 128, 64, 4, 3, loads="descriptor", parts=4, most_rows=256),
-    GemmConfig(
-        *(128, 128, 64, 8, 3),
-        loads="descriptor",
-        parts=8,
-        evidence="not measured yet: 127 registers and 96 KiB: two programs share a multiprocessor, one's Adam traffic "
-        "under the other's product",
-    ),
+    # 127 registers and 96 KiB: two programs share a multiprocessor, one's Adam traffic under the other's product.
+    GemmConfig(128, 128, 64, 8, 3, loads="descriptor", parts=8),
 )
 _STATISTICS_SM_90 = (
     _ROWS["statistics"][0],
-    RowConfig(
-        *(2048, 4, 8192, 64),
-        evidence="H100: 81, 90, 94, 97% of copy bandwidth at N 512, 1024, 2048, 4096 (the kernel, two temperatures); "
-        "tiles of 4,096 with slices from 12,288 on 75, 81, 87, 90%",
-    ),
+    # 81, 90, 94, 97% of copy bandwidth at N 512, 1024, 2048, 4096 (the kernel, two temperatures); tiles of 4,096 with
+    # slices from 12,288 on 75, 81, 87, 90%.
+    RowConfig(2048, 4, 8192, 64),
 )
-_H100 = "H100, V 151,936, torch 2.11.0, Triton 3.6.0; ms at N 64, 512, 1024, 2048, 4096: "
+# H100, V 151,936, torch 2.11.0, Triton 3.6.0; milliseconds at N 64, 512, 1024, 2048, 4096.
 _FORWARD_16_BIT_SM_90 = (
     GemmConfig(16, 128, 64, 4, 4, loads="descriptor", most_rows=32),
-    GemmConfig(64, 128, 64, 4, 4, loads="descriptor", most_rows=64, evidence=_H100 + "0.20; 64 x 64 x 64 takes 0.30"),
-    GemmConfig(
-        *(64, 64, 256, 4, 3),
-        loads="descriptor",
-        most_rows=1535,
-        evidence=_H100 + "0.32, 0.52, 1.49, 2.81, 7.69; 128 x 64 x 256 takes 0.63, 1.47, 2.91, 7.32 from 512 on",
-    ),
-    GemmConfig(128, 64, 128, 8, 3, engine="chunked", evidence=_H100 + "0.87, 1.32, 1.79, 2.29, 5.33"),
+    # 0.20 at 64; 64 x 64 x 64 takes 0.30.
+    GemmConfig(64, 128, 64, 4, 4, loads="descriptor", most_rows=64),
+    # 0.32, 0.52, 1.49, 2.81, 7.69; 128 x 64 x 256 takes 0.63, 1.47, 2.91, 7.32 from 512 on.
+    GemmConfig(64, 64, 256, 4, 3, loads="descriptor", most_rows=1535),
+    # 0.87, 1.32, 1.79, 2.29, 5.33.
+    GemmConfig(128, 64, 128, 8, 3, engine="chunked"),
 )
 _BACKWARD_16_BIT_SM_90 = (
     GemmConfig(16, 128, 64, 4, 4, loads="descriptor", most_rows=32),
-    GemmConfig(
-        *(64, 128, 64, 4, 3),
-        loads="descriptor",
-        parts=8,
-        most_rows=256,
-        evidence=_H100 + "0.25 at 64; in quarters 0.29",
-    ),
-    GemmConfig(
-        *(128, 256, 64, 8, 4),
-        loads="descriptor",
-        parts=16,
-        evidence=_H100
-        + "0.84, 2.12, 3.67, 8.02 from 512 on; two programs of 128 x 128 x 64 take 0.90, 2.19, 3.80, 9.01",
-    ),
+    # 0.25 at 64; in quarters 0.29.
+    GemmConfig(64, 128, 64, 4, 3, loads="descriptor", parts=8, most_rows=256),
+    # 0.84, 2.12, 3.67, 8.02 from 512 on; two programs of 128 x 128 x 64 take 0.90, 2.19, 3.80, 9.01.
+    GemmConfig(128, 256, 64, 8, 4, loads="descriptor", parts=16),
 )
 _BACKWARD_32_BIT = (
     GemmConfig(16, 64, 64, 4, 3, most_rows=32),

@@ -189,7 +189,7 @@ def _backward_kernel(
     parts = (acc,)
     for level in tl.static_range(4):
         if 1 << level < PARTS:
-            halves = ()
+            halves = ()  # type: ignore[assignment]
             for i in tl.static_range(1 << level):
                 halves = halves + _halves(parts[i], BLOCK_N, BLOCK_V >> level)
             parts = halves

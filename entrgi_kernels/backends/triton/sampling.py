@@ -437,7 +437,7 @@ def _pick_kernel(
                     *(SHIFT, BLOCK // 2, True),
                 )
     if DRAW:
-        tl.store(tokens_ptr + row, token.to(tl.int64))
+        tl.store(tokens_ptr + row, token.to(tl.int64))  # type: ignore[attr-defined]
     else:
         tl.store(thresholds_ptr + row, threshold)
 
