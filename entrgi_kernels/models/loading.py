@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import nn
 
 from entrgi_kernels.models.base import BackboneModel, DiffusionModel, mask_token_error
 from entrgi_kernels.models.compat import loadable_llada, provide_default_rope
+from entrgi_kernels.models.damage import damaged_file, file_of
 from entrgi_kernels.models.dream import Dream
 from entrgi_kernels.models.llada import LLaDA
 from entrgi_kernels.models.masked_diffusion import MaskedDiffusion
@@ -87,7 +90,8 @@ def load(
         The wrapped model, in evaluation mode, and its tokenizer.
 
     Raises:
-        ValueError: the checkpoint needs remote code and ``trust_remote_code`` is False; or see :func:`wrap`.
+        ValueError: the checkpoint needs remote code and ``trust_remote_code`` is False; it is an adapter; a file is
+            damaged or lacks tensors (the message names both); or see :func:`wrap`.
         OSError: there is no such checkpoint.
     """
     import transformers
@@ -98,17 +102,24 @@ def load(
         raise TypeError(f"trust_remote_code must be True or False, got {trust_remote_code!r}")
     path = str(path)
     check_source(path)
-    described, _ = transformers.PreTrainedConfig.get_config_dict(path)
-    model_type = described.get("model_type")
+    if is_adapter(path):
+        merged = Path(path, "merged")
+        raise ValueError(f"{path} is an adapter, expected a whole model: use {merged} (`entrgi train --save-merged`)")
+    with reading(path):
+        described, _ = transformers.PreTrainedConfig.get_config_dict(path)
+        model_type = described.get("model_type")
     remote = described.get("auto_map") or {}
     known = model_type in transformers.CONFIG_MAPPING
+    if model_type is None and not remote:
+        raise ValueError(f"the config.json of {path!r} names no model_type: expected a file that save_pretrained wrote")
     if not known and not trust_remote_code:
         # Asked before transformers does, which would put the question on a terminal and wait.
         needs = "comes with its own modelling code" if remote else "is of no type that transformers knows"
         raise ValueError(
             f"{path!r} (model_type {model_type!r}) {needs}; read that code, then pass trust_remote_code=True to run it"
         )
-    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with reading(path):
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     if str(model_type).lower() == "dream":
         provide_default_rope()
     auto = _auto_class(transformers, config, remote if not known else {})
@@ -119,12 +130,120 @@ def load(
     options: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantization_config is not None:  # quantised weights are made where they stay
         options |= {"quantization_config": quantization_config, "device_map": {"": device or "cpu"}}
-    model = auto.from_pretrained(path, **options)
-    model.eval()
+    model = load_network(auto, path, **options)
     if device is not None and quantization_config is None:
         model.to(device)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     return wrap(model, tokenizer, mask_token_id=mask_token_id, shift=shift), tokenizer
+
+
+def load_network(auto: Any, path: str, *, spared: Sequence[str] = (), **options: Any) -> nn.Module:
+    """A network of a checkpoint, in evaluation mode, of which every tensor comes from its files.
+
+    transformers fills in noise for what the files lack, and says so in a warning only.
+
+    Args:
+        auto: the class to load by, of transformers or of remote code.
+        path: a folder or a repository's name.
+        spared: modules that files may lack, since nothing reads them or they come from elsewhere.
+        options: of ``from_pretrained``.
+
+    Raises:
+        ValueError: a file is damaged, or tensors are missing or of another shape than the config's.
+        OSError, ImportError: there is no such checkpoint, or a package that it needs is missing.
+    """
+    from transformers.utils import logging as verbosity
+
+    level = verbosity.get_verbosity()
+    verbosity.set_verbosity_error()  # its table of what is missing or left over; the same is said here, in one line
+    try:
+        with reading(path):
+            model, report = auto.from_pretrained(
+                path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    finally:
+        verbosity.set_verbosity(level)
+    name = type(model).__name__
+    for key, found, expected in sorted(report["mismatched_keys"]):
+        raise ValueError(
+            f"{key} in {file_of(path, key)} is {list(found)}, but {list(expected)} in a {name} by its config.json"
+        )
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    missing = set(report["missing_keys"])
+    loaded = {id(tensor) for key, tensor in tensors.items() if key not in missing}
+    # What is tied to a tensor that was loaded is that tensor.
+    lacking = sorted(
+        key for key in missing if id(tensors.get(key)) not in loaded and not set(spared) & set(key.split("."))
+    )
+    if lacking:
+        raise ValueError(f"the files of {path} lack {_some(lacking)} of {name}, which would be left random")
+    if report["unexpected_keys"]:
+        logger.warning("%s holds tensors that %s has not: %s", path, name, _some(sorted(report["unexpected_keys"])))
+    return model.eval()
+
+
+def load_tokenizer(path: str, **options: Any) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ValueError: a file is damaged, or there is none: transformers then makes a tokenizer without a vocabulary.
+        OSError, ImportError: there is no such checkpoint, or a package that it needs is missing.
+    """
+    import transformers
+
+    nothing = f"{path} holds no vocabulary of a tokenizer: expected tokenizer.json or the like"
+    try:
+        with reading(path):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+    except ValueError as error:
+        if "instantiate the backend tokenizer" in str(error):
+            raise ValueError(nothing) from error
+        raise
+    if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
+        raise ValueError(nothing)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Have an error that arises while a checkpoint is read name the file at fault.
+
+    Raises:
+        ValueError: for a damaged file, and for errors of transformers that are none of the next line's.
+        OSError, ValueError, ImportError: as they come, where all files can be read.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        fault = damaged_file(path)
+        if fault is not None:
+            raise ValueError(fault) from error
+        if isinstance(error, (OSError, ValueError, ImportError)):
+            raise
+        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a folder or a repository holds an adapter of peft, and no whole model."""
+    from transformers.utils import cached_file, find_adapter_config_file
+
+    if Path(path).is_dir():
+        return not Path(path, "config.json").is_file() and Path(path, "adapter_config.json").is_file()
+    try:
+        if cached_file(path, "config.json") is not None:
+            return False
+    except OSError:
+        pass
+    try:
+        return find_adapter_config_file(path) is not None
+    except (OSError, ValueError):
+        return False
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def check_source(path: str) -> None:

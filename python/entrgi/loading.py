@@ -6,7 +6,6 @@ Nothing heavy is imported at module level, so ``entrgi --help`` stays quick.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -294,19 +293,6 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """transformers prints a table of missing weights; we say the same in one line."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
 def device_of(name: str, tiny: bool) -> Any:
     """The ``torch.device`` of a flag; "auto" is a GPU where there is one, but for the tiny models.
 
@@ -346,6 +332,8 @@ def _load_tiny(dtype_name: str, device: Any, judge: bool) -> Loaded:
         judge_model, judge_tokenizer = tiny.load_judge(dtype) if judge else (None, None)
     except FileNotFoundError as error:
         raise UsageError(f"the built-in tiny models are not here ({error}); `entrgi tiny train` makes them") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot load the built-in tiny models: {_first_line(error)}") from error
     return Loaded(
         _to(model, device),
         tokenizer,
@@ -416,27 +404,29 @@ def load_reward(
     """
     import transformers
 
-    from entrgi_kernels.models.loading import check_source
+    from entrgi_kernels.models.loading import check_source, is_adapter, load_network, load_tokenizer
 
     options = {"trust_remote_code": trust_remote_code}
+    auto = getattr(transformers, _REWARD_KINDS[kind][0])
     try:
         check_source(name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-        with _without_warnings():
-            reward, report = getattr(transformers, _REWARD_KINDS[kind][0]).from_pretrained(
-                name, dtype=dtype_of(dtype, "auto"), output_loading_info=True, **options
-            )
+        if is_adapter(name):
+            from .adapters import load_adapted
+
+            reward, tokenizer = load_adapted(name, auto, dtype_of(dtype, "auto"), **options)
+        else:
+            tokenizer = load_tokenizer(name, **options)
+            spared = ("pooler",) if kind == "similarity" else ()  # files often lack it, and it is not read
+            reward = load_network(auto, name, spared=spared, dtype=dtype_of(dtype, "auto"), **options)
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"cannot load --reward {name}: {_first_line(error)}") from error
-    # transformers fills a missing head with noise and only warns: guidance would then follow that noise.
-    if report["missing_keys"] and kind != "similarity":  # files often lack the pooler, which is not read
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise UsageError(f"--reward {name} is no trained reward model: its files lack {missing}")
     if kind == "classifier" and reward.config.num_labels != 1:
         raise UsageError(f"--reward {name} has {reward.config.num_labels} labels; a reward model has one")
-    return reward.eval().to(device), tokenizer
+    return reward.to(device), tokenizer
 
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].endswith(":"):  # a heading says nothing by itself
+        return " ".join(lines)
     return lines[0] if lines else type(error).__name__

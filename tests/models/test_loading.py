@@ -164,3 +164,114 @@ def test_bad_arguments_of_load(tmp_path):
         models.load(str(tmp_path / "nothing"))
     with pytest.raises(OSError, match="has no config.json"):
         models.load(str(tmp_path))
+
+
+def rewrite(path: str, change) -> None:
+    """Change the tensors in a checkpoint's file."""
+    from safetensors.torch import load_file, save_file
+
+    file = f"{path}/model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def cut(name: str, count: int = 40):
+    def damage(folder) -> None:
+        file = folder / name
+        file.write_bytes(file.read_bytes()[:count])
+
+    return damage
+
+
+def shard(folder) -> None:
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = {"weight_map": {"model.norm.weight": "model-1.safetensors", "lm_head.weight": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def unlink(*names: str):
+    def damage(folder) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return damage
+
+
+def overwrite(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut("model.safetensors", 4), r"model\.safetensors is damaged: .*header too small"),
+        (cut("model.safetensors", 5000), r"model\.safetensors is damaged: .*"),
+        (cut("config.json"), r"config\.json is damaged"),
+        (cut("tokenizer.json"), r"tokenizer\.json is damaged"),
+        (cut("tokenizer_config.json"), r"tokenizer_config\.json is damaged"),
+        (overwrite("config.json", "[1]"), r"config\.json is damaged: it holds a list"),
+        (overwrite("config.json", "{}"), r"names no model_type"),
+        (overwrite("tokenizer.json", "{}"), r"tokenizer\.json is damaged: Model missing"),
+        (overwrite("config.json", '{"model_type": "qwen3", "hidden_size": "many"}'), r"cannot be read: .*hidden_size"),
+        (unlink("tokenizer.json"), r"holds no vocabulary of a tokenizer"),
+        (shard, r"index\.json is damaged: it names model-2\.safetensors, which is not there"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, damage, message):
+    path = save(tmp_path, qwen(), words())
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        models.load(path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_lacks_tensors_is_refused(tmp_path):
+    path = save(tmp_path, qwen(), words())
+    rewrite(path, lambda tensors: tensors.pop("model.layers.0.mlp.up_proj.weight"))
+    with pytest.raises(ValueError, match=r"lack model\.layers\.0\.mlp\.up_proj\.weight of Qwen3ForCausalLM"):
+        models.load(path)
+
+
+def test_a_tensor_of_another_shape_is_refused(tmp_path):
+    path = save(tmp_path, qwen(), words())
+    rewrite(path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(15)}))
+    with pytest.raises(
+        ValueError, match=r"model\.norm\.weight in .*model\.safetensors is \[15\], but \[16\] in a Qwen3"
+    ):
+        models.load(path)
+
+
+def test_tied_and_surplus_tensors_are_no_fault(tmp_path, caplog):
+    original = qwen(tie_word_embeddings=True)
+    path = save(tmp_path, original, words())
+    rewrite(path, lambda tensors: tensors.update({"surplus.weight": torch.ones(2)}))
+    model, _ = models.load(path)
+    assert torch.equal(model.module.lm_head.weight, original.lm_head.weight)
+    assert "holds tensors that Qwen3ForCausalLM has not: surplus.weight" in caplog.text
+
+
+def test_ties_that_only_the_modelling_code_knows_are_no_fault(tmp_path, monkeypatch):
+    """Older remote code ties its head by hand, and transformers then counts the head as missing."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    code = REMOTE.format(marker=str(tmp_path / "ran")).replace("Linear(8, 12)", "Linear(8, 12, bias=False)")
+    code += "    def tie_weights(self, **kwargs):\n        self.head.weight = self.embed.weight\n"
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "own.py").write_text(code)
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "own-diffusion", "mask_token_id": 8,
+                    "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}})
+    )  # fmt: skip
+    words().save_pretrained(folder)
+    from safetensors.torch import save_file
+
+    save_file({"embed.weight": torch.randn(12, 8)}, folder / "model.safetensors", metadata={"format": "pt"})
+    model, _ = models.load(str(folder), trust_remote_code=True)
+    assert model.module.head.weight is model.module.embed.weight
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "somewhere"}')
+    with pytest.raises(ValueError, match="is an adapter.*use .*merged .*--save-merged"):
+        models.load(str(tmp_path))

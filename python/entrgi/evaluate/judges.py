@@ -231,16 +231,17 @@ class LanguageModelJudge:
     """Unit tests graded by any causal language model, from its probabilities of the five grades."""
 
     def __init__(self, spec: JudgeSpec, device: str) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         from entrgi import loading
+        from entrgi_kernels.models.loading import load_network, load_tokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(spec.model, padding_side="left")
-            model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=loading.dtype_of(spec.dtype, "auto"))
+            self._tokenizer = load_tokenizer(spec.model, padding_side="left")
+            model = load_network(AutoModelForCausalLM, spec.model, dtype=loading.dtype_of(spec.dtype, "auto"))
         except (OSError, ValueError, ImportError) as error:
             raise UsageError(f"judge {spec.name}: cannot load {spec.model}: {' '.join(str(error).split())}") from error
-        self._model = model.eval().to(loading.device_of(device, False))
+        self._model = model.to(loading.device_of(device, False))
         self._spec = spec
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token

@@ -195,6 +195,6 @@ def _model_config(role: str, name: str, trust_remote_code: bool) -> dict[str, An
     try:
         content, _ = PretrainedConfig.get_config_dict(name)
         Shape.from_config(content)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # loading says what is wrong with it
         return None
     return content

@@ -48,9 +48,11 @@ def _load(name: str, auto_class: str, dtype: torch.dtype | None) -> tuple[Any, P
     import torch
     import transformers
 
-    path = weights_path(name)
-    model = getattr(transformers, auto_class).from_pretrained(path, dtype=dtype or torch.float32)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(path)
+    from entrgi_kernels.models.loading import load_network, load_tokenizer
+
+    path = str(weights_path(name))
+    model = load_network(getattr(transformers, auto_class), path, dtype=dtype or torch.float32)
+    return model, load_tokenizer(path)
 
 
 def load_diffusion(dtype: torch.dtype | None = None) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
