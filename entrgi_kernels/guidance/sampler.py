@@ -15,8 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import models, rewards
 from ..models import DiffusionModel
+from ..models.base import embedding_rows
 from ..rewards import PreparedPrompts, Reward
 from ..rewards.template import conversation_from, encode_prompt
+from ..rewards.vocabulary import check_rows
 from .batching import Batch, MemoryEstimate, is_out_of_memory, make_batches
 from .buffers import Buffers
 from .canvas import Canvas, NonFiniteLogitsError, NonFiniteRewardError, Statistics
@@ -78,6 +80,10 @@ class GuidedSampler:
         if hasattr(self.reward, "savings"):  # also in `reward.savings` and `reward.savings_off`
             logger.info("%r", self.reward)
         self.statistics = Statistics()
+        module = getattr(self.model, "module", None)
+        rows = embedding_rows(module) if isinstance(module, torch.nn.Module) else None
+        if rows is not None:
+            check_rows(tokenizer, rows, f"the diffusion model ({type(module).__name__})")
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no eos_token: expected one, it ends responses and pads prompts")
         self._eos: int = tokenizer.eos_token_id

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from entrgi_kernels.models.modules import input_embedding, module_device, module_dtype, plain_precision
 from entrgi_kernels.rewards.template import Conversation, encode_answered, split_template
-from entrgi_kernels.rewards.vocabulary import VocabularyMap, check_tokenizer, check_unmatched
+from entrgi_kernels.rewards.vocabulary import VocabularyMap, check_rows, check_tokenizer, check_unmatched
 
 
 @dataclass
@@ -184,6 +184,8 @@ class EmbeddingReward(Combinable):
         self._tables: dict[tuple[Any, ...], tuple[tuple[Any, ...], Tensor]] = {}
         # Now rather than in the middle of a run: says what to pass when the tokenizer has no usable chat template.
         if tokenizer is not None:
+            if embedding.weight.dim() == 2:
+                check_rows(tokenizer, embedding.weight.shape[0], f"the reward model ({type(module).__name__})")
             self.split([{"role": "user", "content": "a"}])
 
     @property

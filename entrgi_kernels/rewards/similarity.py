@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +64,9 @@ class SimilarityReward(EmbeddingReward):
 
     Raises:
         TypeError: not a network, or no tokenizer.
-        ValueError: an empty target, an unknown pooling, or modules that change embeddings in another way (Dense).
+        ValueError: an empty target, an unknown pooling, modules that change embeddings in another way (Dense), or
+            files that are damaged or out of reach: the model was loaded by a relative path that leads elsewhere now,
+            or from a cache that holds config and weights alone.
     """
 
     takes_targets = True
@@ -88,7 +91,9 @@ class SimilarityReward(EmbeddingReward):
             raise ValueError(
                 f"parameter {bad!r} of {type(module).__name__} holds NaN or infinite values; the weights are damaged"
             )
-        theirs, length = _settings(getattr(getattr(module, "config", None), "_name_or_path", "") or "", pooling is None)
+        theirs, length = None, None
+        if pooling is None or max_length is None:
+            theirs, length = _settings(getattr(module, "config", None), pooling is None)
         self.target, self.pooling = target, pooling or theirs or "mean"
         limits = [limit for limit in (max_length or length, _positions(module)) if limit]
         self.max_length: int | None = min(limits) if limits else None
@@ -191,15 +196,27 @@ class SimilarityReward(EmbeddingReward):
         return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
 
 
-def _settings(source: str, pooling: bool) -> tuple[str | None, int | None]:
+def _settings(config: Any, pooling: bool) -> tuple[str | None, int | None]:
     """Pooling and longest text that a model's sentence-transformers files ask for, None where they say nothing.
 
     Args:
-        source: the folder or the hub's name that the model was loaded from.
+        config: the model's, which knows where it was loaded from.
         pooling: whether the pooling will be used.
     """
-    modules = _read(source, "modules.json")
-    length = (_read(source, "sentence_bert_config.json") or {}).get("max_seq_length")
+    source = str(getattr(config, "_name_or_path", None) or "")
+    if not source:  # made here, not loaded
+        return None, None
+    revision = getattr(config, "_commit_hash", None)
+    modules = _read(source, "modules.json", list, revision)
+    described = _read(source, "sentence_bert_config.json", dict, revision)
+    folder = Path(source).resolve()
+    if modules is None and folder.is_dir():  # older ones keep the network in a folder of its own
+        above = _read(str(folder.parent), "modules.json", list, revision) or []
+        if folder.name in [module.get("path") for module in above]:
+            source, modules = str(folder.parent), above
+    if modules is not None and described is None:
+        described = _read(str(folder) if folder.is_dir() else source, f"sentence_{config.model_type}_config.json", dict, revision)
+    length = (described or {}).get("max_seq_length")
     if modules is None or not pooling:
         return None, length
     kinds = {module["type"].rpartition(".")[2]: module.get("path", "") for module in modules}
@@ -209,36 +226,55 @@ def _settings(source: str, pooling: bool) -> tuple[str | None, int | None]:
             f"the sentence-embedding model {source} has modules of type {', '.join(sorted(strange))}, which are not "
             "supported; accepted: Transformer, Pooling and Normalize (or pass pooling= to leave the others out)"
         )
-    config = _read(source, f"{kinds.get('Pooling', '1_Pooling')}/config.json") or {}
-    chosen = [name for flag, name in _FLAGS.items() if config.get(flag)]
-    if "pooling_mode" in config:  # how newer versions write it
-        chosen = [_NAMES.get(mode, mode) for mode in (config["pooling_mode"],) if isinstance(mode, str)]
-    others = [flag for flag, on in config.items() if flag.startswith("pooling_mode_") and on is True]
+    settings = _read(source, f"{kinds.get('Pooling') or '1_Pooling'}/config.json", dict, revision) or {}
+    chosen = [name for flag, name in _FLAGS.items() if settings.get(flag)]
+    if "pooling_mode" in settings:  # how newer versions write it
+        chosen = [_NAMES.get(mode, mode) for mode in (settings["pooling_mode"],) if isinstance(mode, str)]
+    others = [flag for flag, on in settings.items() if flag.startswith("pooling_mode_") and on is True]
     if len(chosen) != 1 or chosen[0] not in POOLINGS or set(others) - _FLAGS.keys():
         raise ValueError(
-            f"the sentence-embedding model {source} pools by {config.get('pooling_mode') or others}; accepted: one of "
-            f"{', '.join(map(repr, POOLINGS))} (pass pooling= to choose)"
+            f"the sentence-embedding model {source} pools by {settings.get('pooling_mode') or others}; accepted: one "
+            f"of {', '.join(map(repr, POOLINGS))} (pass pooling= to choose)"
         )
     return chosen[0], length
 
 
-def _read(source: str, name: str) -> Any:
-    """A JSON file beside a model's weights, None where there is none."""
-    from transformers.utils import cached_file
+def _read(source: str, name: str, kind: type, revision: str | None) -> Any:
+    """A JSON file beside a model's weights, None where there is none.
 
-    if not source:
+    Raises:
+        ValueError: it is damaged, or whether there is one cannot be found out.
+    """
+    path = Path(source, name) if Path(source).is_dir() else _of_repository(source, name, revision)
+    if path is None or not path.is_file():
         return None
-    path = cached_file(
-        source,
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if path is None:
-        return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} is damaged: it holds a {type(content).__name__}, expected a {kind.__name__}")
+    return content
+
+
+def _of_repository(source: str, name: str, revision: str | None) -> Path | None:
+    """A file of a repository of the Hub, from the cache where it is there; None where the repository has none."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        cached = try_to_load_from_cache(source, name, revision=revision)
+        if cached is not None:  # a path, or a mark that the repository has no such file
+            return Path(cached) if isinstance(cached, str) else None
+        return Path(hf_hub_download(source, name, revision=revision))
+    except (OSError, ValueError, EntryNotFoundError) as error:  # a folder's path, which names no repository, too
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        raise ValueError(
+            f"the model was loaded from {source!r}, where {name} cannot be looked for now (no such folder in {Path.cwd()}, nor the file of such a repository in reach), so "
+            "how it pools and how long a text may be is not known: load the model by an absolute path, have the whole "
+            "repository in the cache, or pass pooling= and max_length="
+        ) from error
 
 
 def _positions(module: nn.Module) -> int | None:

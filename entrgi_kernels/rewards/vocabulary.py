@@ -201,6 +201,21 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
         raise TypeError(f"{name} must be a Hugging Face tokenizer, got {type(tokenizer).__name__}")
 
 
+def check_rows(tokenizer: Any, rows: int, owner: str) -> None:
+    """Raise ValueError unless every token of a tokenizer has a row in the embedding table of its model.
+
+    A token that was added without ``resize_token_embeddings`` has none.
+    """
+    beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+    if beyond:
+        index, token = beyond[0]
+        others = f" (and {len(beyond) - 1} tokens more)" if len(beyond) > 1 else ""
+        raise ValueError(
+            f"the tokenizer's token {token!r} has id {index}{others}, but the embedding table of {owner} has {rows} "
+            f"rows: expected a row a token (resize_token_embeddings({beyond[-1][0] + 1}) adds untrained ones)"
+        )
+
+
 def _matches(
     tokenizer: Any, reward_tokenizer: Any, vocabulary: dict[str, int], reward_vocabulary: dict[str, int]
 ) -> dict[int, int]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
 
+from entrgi_kernels import guide, rewards
 from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler, NonFiniteLogitsError
 
 SHORT = dict(num_samples=2, max_new_tokens=6, steps=4, temperature=0.9, top_p=0.95, seed=3)
@@ -259,3 +262,25 @@ def test_a_drawn_mask_token_stays_open_and_is_counted_again(sampler, tokenizer, 
         open_before_last = sample.trace[-2].tokens.count(tokenizer.mask_token_id)
         assert len(sample.trace[-1].committed) == open_before_last
     assert sum(len(entry.committed) for sample in result.samples for entry in sample.trace) > 24
+
+
+@pytest.mark.parametrize("added", ["[PAD]", "<|marker|>", "word"])
+@pytest.mark.parametrize("side", ["diffusion", "reward"])
+def test_a_token_without_a_row_is_named_before_anything_runs(diffusion, reward, tokenizer, added, side):
+    larger = copy.deepcopy(tokenizer)
+    if added == "[PAD]":
+        larger.add_special_tokens({"pad_token": added})
+    else:
+        larger.add_tokens([added], special_tokens=added != "word")
+    message = re.escape(f"token {added!r} has id {len(tokenizer)}") + f".* the {side} .* has {len(tokenizer)} rows"
+    pair = (larger, tokenizer) if side == "diffusion" else (tokenizer, larger)
+    with pytest.raises(ValueError, match=message):
+        GuidedSampler(diffusion, reward, *pair, shift=True)
+    with pytest.raises(ValueError, match=message):
+        guide(diffusion, reward, *pair, shift=True)
+    assert not hasattr(diffusion, "entrgi")
+    if side == "reward":
+        with pytest.raises(ValueError, match=message):
+            rewards.wrap(reward, larger)
+        reward.resize_token_embeddings(len(larger))
+        rewards.wrap(reward, larger)

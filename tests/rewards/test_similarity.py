@@ -112,6 +112,77 @@ def test_their_own_files_say_how_to_pool(words, tmp_path):
         load()
 
 
+def save(module, folder, network: str = "") -> None:
+    """A sentence-embedding model as sentence-transformers writes it: by its first token, of 20 tokens at most."""
+    module.save_pretrained(folder / network)
+    (folder / "modules.json").write_text(json.dumps([
+        {"type": "sentence_transformers.models.Transformer", "path": network},
+        {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"},
+    ]))  # fmt: skip
+    (folder / network / "sentence_bert_config.json").write_text('{"max_seq_length": 20}')
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+
+
+@pytest.mark.parametrize("name", ["emb", "./emb", "some/where/emb"])
+def test_files_that_a_relative_path_no_longer_leads_to(words, tmp_path, monkeypatch, name):
+    save(encoder(len(words), max_position_embeddings=64), tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    module = transformers.AutoModel.from_pretrained(name)
+    reward = SimilarityReward(module, words, TARGET)
+    assert (reward.pooling, reward.max_length) == ("cls", 20)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for given in ({}, {"pooling": "cls"}, {"max_length": 20}):
+        with pytest.raises(ValueError, match=f"loaded from '{name}'.*modules.json.*pass pooling= and max_length="):
+            SimilarityReward(module, words, TARGET, **given)
+    assert SimilarityReward(module, words, TARGET, pooling="cls", max_length=20).max_length == 20
+
+
+def test_a_cache_without_the_files_that_say_how_to_pool(words, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "0" * 40
+    repository = tmp_path / "models--somebody--emb"
+    snapshot = repository / "snapshots" / commit
+    save(encoder(len(words), max_position_embeddings=64), snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    module = transformers.AutoModel.from_pretrained("somebody/emb")
+    reward = SimilarityReward(module, words, TARGET)
+    assert (reward.pooling, reward.max_length) == ("cls", 20)
+    (snapshot / "modules.json").unlink()
+    with pytest.raises(ValueError, match="loaded from 'somebody/emb'.*modules.json cannot be looked for"):
+        SimilarityReward(module, words, TARGET)
+    # The Hub's own mark that there is no such file.
+    for missing in ("modules.json", "sentence_bert_config.json"):
+        (snapshot / missing).unlink(missing_ok=True)
+        (repository / ".no_exist" / commit).mkdir(parents=True, exist_ok=True)
+        (repository / ".no_exist" / commit / missing).touch()
+    reward = SimilarityReward(module, words, TARGET)
+    assert (reward.pooling, reward.max_length) == ("mean", 64)
+
+
+def test_a_network_in_a_folder_of_its_own(words, tmp_path):
+    save(encoder(len(words)), tmp_path, "0_Transformer")
+    folder = tmp_path / "0_Transformer"
+    (folder / "sentence_bert_config.json").rename(folder / "sentence_roberta_config.json")
+    module = transformers.AutoModel.from_pretrained(folder)
+    module.config.model_type = "roberta"
+    reward = SimilarityReward(module, words, TARGET)
+    assert (reward.pooling, reward.max_length) == ("cls", 20)
+
+
+def test_damaged_files_are_named(words, tmp_path):
+    save(encoder(len(words)), tmp_path)
+    module = transformers.AutoModel.from_pretrained(tmp_path)
+    for name, text in (("modules.json", "[{"), ("sentence_bert_config.json", "[]"), ("1_Pooling/config.json", "3")):
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            SimilarityReward(module, words, TARGET)
+        (tmp_path / name).write_text(before)
+
+
 def test_errors(words):
     module = encoder(len(words))
     with pytest.raises(TypeError, match="BertModel has no head.*target="):
