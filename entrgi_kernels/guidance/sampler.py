@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import models, rewards
 from ..models import DiffusionModel
 from ..models.base import embedding_rows
-from ..rewards import PreparedPrompts, Reward
+from ..rewards import EmbeddingReward, PreparedPrompts, Reward, WeightedSum
 from ..rewards.template import conversation_from, encode_prompt
 from ..rewards.vocabulary import check_rows
 from .batching import Batch, MemoryEstimate, is_out_of_memory, make_batches
@@ -139,8 +139,17 @@ class GuidedSampler:
                 f"prompts is {type(prompts).__name__}: expected a string, or a list of strings or conversations"
             )
         given = [prompts] if isinstance(prompts, str) else list(prompts)
-        conversations = [conversation_from(prompt) for prompt in given]
-        encoded = [encode_prompt(self.tokenizer, conversation) for conversation in conversations]
+        conversations, encoded = [], []
+        for index, prompt in enumerate(given):  # all of them before the first batch, and for both models
+            try:
+                conversations.append(conversation_from(prompt))
+                encoded.append(encode_prompt(self.tokenizer, conversations[-1]))
+                for part in self.reward.rewards if isinstance(self.reward, WeightedSum) else [self.reward]:
+                    if isinstance(part, EmbeddingReward):
+                        part.split(conversations[-1])
+            except (ValueError, TypeError) as error:
+                kind = ValueError if isinstance(error, ValueError) else TypeError
+                raise kind(str(error) if isinstance(prompts, str) else f"prompts[{index}]: {error}") from error
         keys = prompt_keys(encoded)
 
         def advance(step: int, tokens: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from entrgi_kernels.rewards.base import Sequences
 from entrgi_kernels.rewards.causal import CausalHead, wide
 from entrgi_kernels.rewards.plain import plain_ids
 from entrgi_kernels.rewards.pooled import PooledReward
-from entrgi_kernels.rewards.template import Conversation, encode_prompt, new_mark, split_at
+from entrgi_kernels.rewards.template import Conversation, check_unicode, encode_prompt, new_mark, split_at
 
 #: How the question is put. ``{prompt}`` is the last user turn, ``{response}`` what is judged.
 INSTRUCTION = (
@@ -71,6 +71,8 @@ class JudgeReward(PooledReward):
     ) -> None:
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"a judge needs a question, got {question!r}; accepted: 'Is the response polite?'")
+        check_unicode(question, "the question")
+        check_unicode(instruction, "the instruction")
         for field in ("{response}", "{question}"):
             if instruction.count(field) != 1:
                 raise ValueError(f"the instruction must hold {field} once, got {instruction!r}")

@@ -19,7 +19,7 @@ from entrgi_kernels.models.modules import (
 from entrgi_kernels.rewards.base import EmbeddingReward, PreparedPrompts, Sequences, Targets, assemble
 from entrgi_kernels.rewards.decoder import CachedDecoder
 from entrgi_kernels.rewards.savings import LAST_LAYER, NAMES, ExactSavings, last_real, parse_savings
-from entrgi_kernels.rewards.template import Conversation
+from entrgi_kernels.rewards.template import Conversation, check_unicode
 
 
 class NetworkReward(EmbeddingReward):
@@ -396,6 +396,9 @@ def check_texts(conversations: list[Conversation], responses: list[str], batch_s
     for response in responses:
         if not isinstance(response, str):
             raise TypeError(f"a response must be a string, got {type(response).__name__}")
+        check_unicode(response, "a response")
+    for turn in (turn for turns in conversations for turn in turns):
+        check_unicode(turn["content"], f"a conversation's {turn['role']} turn")
 
 
 def widened(rewards: Tensor) -> Tensor:

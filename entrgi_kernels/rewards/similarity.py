@@ -22,7 +22,7 @@ from entrgi_kernels.rewards.causal import wide
 from entrgi_kernels.rewards.network import check_texts
 from entrgi_kernels.rewards.plain import plain_ids
 from entrgi_kernels.rewards.savings import last_real
-from entrgi_kernels.rewards.template import Conversation
+from entrgi_kernels.rewards.template import Conversation, check_unicode
 
 POOLINGS = ("mean", "cls", "max", "last")
 # What sentence-transformers calls these in a pooling module's config.json.
@@ -83,6 +83,7 @@ class SimilarityReward(EmbeddingReward):
     ) -> None:
         if not isinstance(target, str) or not target.strip():
             raise ValueError(f"a similarity needs a target text, got {target!r}")
+        check_unicode(target, "the target")
         if pooling is not None and pooling not in POOLINGS:
             raise ValueError(f"pooling must be one of {', '.join(map(repr, POOLINGS))}, got {pooling!r}")
         super().__init__(module, tokenizer, unmatched=unmatched)
@@ -215,7 +216,9 @@ def _settings(config: Any, pooling: bool) -> tuple[str | None, int | None]:
         if folder.name in [module.get("path") for module in above]:
             source, modules = str(folder.parent), above
     if modules is not None and described is None:
-        described = _read(str(folder) if folder.is_dir() else source, f"sentence_{config.model_type}_config.json", dict, revision)
+        described = _read(
+            str(folder) if folder.is_dir() else source, f"sentence_{config.model_type}_config.json", dict, revision
+        )
     length = (described or {}).get("max_seq_length")
     if modules is None or not pooling:
         return None, length

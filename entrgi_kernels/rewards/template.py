@@ -47,12 +47,13 @@ def conversation_from(prompt: Any) -> Conversation:
 
     Raises:
         TypeError: it is neither, or a turn is not a dict with a string as content.
-        ValueError: it is empty, a role is unknown, or the last turn is not the user's.
+        ValueError: it is empty or no Unicode text, a role is unknown, or the last turn is not the user's.
     """
     accepted = "accepted: a non-empty string, or a list of {'role': ..., 'content': ...} that ends with a user turn"
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError(f"the prompt is empty ({prompt!r}); {accepted}")
+        check_unicode(prompt, "the prompt")
         return [{"role": "user", "content": prompt}]
     if not isinstance(prompt, (list, tuple)):
         raise TypeError(f"a prompt cannot be {type(prompt).__name__} ({_short(prompt)}); {accepted}")
@@ -74,6 +75,7 @@ def conversation_from(prompt: Any) -> Conversation:
                 f"turn {place} of the prompt has content of type {type(turn['content']).__name__} "
                 f"({_short(turn['content'])}); accepted: a string"
             )
+        check_unicode(turn["content"], f"turn {place} of the prompt")
         turns.append({"role": turn["role"], "content": turn["content"]})
     if turns[-1]["role"] != "user":
         raise ValueError(
@@ -83,6 +85,17 @@ def conversation_from(prompt: Any) -> Conversation:
     if not turns[-1]["content"].strip():
         raise ValueError(f"the prompt's last user turn is empty ({turns[-1]['content']!r}); {accepted}")
     return turns
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Raise ValueError for a text with half of a surrogate pair in it, which stands for no character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has a lone surrogate, {text[error.start]!a}, at character {error.start}, which is half of a "
+            "character; accepted: Unicode text (text.encode('utf-8', 'replace').decode() puts '?' in its place)"
+        ) from None
 
 
 def render(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import loading
 from .errors import UsageError, check_writable, write_text
-from .prompts import Prompt, prompt_text, read_prompts
+from .prompts import Prompt, prompt_text, read_placed
 from .prompts import add_arguments as add_prompt_arguments
 from .statistics import Estimate, estimate, finite, number, paired_difference
 from .tables import LABELS, missing_note, text_table
@@ -195,7 +195,8 @@ def run(args: argparse.Namespace) -> int:
     if args.steps is None and tiny:
         args.steps = 16
     config = loading.config_from(args, tiny=tiny, method=methods[-1])
-    prompts = _prompts(args, tiny)
+    placed = _prompts(args, tiny)
+    prompts = [prompt for _, prompt in placed]
     for name in (args.report, args.json):
         if name:
             check_writable(Path(name))
@@ -203,6 +204,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     print(f"loading {loading.TINY if tiny else args.model} ...", file=sys.stderr, flush=True)
     loaded = loading.load(args, judge=True)
+    loading.check_prompts(prompts, loaded, lambda index: placed[index][0])
     comparison = compare(loaded, prompts, methods, config, trace=bool(args.report), progress=not args.quiet)
     comparison.settings["total_seconds"] = round(time.perf_counter() - start, 1)
     if hasattr(sys.stdout, "reconfigure"):  # a terminal without a plus-minus sign shows a question mark
@@ -370,15 +372,15 @@ def _methods(text: str) -> list[str]:
     return methods
 
 
-def _prompts(args: argparse.Namespace, tiny: bool) -> list[Prompt]:
+def _prompts(args: argparse.Namespace, tiny: bool) -> list[tuple[str, Prompt]]:
     if args.num_prompts is not None and args.num_prompts < 1:
         raise UsageError(f"--num-prompts must be at least 1, got {args.num_prompts}")
     if tiny and not args.prompts and not args.file:
         from entrgi import tiny as tiny_models
 
         count = args.num_prompts or (_SHORT if args.short else 24)
-        return list(tiny_models.prompts(count, seed=args.seed))
-    prompts = read_prompts(args.prompts, args.file, field=args.prompt_field)
+        return [("a tiny prompt", prompt) for prompt in tiny_models.prompts(count, seed=args.seed)]
+    prompts = read_placed(args.prompts, args.file, field=args.prompt_field)
     return prompts[: args.num_prompts or (_SHORT if args.short else None)]
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from . import jsonl, loading
 from .errors import UsageError, check_writable
-from .prompts import Prompt, prompt_text, read_prompts
+from .prompts import Prompt, prompt_text, read_placed
 from .prompts import add_arguments as add_prompt_arguments
 from .statistics import number
 
@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     """
     tiny = loading.uses_tiny(args)
     as_jsonl = _is_jsonl(args)
-    prompts = read_prompts(args.prompts, args.file, field=args.prompt_field)
+    placed = read_placed(args.prompts, args.file, field=args.prompt_field)
+    prompts = [prompt for _, prompt in placed]
     config = loading.config_from(args, tiny=tiny)
     identity = {
         "model": args.model or loading.TINY,
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     items = needed(items, todo)
 
     loaded = loading.load(args)
+    loading.check_prompts(prompts, loaded, lambda index: placed[index][0])
     sampler = loading.make_sampler(loaded, config)
     finished, missing, hint = 0, 0, "; go on with --resume" if as_jsonl and args.output else ""
     out = _open(args)

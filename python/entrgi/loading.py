@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
@@ -279,6 +281,29 @@ def stream(sampler: GuidedSampler, prompts: Sequence[Prompt], **options: Any) ->
         raise UsageError(str(error)) from error
 
 
+def check_prompts(prompts: Sequence[Prompt], loaded: Loaded, place: Callable[[int], str]) -> None:
+    """Try both chat templates on every prompt, before hours are spent on those that come before a bad one.
+
+    Args:
+        prompts: to be tried.
+        loaded: the tokenizers, and the reward where it reads prompts in a way of its own.
+        place: where prompt i stands, for the message.
+
+    Raises:
+        UsageError: a prompt that either side cannot read.
+    """
+    from entrgi_kernels.rewards.template import conversation_from, encode_prompt, split_template
+
+    split = getattr(loaded.reward, "split", None) or functools.partial(split_template, loaded.reward_tokenizer)
+    sides = {"diffusion": functools.partial(encode_prompt, loaded.tokenizer), "reward": split}
+    for index, prompt in enumerate(prompts):
+        for side, read in sides.items():
+            try:
+                read(conversation_from(prompt))
+            except (ValueError, TypeError) as error:
+                raise UsageError(f"{place(index)}, for the {side} model: {error}") from error
+
+
 def prompt_tokens(sampler: GuidedSampler, prompt: Prompt) -> int:
     """How many tokens the diffusion model sees of a prompt, its chat template included."""
     from entrgi_kernels.rewards.template import conversation_from, encode_prompt
@@ -291,6 +316,21 @@ def quiet() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def tokenizer_of(role: str, name: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model by its name ("tiny": the built-in one's of that role), without the model.
+
+    Raises:
+        OSError, ValueError, ImportError: see :func:`entrgi_kernels.models.loading.load_tokenizer`.
+    """
+    from entrgi_kernels.models.loading import load_tokenizer
+
+    if name == "tiny":
+        from entrgi import tiny
+
+        name = str(tiny.weights_path(role))
+    return load_tokenizer(name, trust_remote_code=trust_remote_code)
 
 
 def device_of(name: str, tiny: bool) -> Any:
@@ -383,7 +423,7 @@ def _load_diffusion(args: argparse.Namespace, device: Any) -> tuple[Any, Any]:
     from entrgi_kernels import models
 
     try:
-        return models.load(
+        model, tokenizer = models.load(
             args.model,
             dtype=dtype_of(args.dtype, "auto"),
             device=device,
@@ -392,6 +432,18 @@ def _load_diffusion(args: argparse.Namespace, device: Any) -> tuple[Any, Any]:
         )
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"cannot load --model {args.model}: {_first_line(error)}") from error
+    _check_template("--model", args.model, tokenizer)
+    return model, tokenizer
+
+
+def _check_template(flag: str, name: str, tokenizer: Any) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        folder = name if os.path.isdir(name) else "FOLDER"
+        copy = "" if os.path.isdir(name) else f"save {name} to a folder, name that with {flag}, and "
+        raise UsageError(
+            f"the tokenizer of {flag} {name} has no chat template: {copy}write the Jinja template that the model was "
+            f"trained with to {folder}/chat_template.jinja"
+        )
 
 
 def load_reward(
@@ -422,6 +474,8 @@ def load_reward(
         raise UsageError(f"cannot load --reward {name}: {_first_line(error)}") from error
     if kind == "classifier" and reward.config.num_labels != 1:
         raise UsageError(f"--reward {name} has {reward.config.num_labels} labels; a reward model has one")
+    if kind != "similarity":
+        _check_template("--reward", name, tokenizer)
     return reward.to(device), tokenizer
 
 

@@ -40,7 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser, default: str) -> None:
 def read_prompts(
     arguments: Sequence[str] = (), files: Sequence[str] = (), *, field: str = "prompt", stdin: TextIO | None = None
 ) -> list[Prompt]:
-    """Prompts in the order in which they were given: arguments, then files.
+    """Prompts in the order in which they were given; see :func:`read_placed`."""
+    return [prompt for _, prompt in read_placed(arguments, files, field=field, stdin=stdin)]
+
+
+def read_placed(
+    arguments: Sequence[str] = (), files: Sequence[str] = (), *, field: str = "prompt", stdin: TextIO | None = None
+) -> list[tuple[str, Prompt]]:
+    """(place, prompt) in the order in which they were given: arguments, then files; places are for messages.
 
     Args:
         arguments: prompts themselves.
@@ -54,9 +61,10 @@ def read_prompts(
             the place.
     """
     stdin = sys.stdin if stdin is None else stdin
-    prompts: list[Prompt] = []
+    prompts: list[tuple[str, Prompt]] = []
     for number, text in enumerate(arguments, start=1):
-        prompts.append(_checked_text(text, f"prompt {number}"))
+        where = f"prompt {number}"
+        prompts.append((where, _checked_text(text, where)))
     if not arguments and not files:
         if stdin is None or stdin.isatty():
             raise UsageError("no prompts: give them as arguments, with --file PATH, or on standard input")
@@ -79,11 +87,11 @@ def prompt_text(prompt: Prompt) -> str:
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
-def _read_file(path: Path, field: str) -> list[Prompt]:
+def _read_file(path: Path, field: str) -> list[tuple[str, Prompt]]:
     return _parse(read_text(path), str(path), field, path.suffix.lower() in (".jsonl", ".json", ".ndjson"))
 
 
-def _read_stream(stream: TextIO, field: str) -> list[Prompt]:
+def _read_stream(stream: TextIO, field: str) -> list[tuple[str, Prompt]]:
     try:
         text = stream.read()
     except UnicodeDecodeError as error:
@@ -92,13 +100,14 @@ def _read_stream(stream: TextIO, field: str) -> list[Prompt]:
     return _parse(text, "standard input", field, text.lstrip().startswith("{"))
 
 
-def _parse(text: str, place: str, field: str, as_json: bool) -> list[Prompt]:
-    prompts: list[Prompt] = []
+def _parse(text: str, place: str, field: str, as_json: bool) -> list[tuple[str, Prompt]]:
+    prompts: list[tuple[str, Prompt]] = []
     # Not str.splitlines: that also cuts at U+2028 and form feeds, which may stand inside a prompt or a JSON string.
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if line.strip():
             where = f"{place}, line {number}"
-            prompts.append(_from_json(line, where, field) if as_json else _checked_text(line.rstrip("\n"), where))
+            found = _from_json(line, where, field) if as_json else _checked_text(line.rstrip("\n"), where)
+            prompts.append((where, found))
     return prompts
 
 
@@ -137,5 +146,11 @@ def check_prompt(value: Any, where: str) -> Prompt:
                 raise UsageError(f'{where}: a turn must be {{"role": ..., "content": ...}}, got {turn!r:.80}')
             turns.append({"role": turn["role"], "content": turn["content"]})
         _checked_text("".join(turn["content"] for turn in turns), where)
+        from entrgi_kernels.rewards.template import conversation_from  # not above: it brings torch along
+
+        try:
+            conversation_from(turns)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{where}: {error}") from None
         return turns
     raise UsageError(f"{where}: a prompt is a string or a list of turns, got {type(value).__name__}")

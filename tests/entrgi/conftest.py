@@ -99,6 +99,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
     monkeypatch.setattr(loading, "load", load)
     monkeypatch.setattr(loading, "make_sampler", make_sampler)
+    monkeypatch.setattr(loading, "check_prompts", lambda prompts, loaded, place: None)
     monkeypatch.setattr(loading, "prompt_tokens", lambda sampler, prompt: 10)
     return state
 

@@ -109,3 +109,59 @@ def test_damaged_models_are_one_line(entrgi, capsys, tmp_path, side):
     refused(f"model.norm.weight in {file} is [3]")
     file.write_bytes(file.read_bytes()[:-100])
     refused(f"{file} is damaged")
+
+
+def without_system(folder) -> None:
+    """A reward model whose chat template refuses system messages."""
+    shutil.copytree(tiny.weights_path("reward"), folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("command", ["generate", "compare", "evaluate", "train"])
+def test_a_prompt_that_the_rewards_template_refuses(tmp_path, entrgi, capsys, command):
+    without_system(tmp_path / "reward")
+    file, out = tmp_path / "p.jsonl", tmp_path / "out"
+    system = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "How was the inn?"}]
+    rows = [*({"prompt": f"How was inn {i}?"} for i in range(5)), {"prompt": system}, {"prompt": "And?"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = ["-K", "1", "-L", "4", "-T", "2", "-M", "1", "--quiet", "--model", tiny.weights_path("diffusion")]
+    own = {
+        "generate": ["-f", file, "-o", out, "--overwrite", "--batch-size", "1", "--reward", tmp_path / "reward"],
+        "compare": ["-f", file, "--json", out, "--reward", tmp_path / "reward"],
+        # The first reward reads them all: it is not run before the second one is asked.
+        "evaluate": ["--datasets", file, "-o", out, "--set", "judges=[]", "--no-report", "--rewards",
+                     f"{tiny.weights_path('reward')},{tmp_path / 'reward'}"],
+        "train": ["--data", file, "-o", out, "--max-steps", "1", "--eval-prompts", "0", "--device", "cpu",
+                  "--reward", tmp_path / "reward"],
+    }  # fmt: skip
+    if command == "train":
+        pytest.importorskip("peft")
+    if command == "generate":
+        out.write_text("kept")
+    config = ["tiny"] if command == "evaluate" else []
+    assert entrgi(command, *config, *sizes, *own[command]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"entrgi {command}: error: {file}, line 6, for the reward model: the chat template refuses")
+    assert last.endswith("no system role here")
+    if command == "generate":
+        assert out.read_text() == "kept"
+    else:
+        assert not (out.is_file() or (out / "config.json").exists() or (out / "run.json").exists())
+
+
+def test_a_missing_chat_template_says_what_to_do_here(tmp_path, entrgi, capsys):
+    folder = tmp_path / "reward"
+    shutil.copytree(tiny.weights_path("reward"), folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    command = ["generate", "a", *SMALL, "-o", tmp_path / "o", "--model", tiny.weights_path("diffusion")]
+    assert entrgi(*command, "--reward", folder) == 2
+    err = capsys.readouterr().err
+    assert f"the tokenizer of --reward {folder} has no chat template: write" in err and err.count("\n") == 1
+    (folder / "chat_template.jinja").write_text(template)  # as it says
+    assert entrgi(*command, "--reward", folder) == 0

@@ -52,6 +52,12 @@ def test_json_lines(tmp_path: Path) -> None:
         ("p.jsonl", b'{"prompt": []}', "a string or a list of turns, got list"),
         ("p.jsonl", b'{"prompt": [{"role": "user"}]}', "a turn must be"),
         ("p.jsonl", b'{"prompt": "\\ud800"}', "not valid Unicode"),
+        (
+            "p.jsonl",
+            b'"a"\n[{"role": "assistant", "content": "b"}]',
+            "line 2: the prompt's last turn is the assistant's",
+        ),
+        ("p.jsonl", b'"a"\n[{"role": "wizard", "content": "b"}]', "line 2: turn 0 of the prompt has role 'wizard'"),
     ],
 )
 def test_refusals_name_the_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:

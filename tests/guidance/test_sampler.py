@@ -284,3 +284,33 @@ def test_a_token_without_a_row_is_named_before_anything_runs(diffusion, reward, 
             rewards.wrap(reward, larger)
         reward.resize_token_embeddings(len(larger))
         rewards.wrap(reward, larger)
+
+
+def test_a_bad_prompt_is_named_before_the_first_batch(diffusion, reward, tokenizer, monkeypatch):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    system = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
+    one = rewards.wrap(reward, tokenizer)
+    for judged, second, message in [
+        (rewards.wrap(reward, strict), system, "the chat template refuses .*no system role"),
+        (one + rewards.wrap(reward, strict), system, "the chat template refuses .*no system role"),
+        (one, [*system, {"role": "assistant", "content": "So."}], "the prompt's last turn is the assistant's"),
+        (one, "half \ud83d", r"the prompt has a lone surrogate, '\\ud83d', at character 5"),
+        (one, [{"role": "user", "content": "\ud83d"}], "turn 0 of the prompt has a lone surrogate"),
+    ]:
+        sampler = GuidedSampler(diffusion, judged, tokenizer, shift=True)
+        monkeypatch.setattr(sampler.model, "masked_logits", None)  # not reached
+        with pytest.raises(ValueError, match=r"prompts\[1\]: " + message):
+            sampler.generate(["Why?", second], batch_size=1, **SHORT)
+        monkeypatch.undo()
+
+
+def test_half_a_character_in_texts_to_score(reward, tokenizer):
+    judged = rewards.wrap(reward, tokenizer)
+    with pytest.raises(ValueError, match="a response has a lone surrogate"):
+        judged.score_texts([[{"role": "user", "content": "Why?"}]], ["So \ud83d"])
+    with pytest.raises(ValueError, match="user turn has a lone surrogate"):
+        judged.score_texts([[{"role": "user", "content": "\ud83d"}]], ["So"])

@@ -188,7 +188,10 @@ class RewardJudge:
             model = model.to(where)
         else:
             model, tokenizer = loading.load_reward(spec.model, spec.dtype, where)
-        self._reward, self._batch_size = rewards.wrap(model, tokenizer), spec.batch_size
+        try:
+            self._reward, self._batch_size = rewards.wrap(model, tokenizer), spec.batch_size
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"judge {spec.name}: {error}") from error
 
     def judge(self, candidates: Sequence[Candidate]) -> list[Judgement]:
         import torch

@@ -15,6 +15,7 @@ from .config import TINY, EvaluationConfig
 from .judging import order as judgement_order
 from .judging import pending, run_judges
 from .plan import Plan
+from .prompts import check_templates
 from .runner import Worker, run_batches
 from .store import Store
 
@@ -107,6 +108,8 @@ def evaluate(
 
         def start() -> tuple[list[int], set[str]]:
             stack.enter_context(store.lock())
+            if plan.todo(store.keys("samples")):
+                check_templates(plan.config, plan.prompts)  # before the folder remembers these prompts
             store.begin(plan.header(), extend=extend)
             store.recover()
             done = store.keys("samples")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, require
-from ..prompts import Prompt, check_prompt, read_prompts
+from ..prompts import Prompt, check_prompt, read_placed
 from .config import TINY, Dataset, EvaluationConfig, digest
 
 _LINES = (".jsonl", ".ndjson", ".json", ".txt")
@@ -23,6 +23,7 @@ class Item:
 
     key: str
     prompt: Prompt
+    place: str = dataclasses.field(default="", compare=False)  # for messages
 
 
 PromptSets = dict[tuple[str, int], list[Item]]
@@ -49,7 +50,7 @@ def load_prompts(config: EvaluationConfig, unreachable: list[str] | None = None)
             if unreachable is None or dataset.num_prompts is None:
                 raise
             unreachable.append(f"{error}")
-            everything = [f"{i:04d}" + "." * _USUAL_LENGTH for i in range(dataset.num_prompts)]
+            everything = [("", f"{i:04d}" + "." * _USUAL_LENGTH) for i in range(dataset.num_prompts)]
         for seed in config.seeds:
             chosen = _choose(everything, dataset, seed)
             wanted = dataset.num_prompts
@@ -67,16 +68,35 @@ def fingerprints(sets: PromptSets) -> dict[str, dict[str, Any]]:
     }
 
 
-def item_of(prompt: Prompt) -> Item:
-    """A prompt with its key."""
-    return Item(digest(prompt)[:12], prompt)
+def check_templates(config: EvaluationConfig, sets: PromptSets) -> None:
+    """Try the chat templates of all models that read prompts on all prompts; no weights are loaded.
+
+    Raises:
+        UsageError: a prompt that one of them refuses.
+    """
+    from .. import loading
+    from .judges import check_judges
+
+    judges = [judge.model for judge in check_judges(config) if judge.kind == "reward"]
+    try:
+        tokenizer = loading.tokenizer_of("diffusion", config.model, config.trust_remote_code)
+        others = [loading.tokenizer_of("reward", name, config.trust_remote_code) for name in (*config.rewards, *judges)]
+    except (OSError, ValueError, ImportError):
+        return  # who loads the models says what is wrong; on a cluster they need not be here
+    items = list({item.key: item for some in sets.values() for item in some}.values())
+    for other in others:
+        loaded = loading.Loaded(None, tokenizer, None, other)
+        loading.check_prompts([item.prompt for item in items], loaded, lambda index: items[index].place)
 
 
-def _choose(prompts: list[Prompt], dataset: Dataset, seed: int) -> list[Item]:
+def _choose(prompts: list[tuple[str, Prompt]], dataset: Dataset, seed: int) -> list[Item]:
     if dataset.shuffle is not None:
         shuffle_seed = seed if dataset.shuffle == "seed" else int(dataset.shuffle)
         prompts = [prompts[i] for i in _permutation(len(prompts), shuffle_seed)]
-    items = {item.key: item for item in map(item_of, prompts)}
+    items: dict[str, Item] = {}
+    for place, prompt in prompts:
+        key = digest(prompt)[:12]
+        items.setdefault(key, Item(key, prompt, place))
     return list(items.values())[: dataset.num_prompts]
 
 
@@ -87,21 +107,21 @@ def _permutation(n: int, seed: int) -> list[int]:
     return numpy.random.default_rng(seed % (1 << 63)).permutation(n).tolist()
 
 
-def _read(dataset: Dataset) -> list[Prompt]:
+def _read(dataset: Dataset) -> list[tuple[str, Prompt]]:
     suffix = Path(dataset.path).suffix.lower()
     if dataset.path == TINY:
         from entrgi import tiny
 
-        return list(tiny.prompts(dataset.num_prompts or _TINY_PROMPTS))
+        return [("a tiny prompt", prompt) for prompt in tiny.prompts(dataset.num_prompts or _TINY_PROMPTS)]
     if suffix in _LINES:
-        return read_prompts(files=[dataset.path], field=dataset.field)
+        return read_placed(files=[dataset.path], field=dataset.field)
     table = _load_dataset(dataset, _TABLES.get(suffix))
     if dataset.field not in table.column_names:
         raise UsageError(
             f"dataset {dataset.path} has no column {dataset.field!r}: expected field= one of {table.column_names}"
         )
-    column = table[dataset.field]
-    return [check_prompt(_parsed(value), f"dataset {dataset.path}, row {i}") for i, value in enumerate(column)]
+    places = ((f"dataset {dataset.path}, row {i}", value) for i, value in enumerate(table[dataset.field]))
+    return [(place, check_prompt(_parsed(value), place)) for place, value in places]
 
 
 def _parsed(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -281,7 +282,7 @@ def make_trainer(
     args.quantization = _four_bit() if args.load_in_4bit else None
     peft_config = lora_config(args) if args.lora_r else None
     loaded = loading.load(args, judge=True)
-    train, held_out = _prompts(args, tiny, loaded.tokenizer)
+    train, held_out = _prompts(args, tiny, loaded)
     judges = {}
     if loaded.judge is not None:
         judges["judge"] = rewards.wrap(loaded.judge, loaded.judge_tokenizer)
@@ -357,7 +358,7 @@ def outcome(folder: Path) -> list[str]:
     return lines
 
 
-def _prompts(args: argparse.Namespace, tiny: bool, tokenizer: Any) -> tuple[list[Any], list[Any]]:
+def _prompts(args: argparse.Namespace, tiny: bool, loaded: loading.Loaded) -> tuple[list[Any], list[Any]]:
     for name, least in (("max_prompts", 1), ("max_prompt_tokens", 1), ("eval_prompts", 0)):
         if getattr(args, name) < least:
             flag = "--" + name.replace("_", "-")
@@ -375,11 +376,13 @@ def _prompts(args: argparse.Namespace, tiny: bool, tokenizer: Any) -> tuple[list
                 other = data.load_prompts(args.eval_data, count=args.eval_prompts, **options)
         except ImportError as error:
             raise UsageError(str(error)) from error
-        found = data.within(found, tokenizer, args.max_prompt_tokens)
+        for source, prompts in ((args.data, found), (args.eval_data, other or [])):
+            loading.check_prompts(prompts, loaded, functools.partial(data.place, source, args.prompt_field, prompts))
+        found = data.within(found, loaded.tokenizer, args.max_prompt_tokens)
         if other is None:
             train, held_out = data.hold_out(found, args.eval_prompts)
         else:
-            held_out = data.within(other, tokenizer, args.max_prompt_tokens)
+            held_out = data.within(other, loaded.tokenizer, args.max_prompt_tokens)
             known = {str(prompt) for prompt in held_out}
             train = [prompt for prompt in found if str(prompt) not in known]
             if not train:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UsageError
-from ..prompts import Prompt, read_prompts
+from ..prompts import Prompt, read_placed, read_prompts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -105,6 +105,13 @@ def load_prompts(
         raise UsageError(f"no prompts in {source}: expected at least one row with a user's turn")
     logger.info("%s: %d prompts", source, len(prompts))
     return prompts
+
+
+def place(source: str, field: str, prompts: Sequence[Prompt], index: int) -> str:
+    """Where one of the prompts of a source stands, for messages."""
+    if Path(source).suffix.lower() in _TEXT_FILES:
+        return next(place for place, found in read_placed(files=[source], field=field) if found == prompts[index])
+    return f"{source}, prompt {prompts[index]!r:.80}"
 
 
 def within(prompts: Sequence[Prompt], tokenizer: Any, most: int) -> list[Prompt]:
