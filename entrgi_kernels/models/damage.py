@@ -66,6 +66,8 @@ def _check(file: Path) -> str | None:
             from tokenizers import Tokenizer
 
             Tokenizer.from_file(str(file))
+    elif file.suffix == ".jinja":
+        file.read_text(encoding="utf-8")
     elif file.suffix == ".safetensors":
         from safetensors import safe_open
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from entrgi_kernels.models.llada import LLaDA
 from entrgi_kernels.models.masked_diffusion import MaskedDiffusion
 
 logger = logging.getLogger("entrgi_kernels")
+
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 
 # model_type of a config (lower case) -> (adapter, whether its logits are shifted right by one)
 _BY_TYPE: dict[str, tuple[type[BackboneModel], bool]] = {"dream": (Dream, True), "llada": (LLaDA, False)}
@@ -126,7 +129,8 @@ def load(
     if str(model_type).lower() == "llada" and not known:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        auto = loadable_llada(get_class_from_dynamic_module(remote[auto.__name__], path))
+        with reading(path):
+            auto = loadable_llada(get_class_from_dynamic_module(remote[auto.__name__], path))
     options: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantization_config is not None:  # quantised weights are made where they stay
         options |= {"quantization_config": quantization_config, "device_map": {"": device or "cpu"}}
@@ -177,6 +181,11 @@ def load_network(auto: Any, path: str, *, spared: Sequence[str] = (), **options:
     )
     if lacking:
         raise ValueError(f"the files of {path} lack {_some(lacking)} of {name}, which would be left random")
+    # A layer of a kind that is there: the config.json has too few. Other surplus is of no use to this network.
+    kinds = {_NUMBER.sub(".N", key) for key in tensors if _NUMBER.search(key)}
+    deeper = sorted(key for key in report["unexpected_keys"] if _NUMBER.sub(".N", key) in kinds)
+    if deeper:
+        raise ValueError(f"the files of {path} hold {_some(deeper)}, but {name} has fewer layers by its config.json")
     if report["unexpected_keys"]:
         logger.warning("%s holds tensors that %s has not: %s", path, name, _some(sorted(report["unexpected_keys"])))
     return model.eval()

@@ -274,9 +274,10 @@ def _of_repository(source: str, name: str, revision: str | None) -> Path | None:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
         raise ValueError(
-            f"the model was loaded from {source!r}, where {name} cannot be looked for now (no such folder in {Path.cwd()}, nor the file of such a repository in reach), so "
-            "how it pools and how long a text may be is not known: load the model by an absolute path, have the whole "
-            "repository in the cache, or pass pooling= and max_length="
+            f"the model was loaded from {source!r}, and its {name} cannot be looked for: there is no such folder in "
+            f"{Path.cwd()} and no such file of a repository in reach. How the model pools and how long a text may be "
+            "is then not known: load it by an absolute path, have the whole repository in the cache, or pass pooling= "
+            "and max_length="
         ) from error
 
 

@@ -242,6 +242,17 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path):
         models.load(path)
 
 
+def test_a_config_of_fewer_layers_is_refused(tmp_path):
+    path = save(tmp_path, qwen(), words())
+
+    def deepen(tensors) -> None:
+        tensors.update({key.replace(".0.", ".1."): value.clone() for key, value in tensors.items() if ".0." in key})
+
+    rewrite(path, deepen)
+    with pytest.raises(ValueError, match=r"hold model\.layers\.1\..* and \d+ more, but Qwen3ForCausalLM has fewer"):
+        models.load(path)
+
+
 def test_tied_and_surplus_tensors_are_no_fault(tmp_path, caplog):
     original = qwen(tie_word_embeddings=True)
     path = save(tmp_path, original, words())

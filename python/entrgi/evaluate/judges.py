@@ -238,10 +238,12 @@ class LanguageModelJudge:
 
         from entrgi import loading
         from entrgi_kernels.models.loading import load_network, load_tokenizer
+        from entrgi_kernels.rewards.vocabulary import check_rows
 
         try:
             self._tokenizer = load_tokenizer(spec.model, padding_side="left")
             model = load_network(AutoModelForCausalLM, spec.model, dtype=loading.dtype_of(spec.dtype, "auto"))
+            check_rows(self._tokenizer, model.get_input_embeddings().weight.shape[0], f"the judge ({spec.model})")
         except (OSError, ValueError, ImportError) as error:
             raise UsageError(f"judge {spec.name}: cannot load {spec.model}: {' '.join(str(error).split())}") from error
         self._model = model.to(loading.device_of(device, False))
