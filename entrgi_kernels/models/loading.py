@@ -238,8 +238,10 @@ def is_adapter(path: str) -> bool:
     """Whether a folder or a repository holds an adapter of peft, and no whole model."""
     from transformers.utils import cached_file, find_adapter_config_file
 
-    if Path(path).is_dir():
-        return not Path(path, "config.json").is_file() and Path(path, "adapter_config.json").is_file()
+    folder = Path(path)
+    if folder.is_dir():
+        whole = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
+        return (folder / "adapter_config.json").is_file() and not whole
     try:
         if cached_file(path, "config.json") is not None:
             return False

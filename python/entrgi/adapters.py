@@ -11,6 +11,8 @@ from .errors import UsageError, require
 # What adapter_config.json calls the kinds that are taken -> part of the name of transformers' class.
 _KINDS = {"SEQ_CLS": "SequenceClassification", "CAUSAL_LM": "CausalLM"}
 
+_HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+
 
 def load_adapted(name: str, auto: Any, dtype: Any, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """(model, tokenizer): the base that the adapter names, with the adapter on it, not merged, as it was trained.
@@ -47,7 +49,7 @@ def load_adapted(name: str, auto: Any, dtype: Any, *, trust_remote_code: bool = 
         check_source(base)
         with reading(base):
             config = AutoConfig.from_pretrained(base, **options)
-        head = next((w for key, w in stored.items() if key.endswith(("score.weight", "classifier.weight"))), None)
+        head = next((w for key, w in stored.items() if key.endswith(_HEADS)), None)
         if head is not None:
             config.num_labels = len(head)  # a base that is a causal LM says nothing of it
         own = [part for part in adapter.modules_to_save or () if any(f".{part}." in key for key in stored)]

@@ -322,6 +322,7 @@ def tokenizer_of(role: str, name: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model by its name ("tiny": the built-in one's of that role), without the model.
 
     Raises:
+        UsageError: it has no chat template.
         OSError, ValueError, ImportError: see :func:`entrgi_kernels.models.loading.load_tokenizer`.
     """
     from entrgi_kernels.models.loading import load_tokenizer
@@ -330,7 +331,9 @@ def tokenizer_of(role: str, name: str, trust_remote_code: bool = False) -> Any:
         from entrgi import tiny
 
         name = str(tiny.weights_path(role))
-    return load_tokenizer(name, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    _check_template(role, name, tokenizer)
+    return tokenizer
 
 
 def device_of(name: str, tiny: bool) -> Any:
@@ -432,17 +435,16 @@ def _load_diffusion(args: argparse.Namespace, device: Any) -> tuple[Any, Any]:
         )
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"cannot load --model {args.model}: {_first_line(error)}") from error
-    _check_template("--model", args.model, tokenizer)
+    _check_template("diffusion", args.model, tokenizer)
     return model, tokenizer
 
 
-def _check_template(flag: str, name: str, tokenizer: Any) -> None:
+def _check_template(role: str, name: str, tokenizer: Any) -> None:
     if not getattr(tokenizer, "chat_template", None):
-        folder = name if os.path.isdir(name) else "FOLDER"
-        copy = "" if os.path.isdir(name) else f"save {name} to a folder, name that with {flag}, and "
+        there = f"{name}/" if os.path.isdir(name) else "a folder that you save it to, as "
         raise UsageError(
-            f"the tokenizer of {flag} {name} has no chat template: {copy}write the Jinja template that the model was "
-            f"trained with to {folder}/chat_template.jinja"
+            f"the tokenizer of the {role} model {name} has no chat template: write the Jinja template that the model "
+            f"was trained with to {there}chat_template.jinja"
         )
 
 
@@ -475,7 +477,7 @@ def load_reward(
     if kind == "classifier" and reward.config.num_labels != 1:
         raise UsageError(f"--reward {name} has {reward.config.num_labels} labels; a reward model has one")
     if kind != "similarity":
-        _check_template("--reward", name, tokenizer)
+        _check_template("reward", name, tokenizer)
     return reward.to(device), tokenizer
 
 

@@ -162,6 +162,9 @@ def test_a_missing_chat_template_says_what_to_do_here(tmp_path, entrgi, capsys):
     command = ["generate", "a", *SMALL, "-o", tmp_path / "o", "--model", tiny.weights_path("diffusion")]
     assert entrgi(*command, "--reward", folder) == 2
     err = capsys.readouterr().err
-    assert f"the tokenizer of --reward {folder} has no chat template: write" in err and err.count("\n") == 1
+    assert f"the tokenizer of the reward model {folder} has no chat template: write" in err and err.count("\n") == 1
+    data = ["--datasets", "tiny", "-n", "1", "-o", tmp_path / "e", "--model", tiny.weights_path("diffusion")]
+    assert entrgi("evaluate", "tiny", *data, "--rewards", folder, "--set", "judges=[]", "--quiet", "--no-report") == 2
+    assert f"the tokenizer of the reward model {folder} has no chat template: write" in capsys.readouterr().err
     (folder / "chat_template.jinja").write_text(template)  # as it says
     assert entrgi(*command, "--reward", folder) == 0

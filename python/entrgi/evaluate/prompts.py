@@ -81,6 +81,8 @@ def check_templates(config: EvaluationConfig, sets: PromptSets) -> None:
     try:
         tokenizer = loading.tokenizer_of("diffusion", config.model, config.trust_remote_code)
         others = [loading.tokenizer_of("reward", name, config.trust_remote_code) for name in (*config.rewards, *judges)]
+    except UsageError:
+        raise
     except (OSError, ValueError, ImportError):
         return  # who loads the models says what is wrong; on a cluster they need not be here
     items = list({item.key: item for some in sets.values() for item in some}.values())
