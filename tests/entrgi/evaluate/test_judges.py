@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import math
+import shutil
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -166,7 +167,9 @@ def test_an_endpoint_within_an_evaluation(fake, entrgi, server, tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_judges_of_the_tiny_models(tiny_weights) -> None:
+def test_judges_of_the_tiny_models(tiny_weights, tmp_path) -> None:
+    import transformers
+
     from entrgi import tiny
 
     model = str(tiny.weights_path("diffusion"))
@@ -187,3 +190,9 @@ def test_judges_of_the_tiny_models(tiny_weights) -> None:
         assert judgement.tests == pytest.approx(alone.tests, abs=1e-4), "padding must not be read"
     with pytest.raises(UsageError, match="cannot load"):
         make_judge(JudgeSpec("j", "lm", model="/nowhere"), "cpu", None)
+    copy = str(shutil.copytree(model, tmp_path / "copy"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(copy)
+    tokenizer.add_tokens(["<|marker|>"])
+    tokenizer.save_pretrained(copy)
+    with pytest.raises(UsageError, match=r"judge j: .*token '<\|marker\|>' has id 2048.* has 2048 rows"):
+        make_judge(JudgeSpec("j", "lm", model=copy), "cpu", None)
