@@ -145,7 +145,7 @@ class GuidedSampler:
                 conversations.append(conversation_from(prompt))
                 encoded.append(encode_prompt(self.tokenizer, conversations[-1]))
                 for part in self.reward.rewards if isinstance(self.reward, WeightedSum) else [self.reward]:
-                    if isinstance(part, EmbeddingReward):
+                    if isinstance(part, EmbeddingReward) and part.tokenizer is not None:
                         part.split(conversations[-1])
             except (ValueError, TypeError) as error:
                 kind = ValueError if isinstance(error, ValueError) else TypeError
