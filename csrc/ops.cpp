@@ -156,6 +156,7 @@ struct Normaliser {
       for (int64_t i = begin; i < end; i++) {
         if (!far(lse[i])) continue;
         k.stats(job, i, i + 1);
+        if (std::isnan(tops[i])) continue;  // columns of -inf alone, of a wider matrix
         shifts[i] = tops[i];
         // A difference within rounding is none: the log-sum-exp is that of these logits.
         const double logsum = std::log(static_cast<double>(totals[i])), apart = static_cast<double>(lse[i]) - owns[i];

@@ -79,7 +79,9 @@ def _normaliser(
     logsum = shifted.exp_().sum(dim=-1).log()
     own = maximum / temperature + logsum
     one = torch.isclose(lse, own, rtol=4 * torch.finfo(own.dtype).eps, atol=0)
-    return maximum[:, None], (logsum + torch.where(one, torch.zeros_like(own), lse - own))[:, None]
+    rest = logsum + torch.where(one, torch.zeros_like(own), lse - own)
+    bad = maximum.isnan()  # or columns of -inf alone, of a wider matrix
+    return maximum.masked_fill(bad, 0)[:, None], torch.where(bad, lse, rest)[:, None]
 
 
 def softmax_entropy(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
