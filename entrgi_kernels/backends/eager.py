@@ -67,9 +67,7 @@ def _distribution(logits: torch.Tensor, temperature: float) -> tuple[torch.Tenso
     return weights / total[:, None], maximum / temperature + total.log(), entropy
 
 
-def _normaliser(
-    logits: torch.Tensor, lse: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _normaliser(logits: torch.Tensor, lse: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(shift, rest) [N, 1] with log p = (logits - shift) / temperature - rest, logits in acc.
 
     `lse` alone would do, were it exact: of logits / temperature around 1e5 its rounding is a percent of every p. So

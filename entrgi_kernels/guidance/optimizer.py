@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..ops import AdamState, EntrgiEmbedding, ForwardState, entrgi_embedding, guidance_update_
-from ..ops import _common
+from ..ops import AdamState, EntrgiEmbedding, ForwardState, _common, entrgi_embedding, guidance_update_
 from ..ops.guidance_update import hyperparameters
 from .buffers import Buffers
 from .weights import WeightFunction, resolve_weight
@@ -32,7 +31,8 @@ class LogitOptimizer:
         phi: [N, V] logits, float64/float32/bfloat16/float16; changed **in place** by :meth:`step`.
         table: [V, D] embeddings, a row per vocabulary entry.
         lr: learning rate, eta.
-        temperature: tau of the soft embedding and of the draw, from 1e-12 to 1e12; 0 draws the argmax and blends at temperature 1.
+        temperature: tau of the soft embedding and of the draw, from 1e-12 to 1e12; 0 draws the argmax and blends at
+            temperature 1.
         weight: "entropy" (or "linear"), "one", "zero", another schedule's name, or a callable of (entropy [N], V).
         top_k, top_p: filters of the draw; None keeps all.
         seed, counter, keys: of the draw, as in :func:`entrgi_kernels.ops.sample_tokens`; each :meth:`embed` adds one to
