@@ -6,8 +6,10 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -116,6 +118,55 @@ Stats row_stats(const Tensor& logits, double temperature, int want) {
   return s;
 }
 
+// What the gradients normalise by, from the log-sum-exp of these logits or of a wider matrix that they are columns of.
+struct Normaliser {
+  Tensor shift, rest;
+
+  Normaliser(const Tensor& logits, const Tensor& lse, double temperature) {
+    shift = at::zeros_like(lse);
+    rest = lse;
+    AT_DISPATCH_FLOATING_TYPES(lse.scalar_type(), "normaliser", [&] { split<scalar_t>(logits, temperature); });
+  }
+  entrgi::Normaliser pointers() const { return {shift.data_ptr(), rest.data_ptr()}; }
+
+ private:
+  template <typename A>
+  static bool far(A lse) {  // its rounding shows in p, or it has overflowed; not where it is NaN
+    return std::abs(lse) > 1024;
+  }
+  template <typename A>
+  void split(const Tensor& logits, double temperature) {
+    const int64_t n = rest.size(0);
+    const A* lse = rest.data_ptr<A>();
+    if (std::none_of(lse, lse + n, far<A>)) return;
+    Tensor kept = rest, maximum = at::empty_like(rest), total = at::empty_like(rest), own = at::empty_like(rest);
+    rest = rest.clone();
+    entrgi::StatsJob job;
+    job.logits = matrix(logits);
+    job.n = n;
+    job.v = logits.size(1);
+    job.temperature = temperature;
+    job.maximum = maximum.data_ptr();
+    job.total = total.data_ptr();
+    job.lse = own.data_ptr();
+    A *shifts = shift.data_ptr<A>(), *rests = rest.data_ptr<A>();
+    const A *tops = maximum.data_ptr<A>(), *totals = total.data_ptr<A>(), *owns = own.data_ptr<A>();
+    const Kernels& k = entrgi::kernels();
+    run_rows(n, job.v, 0, [&](int64_t begin, int64_t end, void*) {
+      for (int64_t i = begin; i < end; i++) {
+        if (!far(lse[i])) continue;
+        k.stats(job, i, i + 1);
+        if (std::isnan(tops[i])) continue;  // columns of -inf alone, of a wider matrix
+        shifts[i] = tops[i];
+        // A difference within rounding is none: the log-sum-exp is that of these logits.
+        const double logsum = std::log(static_cast<double>(totals[i])), apart = static_cast<double>(lse[i]) - owns[i];
+        const bool one = lse[i] == owns[i] || std::abs(apart) <= 4 * std::numeric_limits<A>::epsilon() * std::abs(owns[i]);
+        rests[i] = static_cast<A>(one ? logsum : logsum + apart);
+      }
+    });
+  }
+};
+
 entrgi::SampleJob sample_job(const Tensor& logits, const Stats& s, double temperature, int64_t top_k, double top_p) {
   entrgi::SampleJob job;
   job.logits = matrix(logits);
@@ -164,7 +215,8 @@ Tensor softmax_entropy_backward(const Tensor& logits_, const Tensor& lse_, const
   job.n = logits.size(0);
   job.v = logits.size(1);
   job.temperature = temperature;
-  job.lse = lse.data_ptr();
+  const Normaliser norm(logits, lse, temperature);
+  job.norm = norm.pointers();
   job.entropy = entropy.data_ptr();
   job.grad_lse = grad_lse.data_ptr();
   job.grad_entropy = grad_entropy.data_ptr();
@@ -310,14 +362,15 @@ Tensor row_dot(const Tensor& a, const Tensor& b) {
 // Everything of the job but the destination. Tensors that it points to are kept alive by the caller through `hold`.
 struct Backward {
   entrgi::BackwardJob job;
-  Tensor embedding, grad, lse, baseline, packed;
+  Tensor embedding, grad, baseline, packed;
+  Normaliser norm;
 
   Backward(const Tensor& logits, const Tensor& embedding_, const Tensor& grad_, const Tensor& soft, const Tensor& lse_,
-           double temperature) {
+           double temperature)
+      : norm(logits, as_acc(lse_, acc_of(logits)), temperature) {
     const auto acc = acc_of(logits);
     embedding = with_plain_rows(embedding_);
     grad = with_plain_rows(grad_);
-    lse = as_acc(lse_, acc);
     baseline = row_dot(as_acc(grad_, acc), as_acc(soft, acc));
     job.logits = matrix(logits);
     job.embedding = matrix(embedding);
@@ -326,7 +379,7 @@ struct Backward {
     job.v = logits.size(1);
     job.d = embedding.size(1);
     job.temperature = temperature;
-    job.lse = lse.data_ptr();
+    job.norm = norm.pointers();
     job.baseline = baseline.data_ptr();
   }
   void run() {
@@ -395,7 +448,7 @@ Tensor soft_embedding_grad_table(const Tensor& logits_, const Tensor& grad_, con
                                  at::ScalarType dtype) {
   const bool wide = lse_.scalar_type() == at::kDouble;
   const Tensor logits = with_plain_rows(wide ? logits_.to(at::kDouble) : logits_), grad = with_plain_rows(grad_);
-  const Tensor lse = as_acc(lse_, acc_of(logits));
+  const Normaliser norm(logits, as_acc(lse_, acc_of(logits)), temperature);
   entrgi::TableJob job;
   Tensor out = at::empty({logits.size(1), grad.size(1)}, logits.options().dtype(dtype));
   job.logits = matrix(logits);
@@ -405,7 +458,7 @@ Tensor soft_embedding_grad_table(const Tensor& logits_, const Tensor& grad_, con
   job.v = logits.size(1);
   job.d = grad.size(1);
   job.temperature = temperature;
-  job.lse = lse.data_ptr();
+  job.norm = norm.pointers();
   if (job.d == 0) return out;
   const Kernels& k = entrgi::kernels();
   Tensor packed;

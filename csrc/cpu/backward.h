@@ -99,7 +99,7 @@ static void transpose(const A* in, int64_t ldi, int64_t rows, int64_t columns, A
 template <typename A>
 struct RowEpilogue {
   Scale<A> scale;
-  A lse, baseline, factor;  // factor: 1 / temperature, NaN for a bad row
+  A shift, rest, baseline, factor;  // factor: 1 / temperature, NaN for a bad row
 };
 
 // first / (sqrt(second) * scale + eps). In float with AVX-512 by the processor's estimates and a Newton step each, right to
@@ -134,13 +134,13 @@ static void epilogue_row(
   typedef typename Lane<A>::V V;
   constexpr int W = Lane<A>::W;
   T* x = (T*)job.logits.data + n * job.logits.stride + v0;
-  const V lse = set1(e.lse), baseline = set1(e.baseline), factor = set1(e.factor);
+  const V shift = set1(e.shift), norm = set1(e.rest), baseline = set1(e.baseline), factor = set1(e.factor);
   if (job.out.data) {
     T* out = (T*)job.out.data + n * job.out.stride + v0;
     for (int64_t i = 0; i < count; i += W) {
       const int rest = (int)(count - i < W ? count - i : W);
       V value = rest == W ? load(x + i) : load_part(x + i, rest, (A)-INFINITY);
-      V gradient = vexp(log_probability(value, lse, e.scale)) * (load(g + i) - baseline) * factor;
+      V gradient = vexp(log_probability(value, shift, norm, e.scale)) * (load(g + i) - baseline) * factor;
       if (rest == W)
         store(gradient, out + i);
       else
@@ -156,7 +156,7 @@ static void epilogue_row(
     const int rest = (int)(count - i < W ? count - i : W);
     const bool full = rest == W;
     V value = full ? load(x + i) : load_part(x + i, rest, (A)-INFINITY);
-    V gradient = vexp(log_probability(value, lse, e.scale)) * (load(g + i) - baseline) * factor;
+    V gradient = vexp(log_probability(value, shift, norm, e.scale)) * (load(g + i) - baseline) * factor;
     V first = gradient * c.rest1, second = gradient * gradient * c.rest2;
     if (reads) {
       first += (full ? load_as<A>(m + i) : load_part_as<A>(m + i, rest)) * c.beta1;
@@ -188,9 +188,10 @@ static void epilogue(const BackwardJob& job, int64_t n0, int64_t rows, int64_t v
     const int64_t n = n0 + r;
     RowEpilogue<A> e;
     e.scale = reciprocal<A>(job.temperature);
-    e.lse = ((const A*)job.lse)[n];
+    e.shift = ((const A*)job.norm.shift)[n];
+    e.rest = ((const A*)job.norm.rest)[n];
     e.baseline = ((const A*)job.baseline)[n];
-    e.factor = e.lse == e.lse ? e.scale.high : (A)NAN;
+    e.factor = e.rest == e.rest ? e.scale.high : (A)NAN;
     const bool wide_state = job.exp_avg.data && job.exp_avg.dtype != job.logits.dtype;
     if (wide_state)  // the driver allows float moments under 16-bit logits, nothing else
       epilogue_row<T, float>(job, n, v0, count, g + r * ldg, e);
@@ -307,8 +308,8 @@ static void table_unit_plain(const TableJob& job, int64_t unit, void* scratch) {
     const int64_t depth = job.n - n0 < TABLE_DEPTH ? job.n - n0 : TABLE_DEPTH;
     for (int64_t r = 0; r < depth; r++) {
       const T* x = (const T*)job.logits.data + (n0 + r) * job.logits.stride + v0;
-      const A lse = ((const A*)job.lse)[n0 + r];
-      probability_row(x, count, lse, lse == lse ? (A)1 : (A)NAN, true, scale, tile + r * TABLE_BLOCK, TABLE_BLOCK);
+      const A shift = ((const A*)job.norm.shift)[n0 + r], rest = ((const A*)job.norm.rest)[n0 + r];
+      probability_row<T, true>(x, count, shift, rest, scale, tile + r * TABLE_BLOCK, TABLE_BLOCK);
     }
     Prefetcher ahead;
     product<A>(count, tile, 1, TABLE_BLOCK, (const A*)job.packed + n0 * NR, job.n * NR, panels, depth, c, padded,

@@ -207,20 +207,20 @@ static void convert_rows_any(const Matrix& m, int64_t row, int64_t column, int64
   }
 }
 
-// exp(x / temperature) / normaliser for a tile of rows x columns; shift is a maximum (with 1 / total in `factor`) or a
-// log-sum-exp (factor null).
-template <typename T>
+// exp((x - shift) / temperature) normalised, for `count` entries of a row: by a factor or, BY_LOG, by a logarithm `norm`.
+template <typename T, bool BY_LOG>
 INLINE void probability_row(
-    const T* x, int64_t count, typename Store<T>::A shift, typename Store<T>::A factor, bool by_lse,
-    Scale<typename Store<T>::A> scale, typename Store<T>::A* out, int64_t padded) {
+    const T* x, int64_t count, typename Store<T>::A shift, typename Store<T>::A norm, Scale<typename Store<T>::A> scale,
+    typename Store<T>::A* out, int64_t padded) {
   typedef typename Store<T>::A A;
   constexpr int W = Lane<A>::W;
-  const auto s = set1(shift), f = set1(factor);
+  const auto s = set1(shift), l = set1(norm);
+  const auto f = set1(!BY_LOG ? norm : norm == norm ? (A)1 : (A)NAN);  // vexp does not keep NaN
   int64_t i = 0;
   for (; i < count; i += W) {
     int rest = (int)(count - i < W ? count - i : W);
     auto v = rest == W ? load(x + i) : load_part(x + i, rest, (A)-INFINITY);
-    auto y = by_lse ? log_probability(v, s, scale) : scaled(v, s, scale);
+    const auto y = BY_LOG ? log_probability(v, s, l, scale) : scaled(v, s, scale);
     store(vexp(y) * f, out + i);
   }
   for (; i < padded; i += W) store(zero<A>(), out + i);
@@ -268,7 +268,7 @@ static void probability_tile(const ForwardJob& job, int64_t n0, int64_t rows, in
   for (int64_t r = 0; r < rows; r++) {
     const T* x = (const T*)job.logits.data + (n0 + r) * job.logits.stride + v;
     const A top = ((const A*)job.maximum)[n0 + r], total = ((const A*)job.total)[n0 + r];
-    probability_row(x, depth, top, (A)1 / total, false, scale, tile + r * stride, depth);
+    probability_row<T, false>(x, depth, top, (A)1 / total, scale, tile + r * stride, depth);
   }
 }
 

@@ -9,7 +9,7 @@ struct Channel {
 
   void move(double shift) {  // the maximum rose: every y changes by shift <= 0
     double factor = ::exp(shift);
-    product = total > 0 ? factor * (product + shift * total) : 0;
+    product = total > 0 && factor > 0 ? factor * (product + shift * total) : 0;  // the shift may be -inf
     total = factor * total;
   }
   double entropy() const {
@@ -167,14 +167,14 @@ static void entropy_backward_rows(const EntropyBackwardJob& job, int64_t begin, 
   for (int64_t n = begin; n < end; n++) {
     const T* x = (const T*)job.logits.data + n * job.logits.stride;
     T* out = (T*)job.out.data + n * job.out.stride;
-    const A lse_ = ((const A*)job.lse)[n], h_ = ((const A*)job.entropy)[n];
-    const V lse = set1(lse_), h = set1(h_);
-    const A bad = lse_ == lse_ ? (A)0 : (A)NAN;  // vexp does not keep NaN
+    const A rest_ = ((const A*)job.norm.rest)[n], h_ = ((const A*)job.entropy)[n];
+    const V shift = set1(((const A*)job.norm.shift)[n]), norm = set1(rest_), h = set1(h_);
+    const A bad = rest_ == rest_ ? (A)0 : (A)NAN;  // vexp does not keep NaN
     const V gl = set1(((const A*)job.grad_lse)[n] + bad), gh = set1(((const A*)job.grad_entropy)[n]);
     for (int64_t i = 0; i < job.v; i += W) {
       int rest = (int)(job.v - i < W ? job.v - i : W);
       V value = rest == W ? load(x + i) : load_part(x + i, rest, (A)-INFINITY);
-      V log_p = log_probability(value, lse, scale);
+      V log_p = log_probability(value, shift, norm, scale);
       V p = vexp(log_p);
       V surprise = (p > zero<A>() ? log_p : zero<A>()) + h;
       V g = p * (gl - gh * surprise) * scale.high;

@@ -60,11 +60,18 @@ struct ConfidenceJob {
   void* out = nullptr;  // acc
 };
 
+// log p = (x - shift) / temperature - rest, [n] acc each. Shift 0 and the log-sum-exp, but where the latter is so large
+// that it has no digits left for the sum's logarithm: there the row's maximum, and that logarithm.
+struct Normaliser {
+  const void *shift = nullptr, *rest = nullptr;
+};
+
 struct EntropyBackwardJob {
   Matrix logits, out;
   int64_t n = 0, v = 0;
   double temperature = 1.0;
-  const void *lse = nullptr, *entropy = nullptr, *grad_lse = nullptr, *grad_entropy = nullptr;  // acc
+  Normaliser norm;
+  const void *entropy = nullptr, *grad_lse = nullptr, *grad_entropy = nullptr;  // acc
 };
 
 // soft = softmax(logits / temperature) @ embedding. A unit is (split of V) x (group of columns); each split has its own
@@ -96,7 +103,8 @@ struct BackwardJob {
   Matrix grad;                    // [n, d]
   int64_t n = 0, v = 0, d = 0;
   double temperature = 1.0;
-  const void *lse = nullptr, *baseline = nullptr;  // acc
+  Normaliser norm;
+  const void* baseline = nullptr;  // acc
   Adam adam;
   void* packed = nullptr;  // the gradient as the kernels want it, filled by pack_gradient
 };
@@ -106,7 +114,7 @@ struct TableJob {
   Matrix logits, grad, out;
   int64_t n = 0, v = 0, d = 0;
   double temperature = 1.0;
-  const void* lse = nullptr;  // acc
+  Normaliser norm;
   void* packed = nullptr;
 };
 

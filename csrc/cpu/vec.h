@@ -330,21 +330,19 @@ INLINE Scale<A> reciprocal(double temperature) {
   s.low = (A)(inverse - (double)s.high);
   return s;
 }
-// (x - shift) * scale for finite shift; -inf gives a large negative number, never NaN
+// (x - shift) * scale for finite shift; -inf gives a large negative number, never NaN. Bounded after the scale: no
+// temperature brings the bound near the other entries, or to an infinity whose product with 0 would be NaN.
 INLINE vf scaled(vf x, vf shift, Scale<float> s) {
-  vf d = vmax(x - shift, set1(-1e30f));
-  return d * s.high + d * s.low;
+  vf d = x - shift;
+  return vmax(d * s.high + d * s.low, set1(-1e30f));
 }
 INLINE vd scaled(vd x, vd shift, Scale<double> s) {
-  vd d = vmax(x - shift, set1(-1e300));
-  return d * s.high + d * s.low;
+  vd d = x - shift;
+  return vmax(d * s.high + d * s.low, set1(-1e300));
 }
-// x * scale - lse
-INLINE vf log_probability(vf x, vf lse, Scale<float> s) {
-  x = vmax(x, set1(-1e30f));
-  return (x * s.high - lse) + x * s.low;
-}
-INLINE vd log_probability(vd x, vd lse, Scale<double> s) {
-  x = vmax(x, set1(-1e300));
-  return (x * s.high - lse) + x * s.low;
+// (x - shift) * scale - rest, for vexp: -inf gives -inf or NaN, both of exponential 0 there
+template <typename V, typename A>
+INLINE V log_probability(V x, V shift, V rest, Scale<A> s) {
+  V d = x - shift;
+  return (d * s.high - rest) + d * s.low;
 }

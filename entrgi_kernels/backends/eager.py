@@ -67,6 +67,21 @@ def _distribution(logits: torch.Tensor, temperature: float) -> tuple[torch.Tenso
     return weights / total[:, None], maximum / temperature + total.log(), entropy
 
 
+def _normaliser(logits: torch.Tensor, lse: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(shift, rest) [N, 1] with log p = (logits - shift) / temperature - rest, logits in acc.
+
+    `lse` alone would do, were it exact: of logits / temperature around 1e5 its rounding is a percent of every p. So
+    only what it is apart from these logits' own, as that of a wider matrix is, is taken from it.
+    """
+    shifted, maximum = _shifted(logits, temperature)
+    logsum = shifted.exp_().sum(dim=-1).log()
+    own = maximum / temperature + logsum
+    one = torch.isclose(lse, own, rtol=4 * torch.finfo(own.dtype).eps, atol=0)
+    rest = logsum + torch.where(one, torch.zeros_like(own), lse - own)
+    bad = maximum.isnan()  # or columns of -inf alone, of a wider matrix
+    return maximum.masked_fill(bad, 0)[:, None], torch.where(bad, lse, rest)[:, None]
+
+
 def softmax_entropy(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-sum-exp [N], entropy [N] in nats) of softmax(logits / temperature), both acc."""
     _, lse, entropy = _distribution(logits.to(accumulation_dtype(logits)), temperature)
@@ -82,7 +97,9 @@ def softmax_entropy_backward(
     temperature: float,
 ) -> torch.Tensor:
     """d lse/d logits = p / tau, d H/d logits = -p (log p + H) / tau; [N, V] of the logits' dtype."""
-    log_p = logits.to(lse.dtype) / temperature - lse[:, None]
+    x = logits.to(lse.dtype)
+    shift, rest = _normaliser(x, lse, temperature)
+    log_p = (x - shift) / temperature - rest
     p = log_p.exp()
     surprise = torch.where(p > 0, log_p, torch.zeros_like(log_p)) + entropy[:, None]
     # Contiguous whatever the strides of the logits: the layout that the operator's fake promises.
@@ -177,8 +194,9 @@ def _logit_gradient(
     """Chunks over V of p (grad . E - grad . soft) / temperature, in acc."""
     grad = grad.to(soft.dtype)
     baseline = (grad * soft).sum(dim=-1, keepdim=True)
+    shift, rest = _normaliser(logits.to(soft.dtype), lse, temperature)
     for part in _slices(embedding.shape[0], max(embedding.shape[1], logits.shape[0])):
-        p = (logits[:, part].to(soft.dtype) / temperature - lse[:, None]).exp()
+        p = ((logits[:, part].to(soft.dtype) - shift) / temperature - rest).exp()
         yield part, p * (_matmul(grad, embedding[part].to(soft.dtype).T) - baseline) / temperature
 
 
@@ -188,9 +206,10 @@ def soft_embedding_grad_table(
     """d loss/d embedding = p^T grad [V, D] of `dtype`."""
     v, d = logits.shape[1], grad.shape[1]
     grad = grad.to(lse.dtype)
+    shift, rest = _normaliser(logits.to(lse.dtype), lse, temperature)
     out = torch.empty(v, d, dtype=dtype, device=logits.device)
     for part in _slices(v, max(d, logits.shape[0])):
-        p = (logits[:, part].to(lse.dtype) / temperature - lse[:, None]).exp()
+        p = ((logits[:, part].to(lse.dtype) - shift) / temperature - rest).exp()
         out[part] = _matmul(p.T, grad).to(dtype)
     return out
 
@@ -313,13 +332,20 @@ def places(targets: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tens
     return inside, (targets - part.start).clamp(0, part.stop - part.start - 1)
 
 
+def legal_targets(targets: torch.Tensor, v: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int64 [N], targets with some token of the V in place of what is none; bool [N], which are none)."""
+    legal = targets.clamp(0, v - 1)
+    return legal, legal != targets
+
+
 def token_log_prob(
     hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, slope: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(log softmax(hidden @ head^T + bias) at the targets [N], log-sum-exp [N], slope [N, D]), all acc.
 
     The slope is d log-probability / d hidden = head[target] - softmax @ head, formed in the same walk over the
-    vocabulary (its sums rescaled as the maximum grows); [0, D] unless asked for. A target outside [0, V) gives NaN.
+    vocabulary (its sums rescaled as the maximum grows); [0, D] unless asked for. A target outside [0, V) gives NaN,
+    and slope 0.
     """
     x = hidden.to(accumulation_dtype(hidden, head))
     n, d = x.shape
@@ -337,9 +363,9 @@ def token_log_prob(
         maximum = largest
     lse = maximum + total.log()
     if slope:
-        legal = targets.clamp(0, head.shape[0] - 1)
-        mean = head[legal].to(x.dtype) - mean / total[:, None]
-    return picked - lse, lse, mean
+        legal, ignored = legal_targets(targets, head.shape[0])
+        mean = (head[legal].to(x.dtype) - mean / total[:, None]).masked_fill_(ignored[:, None], 0)
+    return (picked - maximum) - total.log(), lse, mean
 
 
 def token_log_prob_backward(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..backends import check_name
+from ..ops import _common
 from . import schedules
 from .savings import check_savings
 from .weights import METHODS, WeightFunction, method_weight
@@ -32,15 +33,16 @@ class GuidanceConfig:
             of (entropy [N] in nats, V).
         guidance_steps: M, Adam steps a denoising step; 0 is no guidance.
         learning_rate: eta, in logits: Adam's first step moves a logit by about that much.
-        betas, eps: Adam's.
+        betas, eps: Adam's; eps from 1e-12 to 1e12.
         state_dtype: dtype of Adam's moments, "float32" or None for the logits' own.
         num_samples: K, trajectories a prompt.
         max_new_tokens: L, response slots.
         steps: T, denoising steps.
-        temperature: tau; 0 takes the most likely token.
+        temperature: tau, from 1e-12 to 1e12; 0 takes the most likely token.
         top_p, top_k: filters of every draw; None keeps all.
         alg: how positions are ranked: "entropy", "maskgit_plus", "topk_margin", "anchor" or "origin".
-        alg_temp: > 0 draws the positions from softmax(confidence / alg_temp) instead of taking the best.
+        alg_temp: draws the positions from softmax(confidence / alg_temp), from 1e-12 to 1e12, instead of taking the best,
+            as None and 0 do.
         confidence: for alg "entropy", of the logits before guidance and unfiltered ("base"), or after and filtered
             ("guided").
         schedule: positions a step, "linspace" or "even".
@@ -95,22 +97,22 @@ class GuidanceConfig:
         _one_of("method", self.method, tuple(METHODS))
         method_weight(self.method, self.weight)
         _integer("guidance_steps", self.guidance_steps, 0, MAX_INNER - 1)
-        _number("learning_rate", self.learning_rate, low=0)
+        _common.check_rate(self.learning_rate, "learning_rate")
         if len(tuple(self.betas)) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas!r}: expected two numbers in [0, 1)")
-        _number("eps", self.eps, low=0)
+        _common.check_eps(self.eps)
         _one_of("state_dtype", self.state_dtype, (None, "float64", "float32", "bfloat16", "float16"))
         _integer("num_samples", self.num_samples, 1, MAX_SAMPLES)
         _integer("max_new_tokens", self.max_new_tokens, 1, MAX_SLOTS)
         _integer("steps", self.steps, 1, MAX_STEPS)
-        _number("temperature", self.temperature, low=0)
+        _common.check_temperature(self.temperature)
         if self.top_p is not None:
             _number("top_p", self.top_p, low=0, high=1, open_low=True, none=True)
         if self.top_k is not None:
             _integer("top_k", self.top_k, 1, None, none=True)
         _one_of("alg", self.alg, ALGS)
         if self.alg_temp is not None:
-            _number("alg_temp", self.alg_temp, low=0, none=True)
+            _common.check_temperature(self.alg_temp, "alg_temp", "or None: takes the best")
         _one_of("confidence", self.confidence, CONFIDENCES)
         _one_of("schedule", self.schedule, schedules.SCHEDULES)
         _number("schedule_eps", self.schedule_eps, low=0, high=1, open_low=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..ops import AdamState, EntrgiEmbedding, ForwardState, entrgi_embedding, guidance_update_
+from ..ops import AdamState, EntrgiEmbedding, ForwardState, _common, entrgi_embedding, guidance_update_
+from ..ops.guidance_update import hyperparameters
 from .buffers import Buffers
 from .weights import WeightFunction, resolve_weight
 
@@ -30,13 +31,14 @@ class LogitOptimizer:
         phi: [N, V] logits, float64/float32/bfloat16/float16; changed **in place** by :meth:`step`.
         table: [V, D] embeddings, a row per vocabulary entry.
         lr: learning rate, eta.
-        temperature: tau of the soft embedding and of the draw; 0 draws the argmax and blends at temperature 1.
+        temperature: tau of the soft embedding and of the draw, from 1e-12 to 1e12; 0 draws the argmax and blends at
+            temperature 1.
         weight: "entropy" (or "linear"), "one", "zero", another schedule's name, or a callable of (entropy [N], V).
         top_k, top_p: filters of the draw; None keeps all.
         seed, counter, keys: of the draw, as in :func:`entrgi_kernels.ops.sample_tokens`; each :meth:`embed` adds one to
             `counter`. `seed` may also be an int64 tensor [M, 2], the (seed, counter) of each :meth:`embed` in turn: a
             CUDA graph replays with new numbers when its content is changed between replays.
-        betas, eps: Adam's.
+        betas, eps: Adam's; eps from 1e-12 to 1e12.
         state_dtype: dtype of Adam's moments; None takes that of phi.
         keep_state: False when only one :meth:`step` will follow: the moments are then never formed (M = 1). With more,
             the last one is told by ``step(grad, last=True)``.
@@ -71,6 +73,8 @@ class LogitOptimizer:
     ) -> None:
         if phi.requires_grad and phi.is_leaf:
             raise ValueError("phi requires grad: pass phi.detach(), it is changed in place outside of autograd")
+        _common.check_temperature(temperature)
+        lr, *betas, eps = hyperparameters(lr, betas, eps)
         self.phi = phi.detach()
         self.table = table.detach()
         self._forward = dict(temperature=temperature, top_k=top_k, top_p=top_p, keys=keys, backend=backend)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,10 @@ from ..backends.eager import accumulation_dtype as accumulation_dtype  # that of
 from ._operator import Operator
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Temperatures and Adam's numbers are served in this range: all that is formed of them, 1 / temperature and squares of
+# gradients among it, then stays within float32.
+_LEAST, _MOST = 1e-12, 1e12
 
 ALGS = ("entropy", "maskgit_plus", "topk_margin", "anchor")
 
@@ -102,19 +105,41 @@ def check_number(value: float, name: str, expected: str) -> float:
     return float(value)
 
 
-def check_temperature(temperature: float) -> float:
-    """The temperature as a float; raise ValueError unless it is finite and at least 0."""
-    expected = "a finite number >= 0 (0 draws the argmax)"
-    temperature = check_number(temperature, "temperature", expected)
+def check_temperature(temperature: float, name: str = "temperature", zero: str = "draws the argmax") -> float:
+    """The temperature as a float; raise ValueError unless it is 0 or in the range that is served."""
+    expected = f"a finite number >= 0: 0 ({zero}), or from {_LEAST:g} to {_MOST:g}"
+    temperature = check_number(temperature, name, expected)
     # Comparisons alone: unlike math.isfinite they trace when torch.compile has made the number symbolic.
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature}: expected {expected}")
+    if temperature != 0 and not _LEAST <= temperature <= _MOST:
+        raise ValueError(f"{name}={temperature}: expected {expected}")
     return temperature
 
 
 def distribution_temperature(temperature: float) -> float:
     """The temperature of a distribution: itself, or 1 at temperature 0, as Dream's own code has it."""
     return check_temperature(temperature) or 1.0
+
+
+def check_rate(lr: float, name: str = "lr") -> float:
+    """The learning rate as a float; raise ValueError where Adam cannot take it."""
+    expected = f"a finite number >= 0, at most {_MOST:g}"
+    lr = check_number(lr, name, expected)
+    if not 0 <= lr <= _MOST:
+        raise ValueError(f"{name}={lr}: expected {expected}")
+    return lr
+
+
+def check_eps(eps: float) -> float:
+    """Adam's eps as a float; raise ValueError where Adam cannot take it.
+
+    A gradient's square vanishes in float32 long before the gradient does: what is left then divides it by eps alone.
+    At 0 an entry without gradient, as those of -inf are, would even become 0 / 0.
+    """
+    expected = f"a finite number > 0, from {_LEAST:g} to {_MOST:g}"
+    eps = check_number(eps, "eps", expected)
+    if not _LEAST <= eps <= _MOST:
+        raise ValueError(f"eps={eps}: expected {expected}")
+    return eps
 
 
 def check_filters(top_k: int | None, top_p: float | None) -> tuple[int, float]:

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-from ..backends.eager import accumulation_dtype, places
+from ..backends.eager import accumulation_dtype, legal_targets, places
 
 # Bytes of a chunk's logits. Large enough that merging chunks ([N, D] each) costs little beside their products.
 _CHUNK_BYTES = 32 << 20
@@ -88,8 +88,9 @@ def token_log_prob(
         others = total
     lse = torch.logaddexp(others, picked)
     if slope:
-        mean = (others - lse).exp()[:, None] * (head[targets.clamp(0, head.shape[0] - 1)].to(acc) - mean)
-        mean = torch.where(lse.isfinite()[:, None], mean, math.nan)
+        legal, ignored = legal_targets(targets, head.shape[0])
+        mean = (others - lse).exp()[:, None] * (head[legal].to(acc) - mean)
+        mean = torch.where(lse.isfinite()[:, None], mean, math.nan).masked_fill_(ignored[:, None], 0)
     return picked - lse, lse, mean
 
 
@@ -123,7 +124,7 @@ def token_log_prob_backward(
         mean.add_(soft * share[:, None])
         rest += share
         pulled[part] = kernels.soft_embedding_grad_table(logits, weighted.to(dtype), lse, 1.0, dtype)
-    legal = targets.clamp(0, v - 1)
+    legal = legal_targets(targets, v)[0]
     grad_hidden = g * (rest[:, None] * head[legal].to(acc) - mean)
     # Rows of one target are summed at the first of them, in the wide dtype; duplicates then write the same. Not by
     # index_add_, whose order of sums changes from run to run on GPUs.

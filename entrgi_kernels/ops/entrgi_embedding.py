@@ -211,8 +211,8 @@ def entrgi_embedding(
     Args:
         logits: phi [N, V], float64/float32/bfloat16/float16, any strides; -inf entries have probability 0.
         table: E [V, D], the reward model's table seen through the vocabulary map; no gradient is formed for it.
-        temperature: tau >= 0 of the soft embedding and the draw; at 0 the draw is the argmax and the soft embedding's
-            temperature is 1.
+        temperature: tau of the soft embedding and the draw, from 1e-12 to 1e12; at 0 the draw is the argmax and the
+            soft embedding's temperature is 1.
         weight: "entropy" (EntRGi), "one" (APS), "zero" (Expectation), a tensor [N], or a callable of (entropy [N] in
             nats, V) that returns one. No gradient flows through it.
         tokens: int64 [N], the hard tokens; None draws them.

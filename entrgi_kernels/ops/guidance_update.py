@@ -10,7 +10,6 @@ Source: arXiv 2602.05000, the inner loop's gradient step.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -90,9 +89,9 @@ def guidance_update_(
         grad: d loss/d embedding [N, D], of the loss to be *minimised* (minus the sum of rewards).
         table: E [V, D], as in the forward.
         state: what :func:`entrgi_embedding` found of these logits, with these very values: it is good for one step.
-        lr: learning rate, eta.
+        lr: learning rate, eta; at most 1e12.
         adam: Adam's moments, changed in place; None takes a first step whose moments are not kept (M = 1).
-        betas, eps: Adam's; eps > 0.
+        betas, eps: Adam's; eps from 1e-12 to 1e12.
         keep: False leaves `adam` as it is: for a last step, which then writes no moments.
         backend: "auto" or the name of a backend.
 
@@ -120,7 +119,7 @@ def guidance_update_(
         raise TypeError(f"state.soft is {state.soft.dtype}: expected {acc}, as the forward left it")
     _common.check_vector(logits, state.logsumexp, "state.logsumexp", acc)
     tau = _common.distribution_temperature(state.temperature)
-    lr, beta1, beta2, eps = _hyperparameters(lr, betas, eps)
+    lr, beta1, beta2, eps = hyperparameters(lr, betas, eps)
     moments, step = (None, None), 1
     if adam is not None:
         moments, step = (adam.exp_avg, adam.exp_avg_sq), adam.step + 1
@@ -164,16 +163,10 @@ def _check_rows(tensor: torch.Tensor, name: str, logits: torch.Tensor, table: to
         _common.check_same_device(logits, **{name: tensor})
 
 
-def _hyperparameters(lr: float, betas: tuple[float, float], eps: float) -> tuple[float, float, float, float]:
+def hyperparameters(lr: float, betas: tuple[float, float], eps: float) -> tuple[float, float, float, float]:
     """(lr, beta1, beta2, eps) as floats; raises where Adam cannot take them."""
-    lr = _common.check_number(lr, "lr", "a finite number >= 0")
-    if not 0 <= lr < math.inf:
-        raise ValueError(f"lr={lr}: expected a finite number >= 0")
+    lr, eps = _common.check_rate(lr), _common.check_eps(eps)
     decay = [_common.check_number(beta, "betas", "two numbers in [0, 1)") for beta in betas]
     if len(decay) != 2 or not (0 <= decay[0] < 1 and 0 <= decay[1] < 1):
         raise ValueError(f"betas={betas}: expected two numbers in [0, 1)")
-    eps = _common.check_number(eps, "eps", "a finite number > 0")
-    # At 0 an entry without gradient, as those of -inf are, would become 0 / 0.
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps={eps}: expected a finite number > 0")
     return lr, decay[0], decay[1], eps

@@ -55,7 +55,7 @@ def sample_tokens(
 
     Args:
         logits: [N, V], float64/float32/bfloat16/float16, any strides; entries of -inf are never drawn.
-        temperature: tau >= 0; 0 takes the argmax (the lowest index of ties).
+        temperature: tau, from 1e-12 to 1e12; 0 takes the argmax (the lowest index of ties).
         top_k: keep entries at least as large as the k-th largest; None keeps all.
         top_p: keep the smallest set whose mass reaches it, in (0, 1]; None keeps all.
         seed: 64-bit seed, or an int64 [2] tensor (seed, counter) on the logits' device, which may be changed between

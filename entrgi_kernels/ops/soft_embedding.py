@@ -97,7 +97,7 @@ def soft_embedding(
     Args:
         logits: [N, V], float64/float32/bfloat16/float16, any strides; -inf entries have probability 0.
         table: [V, D], float64/float32/bfloat16/float16.
-        temperature: tau >= 0; 0 stands for 1 here.
+        temperature: tau, from 1e-12 to 1e12; 0 stands for 1 here.
         backend: "auto" or the name of a backend.
 
     Returns:

@@ -67,7 +67,7 @@ def softmax_entropy(
 
     Args:
         logits: [N, V], float64/float32/bfloat16/float16, any strides; -inf entries have probability 0.
-        temperature: tau >= 0; 0 stands for 1 here.
+        temperature: tau, from 1e-12 to 1e12; 0 stands for 1 here.
         backend: "auto" or the name of a backend.
 
     Returns:

@@ -16,6 +16,7 @@ diffu-GRPO.
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import torch
@@ -65,6 +66,10 @@ def _token_log_prob_backward(
     grad: torch.Tensor,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # A row of no token leaves nothing anywhere, whatever its hidden state, value and incoming gradient hold.
+    ignored = eager.legal_targets(targets, head.shape[0])[1]
+    hidden, grad = hidden.masked_fill(ignored[:, None], 0), grad.masked_fill(ignored, 0)
+    lse = lse.masked_fill(ignored, math.inf)
     kernels = _kernels(hidden, head, backend)
     if kernels is None:
         return eager.token_log_prob_backward(hidden, head, bias, targets, lse, grad)
@@ -118,7 +123,8 @@ def token_log_prob(
     Args:
         hidden: [N, D], float64/float32/bfloat16/float16, any strides: what the model feeds to its vocabulary head.
         head: [V, D], the head's weight, float64/float32/bfloat16/float16.
-        targets: [N] int64, ids in [0, V).
+        targets: [N] int64, ids in [0, V); any other id, as the -100 of ignored labels, makes its row NaN, with gradient
+            0: select the others with torch.where.
         bias: [V], the head's bias, or None.
         backend: "auto" or the name of a backend.
 

@@ -53,7 +53,7 @@ def unmask_confidence(
         tokens: [N] int64, the drawn tokens.
         alg: "entropy" (minus the entropy), "maskgit_plus" (the token's probability), "topk_margin" (the two largest
             probabilities' difference) or "anchor" (the token's raw logit).
-        temperature: tau >= 0 of the distribution; 0 stands for 1.
+        temperature: tau of the distribution, from 1e-12 to 1e12; 0 stands for 1.
         top_k, top_p: its filters, as in :func:`sample_tokens`; None keeps all.
         backend: "auto" or the name of a backend.
 

@@ -171,6 +171,30 @@ def test_bad_rows_and_targets_leave_the_others_alone(backend):
     assert torch.autograd.grad(out[good].sum(), hidden)[0][good].isfinite().all()
 
 
+@pytest.mark.parametrize("incoming", ["zero", "one"])
+@pytest.mark.parametrize("learns", ["head", "hidden"])
+@pytest.mark.parametrize("dtype", ref.DTYPES, ids=str)
+def test_ignored_targets_have_no_gradient(backend, dtype, learns, incoming):
+    """Labels of -100 under torch.where, as a training loss has them: zeros, also where the hidden state is NaN."""
+    hidden, head, _, bias = case(6, 63, 5, (dtype, dtype))
+    ref.served(backend, hidden)
+    targets = torch.tensor([0, -100, 5, 63, -100, 62])
+    kept = (targets >= 0) & (targets < 63)
+    hidden[4] = torch.nan
+    tensors = (hidden, head, bias) if learns == "head" else (hidden,)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    out = ops.token_log_prob(hidden, head, targets, bias=bias, backend=backend)
+    assert torch.equal(out.isnan(), ~kept)
+    loss = torch.where(kept, out, 0) if incoming == "zero" else out
+    found = torch.autograd.grad(loss.sum(), leaves)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, head, bias)]
+    expected = torch.autograd.grad(truth(exact[0][kept], exact[1], targets[kept], exact[2]).sum(), exact)
+    assert (found[0][~kept] == 0).all()
+    rounding = 16 * torch.finfo(dtype).eps
+    for ours, slope in zip(found, expected, strict=False):
+        torch.testing.assert_close(ours.double(), slope, rtol=rounding, atol=rounding)
+
+
 def test_the_logits_never_exist(backend):
     """Forward and backward allocate nothing near N x V (beyond the head's own gradient)."""
     n, v, d = 512, 60_000, 4

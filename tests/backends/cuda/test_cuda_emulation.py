@@ -194,9 +194,12 @@ def test_any_alignment_and_nothing_read_beyond_a_row(emulated, dtype):
 
 
 def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal but for the last bits of the dtype, of exponents around 20, and of float16's subnormals."""
+    """Equal but for the last bits of the dtype, of exponents around 20, and of float16's subnormals.
+
+    The kernel takes the log-sum-exp that it is given, rounded by up to 1e-6; the oracle forms its own.
+    """
     assert ours.dtype == expected.dtype and ours.shape == expected.shape
-    torch.testing.assert_close(ours, expected, rtol=max(5e-6, 2 * torch.finfo(ours.dtype).eps), atol=1e-7)
+    torch.testing.assert_close(ours, expected, rtol=max(5e-6, 2 * torch.finfo(ours.dtype).eps), atol=1e-6)
 
 
 def test_any_strides_and_no_rows(emulated):
