@@ -185,7 +185,7 @@ class BackboneModel:
         """
         _check_canvas(canvas, attention_mask, masked)
         if self.position_limit is not None and canvas.shape[1] > self.position_limit:
-            self.check_length(int(attention_mask.sum(1).max()))
+            self.check_length(int(attention_mask.sum(1).max()), "a prompt with its response slots")
         if positions is None:
             positions = masked.flatten().nonzero().squeeze(1)
         if positions.numel() == 0:
@@ -201,13 +201,12 @@ class BackboneModel:
                 canvas = canvas.masked_fill(~attention_mask, self._filler)
             return self._rows(canvas, arguments, positions, out)
 
-    def check_length(self, length: int) -> None:
-        """Raise ValueError for more tokens, prompt and response slots, than the network has positions for."""
+    def check_length(self, length: int, what: str) -> None:
+        """Raise ValueError for more tokens than the network has learned positions for; ``what`` says whose they are."""
         if self.position_limit is not None and length > self.position_limit:
             raise ValueError(
-                f"{type(self.module).__name__} has learned {self.position_limit} positions, and the prompt with its "
-                f"response slots takes {length}; accepted: at most {self.position_limit} (a shorter prompt or a "
-                "smaller max_new_tokens)"
+                f"{type(self.module).__name__} has learned {self.position_limit} positions, and {what} takes {length} "
+                f"tokens; accepted: at most {self.position_limit} (a shorter prompt or a smaller max_new_tokens)"
             )
 
     def _arguments(self, attention_mask: Tensor) -> tuple[bool, dict[str, Any]]:

@@ -142,11 +142,15 @@ def module_dtype(module: nn.Module) -> torch.dtype:
 
 
 def input_embedding(module: nn.Module) -> nn.Module | None:
-    """The module's token embedding, None when it exposes none."""
-    try:
-        return module.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
+    """The module's token embedding, or that of the network it is put around; None when none is exposed."""
+    for owner in (module, *module.children()):
+        try:
+            found = owner.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            continue
+        if found is not None:
+            return found
+    return None
 
 
 def output_head(module: nn.Module) -> nn.Module | None:

@@ -36,7 +36,12 @@ def network(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float
     settings.update(changes)
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**settings)
-    kind = {"Bert": "BertForMaskedLM", "Roberta": "RobertaForMaskedLM", "XLMRoberta": "XLMRobertaForMaskedLM", "GPT2": "GPT2LMHeadModel"}
+    kind = {
+        "Bert": "BertForMaskedLM",
+        "Roberta": "RobertaForMaskedLM",
+        "XLMRoberta": "XLMRobertaForMaskedLM",
+        "GPT2": "GPT2LMHeadModel",
+    }
     model_class = getattr(transformers, kind.get(name, f"{name}ForCausalLM"))
     return model_class._from_config(config, attn_implementation=attention).to(dtype).eval()
 
@@ -261,7 +266,7 @@ def test_learned_positions_are_counted(name, limit):
     if limit is None:
         assert model.masked_logits(ids, real, masked).isfinite().all()
         return
-    with pytest.raises(ValueError, match=f"learned {limit} positions.* 66; accepted: at most {limit}"):
+    with pytest.raises(ValueError, match=f"learned {limit} positions.* 66 tokens; accepted: at most {limit}"):
         model.masked_logits(ids, real, masked)
 
 
