@@ -410,9 +410,18 @@ class NetworkReward(EmbeddingReward):
             same = same_result(found.to(self.dtype), asked.to(self.dtype))
             return abs(float(asked[-1] - found[-1])) if same else torch.inf
 
-        text, passed_over = tuple(texts[1]), set()
+        def ending(index: int, some: list[tuple[int, ...]]) -> tuple[float, float]:
+            """How far ours is from the network's own for texts that end with a token: read, and passed over."""
+            whole = [(*text, index) for text in some]
+            passed = zip(whole, some, strict=True)
+            return sum(far(text, text) for text in whole), sum(far(text, read) for text, read in passed)
+
+        several, passed_over = [tuple(text) for text in texts], set()
+        text = several[1]
         for index in sorted(special):
-            kept, cut = far((*text, index), (*text, index)), far((*text, index), text)
+            kept, cut = ending(index, [text])
+            if max(kept, cut) < torch.inf:  # in 16 bits one text may fit both ways
+                kept, cut = ending(index, several)
             if cut < kept:
                 passed_over.add(index)
             if min(kept, cut) == torch.inf:

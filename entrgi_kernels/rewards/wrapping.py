@@ -18,8 +18,9 @@ from entrgi_kernels.rewards.vocabulary import check_unmatched
 
 _ACCEPTED = (
     "accepted, each loaded and with its tokenizer: a sequence classifier with one label "
-    "(AutoModelForSequenceClassification), another reward model that gives one number to a text, a causal language model (AutoModelForCausalLM; with question= a judge), a "
-    "sentence-embedding model (AutoModel) with target=; or an object that follows entrgi_kernels.rewards.Reward"
+    "(AutoModelForSequenceClassification), another reward model that gives one number to a text, a causal language "
+    "model (AutoModelForCausalLM; with question= a judge), a sentence-embedding model (AutoModel) with target=; or an "
+    "object that follows entrgi_kernels.rewards.Reward"
 )
 
 
