@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_iter
 from ..backends import resolve
 from ..models import DiffusionModel
 from ..rewards import PreparedPrompts, Reward
+from ..rewards.base import reward_gradient
 from ..rewards.template import Conversation
 from .config import GuidanceConfig
 from .inner import Scorer
@@ -128,8 +129,12 @@ class MemoryEstimate:
             table: [V, D], the reward's embeddings.
         """
         device, rows = model.device, 2
+        probed = _PROBED
+        if any(getattr(adapter, "position_limit", None) is not None for adapter in (model, reward)):
+            longest = max(4, min(probed[-1], config.max_new_tokens))  # learned positions have room for that many
+            probed = longest // 4, longest // 2, longest
         forward = []
-        for length in _PROBED:
+        for length in probed:
             tokens = torch.full((rows, length), model.mask_token_id, device=device)
             real, wanted = torch.ones_like(tokens, dtype=torch.bool), torch.zeros_like(tokens, dtype=torch.bool)
             wanted[:, -1] = True
@@ -137,7 +142,7 @@ class MemoryEstimate:
         prepared = reward.prepare([conversation])
         index = torch.zeros(rows, dtype=torch.int64, device=device)
         score_response, taken = scorer(prepared, index), []
-        for length in _PROBED:
+        for length in probed:
             ids = [prompt[i % len(prompt)] for i in range(length)]
             best, text = torch.tensor([ids] * rows, device=device), decode(ids)
 
@@ -147,7 +152,7 @@ class MemoryEstimate:
             def backward(best=best) -> None:
                 response = table[best].requires_grad_()
                 with torch.enable_grad():
-                    torch.autograd.grad(score_response(response, best).sum(), response)
+                    reward_gradient(score_response(response, best).sum(), response, "the response's embeddings")
 
             peak = peak_bytes(score)
             if config.guided:
@@ -161,8 +166,8 @@ class MemoryEstimate:
         engine = resolve(config.backend, torch.empty(0, dtype=model.dtype, device=device)).__name__
         counts = plan(config.schedule, [config.max_new_tokens], config.steps, config.schedule_eps).counts
         return cls(
-            forward=Cost.through(_PROBED, forward),
-            reward=Cost.through(_PROBED, taken),
+            forward=Cost.through(probed, forward),
+            reward=Cost.through(probed, taken),
             vocab_size=model.vocab_size,
             slots=config.max_new_tokens,
             logit_bytes=size,

@@ -10,6 +10,7 @@ import torch
 from ..backends import ranges
 from ..ops import make_rng
 from ..rewards import PreparedPrompts, Reward, Targets
+from ..rewards.base import reward_gradient
 from .buffers import Buffers
 from .canvas import Canvas, OpenSlots
 from .config import GuidanceConfig
@@ -222,7 +223,7 @@ class InnerLoop:
                     value = self._score(filled, best, settled, (rows, slots, optimizer.phi))
                 # The loss is minus the sum: a mean would change Adam's steps where gradients are near eps.
                 with ranges.scope(ranges.REWARD_BACKWARD):
-                    (grad,) = torch.autograd.grad(-value.sum(), filled)
+                    grad = reward_gradient(-value.sum(), filled, "the response's embeddings")
                     grad = grad.flatten(0, 1)[source]
                     sizes.append(torch.linalg.vector_norm(grad, torch.inf, dim=-1))
             if not (defer and inner == config.guidance_steps - 1):

@@ -112,7 +112,7 @@ class GuidedSampler:
             One result a prompt, in order.
 
         Raises:
-            ValueError, TypeError: bad prompts or settings.
+            ValueError, TypeError: bad prompts or settings, or a prompt longer than a model's learned positions allow.
             NonFiniteLogitsError: NaN or infinite logits; names step, prompt and sample.
             NonFiniteRewardError: likewise of a reward that guides, or its gradient. A *final* reward that is not
                 finite is kept and warned of: see :attr:`GenerationResult.rewarded`.
@@ -150,6 +150,7 @@ class GuidedSampler:
             except (ValueError, TypeError) as error:
                 kind = ValueError if isinstance(error, ValueError) else TypeError
                 raise kind(str(error) if isinstance(prompts, str) else f"prompts[{index}]: {error}") from error
+        self._check_lengths(encoded, conversations, config)
         keys = prompt_keys(encoded)
 
         def advance(step: int, tokens: torch.Tensor) -> None:
@@ -200,6 +201,18 @@ class GuidedSampler:
                         waiting[index] = gathered
                     else:
                         yield index, GenerationResult(given[index], gathered, config)
+
+    def _check_lengths(
+        self, encoded: list[list[int]], conversations: list[Conversation], config: GuidanceConfig
+    ) -> None:
+        """Raise ValueError, before anything is run, for prompts that a model's learned positions have no room for."""
+        slots = config.max_new_tokens
+        if hasattr(self.model, "check_length"):
+            for place, ids in enumerate(encoded):
+                self.model.check_length(len(ids) + slots, f"prompt {place} with {slots} response slots")
+        if hasattr(self.reward, "check_length"):
+            # Unguided, the reward reads texts alone, which may be shorter.
+            self.reward.check_length(conversations, slots if config.guided else 0)
 
     def _halved(self, batch: Batch) -> tuple[Batch, Batch]:
         """The halves of a batch that ran out of memory, which is given back; says so."""

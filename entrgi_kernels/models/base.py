@@ -16,6 +16,7 @@ from entrgi_kernels.models.modules import (
     evaluating,
     first_nonfinite_parameter,
     input_embedding,
+    learned_positions,
     module_device,
     module_dtype,
     output_head,
@@ -100,6 +101,7 @@ class BackboneModel:
             same; at 152k tokens the projection of a whole canvas is often the largest product of a step).
         pad_invariant: True when left padding does not change the logits of the other positions. Where it does,
             rows are run in groups of equal padding, with the padding cut off.
+        position_limit: how many positions the network has learned; None where it computes them.
 
     Raises:
         TypeError: ``module`` is no ``torch.nn.Module``.
@@ -119,6 +121,8 @@ class BackboneModel:
         self.vocab_size = 0
         self.head_on_masked_rows = False
         self.pad_invariant = True
+        self.position_limit: int | None = None
+        self._filler: int | None = None
         self._accepted = accepted_arguments(module)
         self._head = output_head(module)
         self._seen_mask: tuple[weakref.ref[Tensor], int, tuple[bool, dict[str, Any]]] | None = None
@@ -165,7 +169,7 @@ class BackboneModel:
         """Logits of the masked slots: one forward of the network, without gradient, in its own dtype.
 
         Args:
-            canvas: [B, S] int64 token ids, mask tokens in the open slots.
+            canvas: [B, S] int64 token ids, mask tokens in the open slots; what stands in the padding is not read.
             attention_mask: [B, S] bool, True at real tokens; padding is on the left.
             masked: [B, S] bool, True where logits are wanted.
             positions: [N] int64, ``masked.flatten().nonzero()`` when the caller already has it; saves the
@@ -177,9 +181,11 @@ class BackboneModel:
             It is ``out`` or a tensor of its own.
 
         Raises:
-            ValueError: shapes or dtypes do not fit.
+            ValueError: shapes or dtypes do not fit, or a row is longer than the positions that the network has learned.
         """
         _check_canvas(canvas, attention_mask, masked)
+        if self.position_limit is not None and canvas.shape[1] > self.position_limit:
+            self.check_length(int(attention_mask.sum(1).max()), "a prompt with its response slots")
         if positions is None:
             positions = masked.flatten().nonzero().squeeze(1)
         if positions.numel() == 0:
@@ -190,7 +196,18 @@ class BackboneModel:
             padded, arguments = self._arguments(attention_mask)
             if padded and not self.pad_invariant:
                 return self._by_padding(canvas, attention_mask, positions)
+            if padded and self._filler is not None:
+                # The id that the probe padded with: RoBERTa and its kin count positions by ids.
+                canvas = canvas.masked_fill(~attention_mask, self._filler)
             return self._rows(canvas, arguments, positions, out)
+
+    def check_length(self, length: int, what: str) -> None:
+        """Raise ValueError for more tokens than the network has learned positions for; ``what`` says whose they are."""
+        if self.position_limit is not None and length > self.position_limit:
+            raise ValueError(
+                f"{type(self.module).__name__} has learned {self.position_limit} positions, and {what} takes {length} "
+                f"tokens; accepted: at most {self.position_limit} (a shorter prompt or a smaller max_new_tokens)"
+            )
 
     def _arguments(self, attention_mask: Tensor) -> tuple[bool, dict[str, Any]]:
         """``(padded, keyword arguments)``, computed once per mask tensor: a run keeps one for all its steps."""
@@ -268,7 +285,9 @@ class BackboneModel:
         mask = self.mask_token_id
         first = torch.tensor([[tokens[0], mask, tokens[1], mask, tokens[2]]], device=self.device)
         real = torch.ones_like(first, dtype=torch.bool)
-        logits = self._full(first, real)
+        found: list[Tensor] = []
+        self.position_limit = learned_positions(lambda: found.append(self._full(first, real)), first.shape[1])
+        (logits,) = found
         if logits.dim() != 3 or logits.shape[:2] != first.shape:
             raise ValueError(f"{name} returned logits of shape {tuple(logits.shape)} for a canvas of shape (1, 5)")
         if not bool(logits.isfinite().all()):
@@ -286,8 +305,8 @@ class BackboneModel:
                 raise ValueError(self.causal_message())
 
         # Padding: the same tokens behind two pads must give the same logits, to rounding.
-        filler = tokens[3] if pad is None or (rows is not None and pad >= rows) else pad
-        wide = torch.cat([first.new_full((1, 2), filler), first], dim=1)
+        self._filler = tokens[3] if pad is None or (rows is not None and pad >= rows) else pad
+        wide = torch.cat([first.new_full((1, 2), self._filler), first], dim=1)
         valid = torch.cat([real.new_zeros(1, 2), real], dim=1)
         self.pad_invariant = same_result(self._full(wide, valid)[:, 2:], logits)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
@@ -95,6 +97,36 @@ def first_nonfinite_parameter(module: nn.Module) -> str | None:
     return next((name for name, ok in zip(names, finite, strict=True) if not ok), None)
 
 
+class _Lookups(TorchFunctionMode):
+    """Notes the ids and the rows of every embedding table that is read inside."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[torch.Tensor, int]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.embedding and len(args) > 1:
+            self.seen.append((args[0], args[1].shape[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def learned_positions(run: Callable[[], Any], length: int) -> int | None:
+    """How many positions a network has learned; None where it computes them.
+
+    A table that is read at one row after the other, a row a place, is one of positions, whatever it is called.
+
+    Args:
+        run: runs the network on texts of ``length`` tokens, without padding and not of consecutive ids.
+        length: at least 2.
+    """
+    with _Lookups() as lookups:
+        run()
+    limits = []
+    for ids, rows in lookups.seen:
+        if ids.dim() and ids.shape[-1] == length and ids.numel() and bool((ids.diff(dim=-1) == 1).all()):
+            limits.append(rows - int(ids.min()))  # RoBERTa and its kin begin behind their padding token's row
+    return min(limits, default=None)
+
+
 def module_device(module: nn.Module) -> torch.device:
     """The device that a module takes its inputs on: its input embedding's, else its first parameter's."""
     embedding = input_embedding(module)
@@ -110,11 +142,15 @@ def module_dtype(module: nn.Module) -> torch.dtype:
 
 
 def input_embedding(module: nn.Module) -> nn.Module | None:
-    """The module's token embedding, None when it exposes none."""
-    try:
-        return module.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
+    """The module's token embedding, or that of the network it is put around; None when none is exposed."""
+    for owner in (module, *module.children()):
+        try:
+            found = owner.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            continue
+        if found is not None:
+            return found
+    return None
 
 
 def output_head(module: nn.Module) -> nn.Module | None:

@@ -161,9 +161,14 @@ class EmbeddingReward(Combinable):
         unmatched: see :class:`VocabularyMap`.
         chat_template: a template to use instead of the tokenizer's own.
 
+    Attributes:
+        position_limit: how many positions the network has learned; None where it computes them, or cuts texts.
+
     Raises:
         TypeError, ValueError: an argument is not what it should be, named in the message.
     """
+
+    position_limit: int | None = None
 
     def __init__(
         self, module: nn.Module, tokenizer: Any, *, unmatched: str = "unk", chat_template: str | None = None
@@ -250,7 +255,7 @@ class EmbeddingReward(Combinable):
         """Prefix and suffix of every prompt, as ids and as padded embeddings."""
         if not conversations:
             raise ValueError("there are no prompts to prepare; accepted: at least one conversation")
-        split = [self.split(turns) for turns in conversations]
+        split = [self._as_read(*self.split(turns)) for turns in conversations]
         prefix_ids, suffix_ids = [list(ids) for ids, _ in split], [list(ids) for _, ids in split]
         prefix, prefix_valid = self.embed_right_aligned(prefix_ids)
         suffix, suffix_valid = self.embed_right_aligned(suffix_ids)
@@ -263,6 +268,25 @@ class EmbeddingReward(Combinable):
             suffix,
             suffix_valid,
         )
+
+    def _as_read(self, prefix: list[int], suffix: list[int]) -> tuple[list[int], list[int]]:
+        """The beginning and the end of a text, as far as the network reads them."""
+        return prefix, suffix
+
+    def check_length(self, conversations: list[Conversation], slots: int) -> None:
+        """Raise ValueError where a prompt leaves no room for so many response slots, before anything is run."""
+        if self.position_limit is None:
+            return
+        for place, turns in enumerate(conversations):
+            prefix, suffix = self._as_read(*self.split(turns))
+            self._check_fits(len(prefix) + slots + len(suffix), f"prompt {place} with {slots} response slots")
+
+    def _check_fits(self, length: int, what: str) -> None:
+        if self.position_limit is not None and length > self.position_limit:
+            raise ValueError(
+                f"{type(self.module).__name__} has learned {self.position_limit} positions, and {what} takes {length} "
+                f"tokens of the reward model, its chat template included; accepted: at most {self.position_limit}"
+            )
 
     def embed_right_aligned(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Embeddings [R, T, D] of token ids, padded with zeros on the left, and which positions are real [R, T]."""
@@ -277,6 +301,27 @@ class EmbeddingReward(Combinable):
         ids, valid = ids.to(device), valid.to(device)
         with plain_precision(device), torch.no_grad():
             return self.embedding(ids).masked_fill(~valid[..., None], 0), valid
+
+
+def reward_gradient(value: Tensor, embeddings: Tensor, name: str, *, retain_graph: bool = False) -> Tensor:
+    """d value / d embeddings, of a value [] made of rewards.
+
+    Args:
+        value, embeddings: as for ``torch.autograd.grad``, as is ``retain_graph``.
+        name: what the embeddings are called where the reward is made.
+
+    Raises:
+        ValueError: no gradient gets from one to the other.
+    """
+    gradient = None
+    if value.requires_grad:
+        (gradient,) = torch.autograd.grad(value, embeddings, retain_graph=retain_graph, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            f"the reward's value does not depend on {name} (no gradient: detach, argmax, no_grad or numpy on the way); "
+            "use it for ranking (method='none'), not for guidance"
+        )
+    return gradient
 
 
 def assemble(prepared: PreparedPrompts, index: Tensor, response: Tensor, alive: Tensor) -> Sequences:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from entrgi_kernels.models.modules import evaluating, frozen, plain_precision
-from entrgi_kernels.rewards.base import EmbeddingReward, PreparedPrompts, assemble
+from entrgi_kernels.rewards.base import EmbeddingReward, PreparedPrompts, assemble, reward_gradient
 from entrgi_kernels.rewards.network import check_texts, widened
 from entrgi_kernels.rewards.template import PLAIN, Conversation
 
@@ -43,7 +43,8 @@ class CallableReward(EmbeddingReward):
 
     Raises:
         TypeError: the function cannot be called, or the embedding is none.
-        ValueError: as for :class:`EmbeddingReward`; in use, when the function returns anything but [B] numbers.
+        ValueError: as for :class:`EmbeddingReward`; in use, when the function returns anything but [B] numbers, or
+            under guidance no gradient reaches ``inputs_embeds``.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class CallableReward(EmbeddingReward):
             embedding = nn.Embedding.from_pretrained(embedding.detach())
         self.function = function
         self._network = module
+        self._guides = False  # not seen yet to pass a gradient on
         if chat_template is None and not getattr(tokenizer, "chat_template", None):
             chat_template = PLAIN
         super().__init__(_Holder(embedding), tokenizer, unmatched=unmatched, chat_template=chat_template)
@@ -103,6 +105,10 @@ class CallableReward(EmbeddingReward):
         if not isinstance(rewards, Tensor) or rewards.shape != mask.shape[:1] or not rewards.is_floating_point():
             given = f"{rewards.dtype} {tuple(rewards.shape)}" if isinstance(rewards, Tensor) else type(rewards).__name__
             raise ValueError(f"the reward function returned {given}; accepted: floating-point [B] = {(len(mask),)}")
+        if torch.is_grad_enabled() and embeddings.requires_grad and not self._guides:
+            # Once: in a sum, another part's gradient would hide that this one has none.
+            reward_gradient(rewards.sum(), embeddings, "inputs_embeds", retain_graph=True)
+            self._guides = True
         return widened(rewards)
 
 

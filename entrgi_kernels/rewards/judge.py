@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,7 +15,17 @@ from entrgi_kernels.rewards.base import Sequences
 from entrgi_kernels.rewards.causal import CausalHead, wide
 from entrgi_kernels.rewards.plain import plain_ids
 from entrgi_kernels.rewards.pooled import PooledReward
-from entrgi_kernels.rewards.template import Conversation, check_unicode, encode_prompt, new_mark, split_at
+from entrgi_kernels.rewards.template import (
+    Conversation,
+    check_unicode,
+    encode_prompt,
+    new_mark,
+    open_tag,
+    split_at,
+    surroundings,
+)
+
+logger = logging.getLogger("entrgi_kernels")
 
 #: How the question is put. ``{prompt}`` is the last user turn, ``{response}`` what is judged.
 INSTRUCTION = (
@@ -51,7 +62,7 @@ class JudgeReward(PooledReward):
     Raises:
         TypeError: not a network, or no tokenizer.
         ValueError: an empty question, an instruction without its fields, a tokenizer without a token for yes or no,
-            and as for :class:`LikelihoodReward`.
+            a template whose generation prompt opens a thought all the same, and as for :class:`LikelihoodReward`.
     """
 
     takes_targets = True
@@ -91,7 +102,34 @@ class JudgeReward(PooledReward):
         both = set(self.yes_ids) & set(self.no_ids)
         if both:
             raise ValueError(f"the tokens {sorted(both)} would count as yes and as no; pass other yes= and no=")
+        self._check_place()
         self._find_way("causal language models")
+
+    def _check_place(self) -> None:
+        """Refuse templates behind whose generation prompt comes a thought rather than an answer."""
+        chosen = {"chat_template": self.chat_template, "enable_thinking": False}
+        asked, before = surroundings(self.tokenizer, **chosen)
+        tag = open_tag(asked)
+        if tag is not None:
+            raise ValueError(
+                f"the chat template opens {tag!r} in its generation prompt ({asked[-80:]!r}), enable_thinking=False or "
+                "not, so yes or no would be read inside a thought; accepted: a template that asks for the answer "
+                "itself (pass chat_template=)"
+            )
+        if before is None or asked.strip() == before.strip():
+            return
+        same = next((i for i, (a, b) in enumerate(zip(asked, before, strict=False)) if a != b), None)
+        same = min(len(asked), len(before)) if same is None else same
+        tag = open_tag(asked[same:], thoughts=False)
+        if tag is not None or before[same:].strip():
+            what = f"opens {tag!r}" if tag is not None else f"leaves out {before[same:]!r}"
+            logger.warning(
+                "the judge's chat template %s in its generation prompt (%r), unlike before an answer (%r): where the "
+                "model does not answer yes or no right there, its odds mean nothing; chat_template= takes another",
+                what,
+                asked[-80:],
+                before[-80:],
+            )
 
     def _described(self) -> str:
         return f"question={self.question!r}, "

@@ -13,7 +13,7 @@ from entrgi_kernels.rewards.base import PreparedPrompts, Sequences, Targets, ass
 from entrgi_kernels.rewards.causal import CausalHead, by_chunks, wide
 from entrgi_kernels.rewards.network import NetworkReward, widened
 from entrgi_kernels.rewards.savings import last_real
-from entrgi_kernels.rewards.template import Conversation
+from entrgi_kernels.rewards.template import Conversation, open_tag, surroundings
 from entrgi_kernels.rewards.vocabulary import VocabularyMap
 
 
@@ -50,7 +50,8 @@ class LikelihoodReward(NetworkReward):
     Raises:
         TypeError: not a network, or no tokenizer.
         ValueError: the network is not causal or gives other predictions for embeddings than for the tokens they come
-            from, no chat template, weights that are not finite, or an unknown name of a saving.
+            from, no chat template or one that leaves a thought open before an answer, weights that are not finite, or
+            an unknown name of a saving.
     """
 
     takes_targets = True
@@ -74,6 +75,12 @@ class LikelihoodReward(NetworkReward):
             exact_savings=exact_savings,
         )
         self._causal.check_causal()
+        tag = open_tag(surroundings(tokenizer, chat_template=chat_template)[1] or "")
+        if tag is not None:
+            raise ValueError(
+                f"the chat template opens {tag!r} before an answer and leaves it open, so the response's likelihood "
+                "would be that of a thought; accepted: a template that does not (pass chat_template=)"
+            )
         self._matrices: dict[VocabularyMap, Tensor] = {}
         self._known: dict[tuple[VocabularyMap, torch.device], Tensor] = {}
         self._find_way("causal language models")

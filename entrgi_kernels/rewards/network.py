@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from entrgi_kernels.models.modules import (
     evaluating,
     first_nonfinite_parameter,
     frozen,
+    learned_positions,
     plain_precision,
 )
 from entrgi_kernels.rewards.base import EmbeddingReward, PreparedPrompts, Sequences, Targets, assemble
@@ -82,6 +84,10 @@ class NetworkReward(EmbeddingReward):
         self._whole_accepts = accepted_arguments(module)
         self._backbone_accepts = accepted_arguments(backbone) if backbone is not None else set()
         self._takes_positions = self._bears_padding = True
+        # Ids before which the reward is read when they end a text, and ids by which the network does more than look
+        # up an embedding, with how many of them a text may hold (1: at its end).
+        self._passed_over: frozenset[int] = frozenset()
+        self._apart: dict[int, int] = {}
         self._savings: ExactSavings | None = None
         self._requested = requested
         self._no_savings = "the weights are not loaded, so nothing could be tried"
@@ -191,6 +197,9 @@ class NetworkReward(EmbeddingReward):
         with plain_precision(self.device), evaluating(self.module), frozen(self.module):
             if isinstance(targets, Targets):
                 alive = alive & ~targets.ended
+            if self.position_limit is not None:
+                fixed = (len(a) + len(z) for a, z in zip(prepared.prefix_ids, prepared.suffix_ids, strict=True))
+                self._check_fits(max(fixed) + response.shape[1], f"a prompt with {response.shape[1]} response slots")
             sequences = self._sequences(prepared, index, response, alive, targets)
             index = index.to(sequences.mask.device)
             self.last_savings = frozenset()
@@ -213,10 +222,14 @@ class NetworkReward(EmbeddingReward):
             batch_size: texts run together at most.
 
         Raises:
-            ValueError: the lists differ in length, or ``batch_size`` is not positive.
+            ValueError: the lists differ in length, ``batch_size`` is not positive, or a text is longer than the
+                positions that the network has learned.
         """
         check_texts(conversations, responses, batch_size)
         rows = [self.encode(turns, response) for turns, response in zip(conversations, responses, strict=True)]
+        rows = [self._as_read([], ids)[1] for ids in rows]
+        for place, ids in enumerate(rows):
+            self._check_fits(len(ids), f"text {place} with its prompt")
         starts = [self._start(turns, row) for turns, row in zip(conversations, rows, strict=True)]
         scores = [0.0] * len(rows)
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # equal lengths together: least padding
@@ -231,11 +244,31 @@ class NetworkReward(EmbeddingReward):
                 scores[row] = score
         return scores
 
+    def _as_read(self, prefix: list[int], suffix: list[int]) -> tuple[list[int], list[int]]:
+        ids = [*prefix, *suffix]
+        for index, most in self._apart.items():
+            if index in ids[: len(ids) - most]:
+                raise ValueError(
+                    f"the chat template writes the token {self.tokenizer.convert_ids_to_tokens(index)!r} (id {index}), "
+                    f"at which {type(self.module).__name__} does more than look up an embedding (it tells padding or "
+                    "the end of a text by it), so it gives another score for embeddings than for tokens; accepted: a "
+                    "template without it (chat_template=), or a config whose pad_token_id no text holds"
+                )
+        end = len(suffix)
+        while end and suffix[end - 1] in self._passed_over:
+            end -= 1
+        return prefix, suffix[: end if prefix else max(end, 1)]
+
     def _start(self, conversation: Conversation, ids: list[int]) -> int:
         """From which of a text's tokens on its reward counts, for rewards that count tokens."""
         return 0
 
     # ---- how the model is run
+
+    @property
+    def _config(self) -> Any:
+        """The network's configuration, None where it has none."""
+        return getattr(self.module, "config", None) or getattr(self._backbone, "config", None)
 
     @property
     def _pads_freely(self) -> bool:
@@ -244,7 +277,7 @@ class NetworkReward(EmbeddingReward):
 
     def _suffixes_disturb(self, prepared: PreparedPrompts) -> bool:
         """Whether suffixes of unequal length put padding where an attention window, counted in places, feels it."""
-        windowed = getattr(getattr(self.module, "config", None), "sliding_window", None) is not None
+        windowed = getattr(self._config, "sliding_window", None) is not None
         return windowed and len(set(map(len, prepared.suffix_ids))) > 1
 
     def _output(self, network: nn.Module, accepts: set[str], sequences: Sequences) -> Any:
@@ -300,38 +333,114 @@ class NetworkReward(EmbeddingReward):
         name = type(self.module).__name__
         if any(parameter.is_meta for parameter in self.module.parameters()):
             return
-        rows = self.embedding.weight.shape[0]
-        padding = getattr(getattr(self.module, "config", None), "pad_token_id", None)
-        ordinary = [index for index in range(rows) if index != padding][:256] or [0]
+        rows, special = self.embedding.weight.shape[0], self._special_ids()
+        ordinary = [index for index in range(rows) if index not in special][:256] or [0]
         texts = [[ordinary[(7 * k + 3 * j * (k + 1)) % len(ordinary)] for j in range(7)] for k in range(4)]
         with plain_precision(self.device), torch.no_grad(), evaluating(self.module):
             # One by one, since a model without a padding token takes no batch.
             own = torch.stack([self._own(ids) for ids in texts])
             if not bool(own.isfinite().all()):
                 raise ValueError(f"{name} returns {own.tolist()} for ordinary tokens; the weights are damaged")
-            for pooling in ("last", "whole"):
-                accepts = self._backbone_accepts if pooling == "last" else self._whole_accepts
-                if pooling == "last" and self._backbone is None:
-                    continue
+            tried: list[str] = []
+            for way in self._ways():
+                self.pooling = way
+                accepts = self._backbone_accepts if self.pooling == "last" else self._whole_accepts
                 for given in (True, False):
                     if given and not accepts & {"position_ids", "**"}:
                         continue
-                    self.pooling, self._takes_positions = pooling, given
+                    self._takes_positions = given
                     try:
                         found = self._plain(self._text_sequences(texts, [1] * len(texts)))
-                    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+                    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+                        tried.append(f"{self._way()}: {type(error).__name__}: {error}"[:200])
                         continue
-                    if same_result(found.to(own.dtype), own):
-                        # Float64 under eager attention gives NaN where a position sees nothing, as padding does.
-                        unequal = [texts[0], texts[1][:-1] + texts[1], texts[2]]
-                        padded = self._plain(self._text_sequences(unequal, [1] * len(unequal)))
-                        self._bears_padding = bool(padded.isfinite().all())
+                    if same_result(found.to(self.dtype), own.to(self.dtype)):
+                        self._look_closer(texts, own, special)
                         self._probe_savings(ordinary)
                         return
+                    tried.append(f"{self._way()}: {found[0].item():.4g} for embeddings, {own[0].item():.4g} for tokens")
         raise ValueError(
             f"{name} does not give the same score for input embeddings as for the tokens they come from, so it cannot "
-            f"guide; accepted: {accepted} whose forward takes inputs_embeds"
+            f"guide; accepted: {accepted} whose forward takes inputs_embeds. Tried: {'; '.join(dict.fromkeys(tried))}"
         )
+
+    def _ways(self) -> Iterator[str]:
+        """The values of ``pooling`` to try, in turn."""
+        if self._backbone is not None:
+            yield "last"
+        yield "whole"
+
+    def _way(self) -> str:
+        """What is being tried, in words."""
+        return "its own forward" if self.pooling == "whole" else "its backbone and its head apart"
+
+    def _special_ids(self) -> set[int]:
+        """Ids by which a network may tell padding, or the end of a text."""
+        config = self._config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        found: set[Any] = set()
+        for source in (config, text, self.tokenizer):
+            for name in ("pad_token_id", "eos_token_id"):
+                value = getattr(source, name, None)
+                found.update(value if isinstance(value, (list, tuple)) else [value])
+        rows = self.embedding.weight.shape[0]
+        return {index for index in found if isinstance(index, int) and 0 <= index < rows}
+
+    def _look_closer(self, texts: list[list[int]], own: Tensor, special: set[int]) -> None:
+        """Find out what padding, single tokens, masked places and lengths do to a network that is run the right way."""
+
+        @functools.cache
+        def answers(ids: tuple[int, ...]) -> Tensor:
+            return self._own(list(ids))
+
+        @functools.cache
+        def ours(ids: tuple[int, ...]) -> Tensor:
+            return self._plain(self._text_sequences([list(ids)], [1]))[0]
+
+        # Float64 under eager attention gives NaN where a position sees nothing, as padding does.
+        unequal = [texts[0], texts[1][:-1] + texts[1], texts[2]]
+        if self._pads_freely:
+            padded = self._plain(self._text_sequences(unequal, [1] * len(unequal)))
+            self._bears_padding = bool(padded.isfinite().all())
+        self.position_limit = learned_positions(lambda: ours(tuple(texts[0])), len(texts[0]))
+
+        def far(ids: tuple[int, ...], read: tuple[int, ...]) -> float:
+            """How far the network's own answer is from ours for what is read of a text; inf where it is another."""
+            asked, found = torch.cat([own, answers(ids)[None]]), torch.cat([own, ours(read)[None].to(own.dtype)])
+            same = same_result(found.to(self.dtype), asked.to(self.dtype))
+            return abs(float(asked[-1] - found[-1])) if same else torch.inf
+
+        def ending(index: int, some: list[tuple[int, ...]]) -> tuple[float, float]:
+            """How far ours is from the network's own for texts that end with a token: read, and passed over."""
+            whole = [(*text, index) for text in some]
+            passed = zip(whole, some, strict=True)
+            return sum(far(text, text) for text in whole), sum(far(text, read) for text, read in passed)
+
+        several, passed_over = [tuple(text) for text in texts], set()
+        text = several[1]
+        for index in sorted(special):
+            kept, cut = ending(index, [text])
+            if max(kept, cut) < torch.inf:  # in 16 bits one text may fit both ways
+                kept, cut = ending(index, several)
+            if cut < kept:
+                passed_over.add(index)
+            if min(kept, cut) == torch.inf:
+                self._apart[index] = 0
+                continue
+            inside, twice = (text[0], index, *text[1:]), (*text, index, index)
+            if far(inside, inside) == torch.inf or far(twice, text if cut < kept else twice) == torch.inf:
+                self._apart[index] = 1
+        self._passed_over = frozenset(passed_over)
+        if self.pooling == "whole":
+            sequences = self._text_sequences([texts[0]] * 2, [1] * 2)
+            sequences.mask[:, 3] = False
+            sequences.embeddings[1, 3] += 1
+            one, other = self._plain(sequences)
+            if not same_result(one, other):
+                raise ValueError(
+                    f"{type(self.module).__name__} reads places that attention_mask leaves out, so slots behind the "
+                    "end of a response would count; accepted: networks that mask them"
+                )
 
     @torch.no_grad()
     def _probe_savings(self, ordinary: list[int]) -> None:

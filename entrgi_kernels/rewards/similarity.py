@@ -15,6 +15,7 @@ from entrgi_kernels.models.modules import (
     evaluating,
     first_nonfinite_parameter,
     frozen,
+    learned_positions,
     plain_precision,
 )
 from entrgi_kernels.rewards.base import EmbeddingReward, PreparedPrompts, Targets, assemble
@@ -96,9 +97,10 @@ class SimilarityReward(EmbeddingReward):
         if pooling is None or max_length is None:
             theirs, length = _settings(getattr(module, "config", None), pooling is None)
         self.target, self.pooling = target, pooling or theirs or "mean"
-        limits = [limit for limit in (max_length or length, _positions(module)) if limit]
-        self.max_length: int | None = min(limits) if limits else None
         self._accepts = accepted_arguments(module)
+        said = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+        limits = [limit for limit in (max_length or length, said, self._positions()) if limit]
+        self.max_length: int | None = min(limits) if limits else None
         self._aim: tuple[Any, Tensor] | None = None
 
     def __repr__(self) -> str:
@@ -182,12 +184,7 @@ class SimilarityReward(EmbeddingReward):
             embeddings, mask = embeddings[:, :longest], mask[:, :longest]
         elif self.max_length is not None:
             embeddings, mask = embeddings[:, : self.max_length], mask[:, : self.max_length]
-        arguments: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": mask.long()}
-        if "use_cache" in self._accepts:
-            arguments["use_cache"] = False
-        output = self.module(**arguments)
-        hidden = getattr(output, "last_hidden_state", None)
-        hidden = wide(hidden if isinstance(hidden, Tensor) else output[0])
+        hidden = self._states(embeddings, mask)
         if self.pooling == "cls":
             return hidden[:, 0]
         if self.pooling == "last":
@@ -195,6 +192,23 @@ class SimilarityReward(EmbeddingReward):
         if self.pooling == "max":
             return hidden.masked_fill(~mask[..., None], torch.finfo(hidden.dtype).min).amax(1)
         return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+
+    def _states(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """The network's final states [B, T, D'] of rows [B, T, D]."""
+        arguments: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": mask.long()}
+        if "use_cache" in self._accepts:
+            arguments["use_cache"] = False
+        output = self.module(**arguments)
+        hidden = getattr(output, "last_hidden_state", None)
+        return wide(hidden if isinstance(hidden, Tensor) else output[0])
+
+    def _positions(self) -> int | None:
+        """How many positions the network has learned, None where it computes them."""
+        if any(parameter.is_meta for parameter in self.module.parameters()):
+            return None
+        with plain_precision(self.device), evaluating(self.module), torch.no_grad():
+            text = self.embed_right_aligned([[0] * 4])
+            return learned_positions(lambda: self._states(*text), 4)
 
 
 def _settings(config: Any, pooling: bool) -> tuple[str | None, int | None]:
@@ -279,13 +293,3 @@ def _of_repository(source: str, name: str, revision: str | None) -> Path | None:
             "is then not known: load it by an absolute path, have the whole repository in the cache, or pass pooling= "
             "and max_length="
         ) from error
-
-
-def _positions(module: nn.Module) -> int | None:
-    """How many positions a model has, None where it says nothing."""
-    config = getattr(module, "config", None)
-    count = getattr(config, "max_position_embeddings", None)
-    # RoBERTa and its kin count positions from behind the padding token.
-    table = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
-    offset = getattr(table, "padding_idx", None)
-    return count if count is None or offset is None else count - offset - 1

@@ -34,6 +34,11 @@ CHATML = (
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 _PRIVATE = "\U000f0000"  # the first of the private characters that stand for control tokens
 _decoded_once = False
+# Tags of whatever brackets, and what their names say. A channel's name stands behind its tag.
+_TAG = re.compile(r"[<\[◁⟨【]([^\s<>\[\]◁▷⟨⟩【】]{1,40})[>\]▷⟩】]")
+_THOUGHT = re.compile(r"think|thought|reason|reflect|scratchpad|analy[sz]|deliberat", re.IGNORECASE)
+_CLOSING = re.compile(r"/|end|stop|close|no_?think|^<[^|]+\|>$", re.IGNORECASE)
+_CHANNEL = re.compile(r"<\|channel\|?>\s*(?:analysis|thought|thinking)\b(?!.*(?:<channel\|>|<\|end\|>))", re.DOTALL)
 
 
 # ---- conversations
@@ -219,6 +224,39 @@ def split_at(
         ids_of_parts(tokenizer, [*pieces[:place], (before, written)]),
         ids_of_parts(tokenizer, [(after, written), *pieces[place + 1 :]], continuation=True),
     )
+
+
+def surroundings(tokenizer: Any, *, chat_template: str | None = None, **variables: Any) -> tuple[str, str | None]:
+    """What a template writes behind a user's turn where an answer is asked for, and where one stands.
+
+    Returns:
+        The generation prompt, and what comes before an assistant's content; None where the template refuses one.
+    """
+    user, assistant = _marks(2, ())
+    turns = [{"role": "user", "content": user}]
+    asked = render(tokenizer, turns, add_generation_prompt=True, chat_template=chat_template, **variables)
+    try:
+        turns.append({"role": "assistant", "content": assistant})
+        answered: str | None = render(tokenizer, turns, chat_template=chat_template, **variables)
+    except ValueError:
+        answered = None
+    before = None if answered is None else answered.rpartition(user)[2].partition(assistant)[0]
+    return asked.rpartition(user)[2], before
+
+
+def open_tag(text: str, *, thoughts: bool = True) -> str | None:
+    """The last tag that a text leaves open: ``<think>``, ``[THINK]``, ``<|START_THINKING|>``; None without one.
+
+    Args:
+        text: of a template.
+        thoughts: look at tags that name a thought alone.
+    """
+    opened = None
+    for found in _TAG.finditer(text):
+        if not thoughts or _THOUGHT.search(found[0]):
+            opened = None if _CLOSING.search(found[0]) else found[0]
+    channel = _CHANNEL.search(text)
+    return channel[0] if channel and opened is None else opened
 
 
 def new_mark(texts: Iterable[str]) -> str:

@@ -112,6 +112,12 @@ class WeightedSum(Combinable):
         parts = [reward.prepare(conversations) for reward in self.rewards]
         return PreparedPrompts([list(turns) for turns in conversations], extra={"parts": parts})
 
+    def check_length(self, conversations: list[Conversation], slots: int) -> None:
+        """Raise ValueError where a prompt leaves no room for so many response slots in one of the parts."""
+        for reward in self.rewards:
+            if hasattr(reward, "check_length"):
+                reward.check_length(conversations, slots)
+
     def score_embeddings(
         self,
         prepared: PreparedPrompts,

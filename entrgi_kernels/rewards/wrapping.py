@@ -12,14 +12,15 @@ from entrgi_kernels.rewards.base import Reward
 from entrgi_kernels.rewards.judge import JudgeReward
 from entrgi_kernels.rewards.likelihood import LikelihoodReward
 from entrgi_kernels.rewards.savings import parse_savings
-from entrgi_kernels.rewards.sequence_classification import SequenceClassifierReward
+from entrgi_kernels.rewards.sequence_classification import SequenceClassifierReward, has_head, is_classifier
 from entrgi_kernels.rewards.similarity import SimilarityReward
 from entrgi_kernels.rewards.vocabulary import check_unmatched
 
 _ACCEPTED = (
     "accepted, each loaded and with its tokenizer: a sequence classifier with one label "
-    "(AutoModelForSequenceClassification), a causal language model (AutoModelForCausalLM; with question= a judge), a "
-    "sentence-embedding model (AutoModel) with target=; or an object that follows entrgi_kernels.rewards.Reward"
+    "(AutoModelForSequenceClassification), another reward model that gives one number to a text, a causal language "
+    "model (AutoModelForCausalLM; with question= a judge), a sentence-embedding model (AutoModel) with target=; or an "
+    "object that follows entrgi_kernels.rewards.Reward"
 )
 
 
@@ -37,6 +38,7 @@ def wrap(
 
     ====================================  ======================================================================
     ``*ForSequenceClassification``        :class:`SequenceClassifierReward`
+    another reward model                  the same (``*ForRewardModel``, a value head, a network of one's own)
     ``*ForCausalLM``                      :class:`LikelihoodReward`; with ``question=``, :class:`JudgeReward`
     a network without a head (AutoModel)  :class:`SimilarityReward`, needs ``target=``
     a reward                              itself
@@ -87,18 +89,15 @@ def wrap(
         return SimilarityReward(model_or_reward, tokenizer, target, **common)
     if question is not None:
         return JudgeReward(model_or_reward, tokenizer, question, **common, **savings)
-    if _is_classifier(model_or_reward):
+    if is_classifier(model_or_reward):
         return SequenceClassifierReward(model_or_reward, tokenizer, **common, **savings)
-    if output_head(model_or_reward) is not None:
+    # A reward model may call its own head, of one number, its output embeddings.
+    weight = getattr(output_head(model_or_reward), "weight", None)
+    if output_head(model_or_reward) is not None and (weight is None or len(weight) > 1):
         return LikelihoodReward(model_or_reward, tokenizer, **common, **savings)
-    # No head at all: an embedding model, unless a classifier of somebody's own is meant.
-    if name.endswith("Model"):
+    # No head at all: an embedding model, unless a reward model of somebody's own is meant.
+    if name.endswith("Model") and not has_head(model_or_reward):
         raise TypeError(
             f"{name} has no head, so it makes no reward without target= (a text to come close to); {_ACCEPTED}"
         )
     return SequenceClassifierReward(model_or_reward, tokenizer, **common, **savings)
-
-
-def _is_classifier(module: nn.Module) -> bool:
-    core = module.get_base_model() if hasattr(module, "get_base_model") else module  # PEFT wraps the model it adapts
-    return "SequenceClassification" in type(core).__name__

@@ -84,16 +84,14 @@ def _score(model: Any, tokenizer: Any, rows: list[tuple[int, list[int], list[int
     import torch
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    width = max(len(ids) for _, ids, _, _ in rows)
-    height = max(len(response) for _, _, response, _ in rows)
-    canvas = torch.full((len(rows), width + height), pad, dtype=torch.int64)
+    width = max(len(ids) + len(response) for _, ids, response, _ in rows)
+    canvas = torch.full((len(rows), width), pad, dtype=torch.int64)
     real = torch.zeros_like(canvas, dtype=torch.bool)
     masked = torch.zeros_like(real)
     for i, (_, ids, response, hidden) in enumerate(rows):
-        first, last = width - len(ids), width + len(response)
-        canvas[i, first:last] = torch.tensor(ids + response)
-        real[i, first:last] = True
-        masked[i, width:last] = hidden
+        canvas[i, width - len(ids) - len(response) :] = torch.tensor(ids + response)
+        real[i, width - len(ids) - len(response) :] = True
+        masked[i, width - len(response) :] = hidden
     truth = canvas[masked]
     canvas[masked] = model.mask_token_id
     with torch.inference_mode():

@@ -26,6 +26,9 @@ class Model:
     def masked_logits(self, canvas, attention, masked):
         assert (canvas[masked] == MASK).all() and not (canvas[~masked] == MASK).any()
         assert attention[masked].all()
+        assert (attention.long().diff(dim=1) >= 0).all() and attention[
+            :, -1
+        ].all()  # padded on the left, as adapters ask
         self.hidden += masked.sum(dim=1).tolist()
         logits = torch.zeros(int(masked.sum()), V)
         logits[:, 3] = self.sharp

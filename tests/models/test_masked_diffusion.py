@@ -36,7 +36,12 @@ def network(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float
     settings.update(changes)
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**settings)
-    kind = {"Bert": "BertForMaskedLM", "Roberta": "RobertaForMaskedLM", "GPT2": "GPT2LMHeadModel"}
+    kind = {
+        "Bert": "BertForMaskedLM",
+        "Roberta": "RobertaForMaskedLM",
+        "XLMRoberta": "XLMRobertaForMaskedLM",
+        "GPT2": "GPT2LMHeadModel",
+    }
     model_class = getattr(transformers, kind.get(name, f"{name}ForCausalLM"))
     return model_class._from_config(config, attn_implementation=attention).to(dtype).eval()
 
@@ -236,6 +241,33 @@ def test_padding_that_disturbs_is_cut_off():
                 logits = module(row[valid][None])[0]
             expected.append((torch.cat([logits[:1], logits[:-1]]) if shift else logits)[hit[valid]])
         torch.testing.assert_close(found, torch.cat(expected))
+
+
+@pytest.mark.parametrize("name", ["Roberta", "XLMRoberta", "Bert", "Qwen3"])
+def test_what_stands_in_the_padding_is_not_read(name):
+    """Sampler and tokenizer may pad with another id than the config's, by which RoBERTa counts positions."""
+    model = MaskedDiffusion(network(name), MASK)
+    ids, real, masked = canvas()
+    expected = model.masked_logits(ids, real, masked)
+    for other in (7, MASK):
+        changed = ids.masked_fill(~real, other)
+        kept = changed.clone()
+        torch.testing.assert_close(model.masked_logits(changed, real, masked), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(changed, kept)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("Bert", 64), ("Roberta", 63), ("GPT2", 64), ("Qwen3", None)])
+def test_learned_positions_are_counted(name, limit):
+    model = MaskedDiffusion(network(name), MASK)
+    assert model.position_limit == limit
+    ids, real, masked = canvas(2, 64, pads=(2, 1))  # 63 tokens at most
+    assert model.masked_logits(ids, real, masked).isfinite().all()
+    ids, real, masked = canvas(2, 67, pads=(1, 2))
+    if limit is None:
+        assert model.masked_logits(ids, real, masked).isfinite().all()
+        return
+    with pytest.raises(ValueError, match=f"learned {limit} positions.* 66 tokens; accepted: at most {limit}"):
+        model.masked_logits(ids, real, masked)
 
 
 # ---- refusals

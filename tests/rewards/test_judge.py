@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -76,6 +78,42 @@ def test_the_template_is_told_not_to_think(yes_no, causal_lm):
     judge = JudgeReward(causal_lm(len(yes_no)), yes_no, QUESTION, chat_template=chat)
     for ids in (judge.encode(SHORT, "x"), judge.split(SHORT)[1]):
         assert yes_no.decode(ids).endswith("assistant\n<think></think>")
+
+
+def test_templates_that_ask_for_a_thought_are_refused_by_name(yes_no, causal_lm):
+    module = causal_lm(len(yes_no))
+    generation = "{% if add_generation_prompt %}OPEN{% endif %}"
+    for opened in (
+        "<think>\n", "<thinking>", "[THINK]", "<|think|>", "<|START_THINKING|>", "<seed:think>", "<reasoning>\n\n",
+        "<thought>", "<|begin_of_thought|>", "◁think▷", "<|channel|>analysis<|message|>", "<think></think>\n<think>",
+    ):  # fmt: skip
+        chat = template.CHATML + generation.replace("OPEN", opened)
+        tag = opened.strip().rpartition("\n")[2].removesuffix("<|message|>")
+        with pytest.raises(ValueError, match=f"opens {re.escape(repr(tag))} in its generation prompt.*chat_template="):
+            JudgeReward(module, yes_no, QUESTION, chat_template=chat)
+    always = template.CHATML.replace("{{ '<|im_start|>' + message['role'] + '\\n' +", "{{ '<think>' +")
+    assert always != template.CHATML
+    with pytest.raises(ValueError, match="opens '<think>' before an answer"):
+        rewards.LikelihoodReward(module, yes_no, chat_template=always)
+
+
+def test_templates_that_close_their_thought_are_served(yes_no, causal_lm, caplog):
+    module = causal_lm(len(yes_no))
+    for tail in ("<think>\n\n</think>\n\n", "</think>", "[THINK][/THINK]", "<|START_THINKING|><|END_THINKING|>",
+                 "<|channel>thought\n<channel|>"):  # fmt: skip
+        chat = template.CHATML + "{% if add_generation_prompt %}" + tail + "{% endif %}"
+        JudgeReward(module, yes_no, QUESTION, chat_template=chat)
+    thinks_if_asked = "{% if add_generation_prompt and enable_thinking is not defined %}<think>{% endif %}"
+    JudgeReward(module, yes_no, QUESTION, chat_template=template.CHATML + thinks_if_asked)
+    rewards.LikelihoodReward(module, yes_no, chat_template=template.CHATML + thinks_if_asked)
+    assert not caplog.records
+    # What nobody knows the name of is warned of: a tag before answers asked for alone, or before given ones alone.
+    odd = template.CHATML + "{% if add_generation_prompt %}<mull>{% endif %}"
+    JudgeReward(module, yes_no, QUESTION, chat_template=odd)
+    assert "opens '<mull>' in its generation prompt" in caplog.text
+    silent = template.CHATML.replace("{% if add_generation_prompt %}", "{% if false %}")
+    JudgeReward(module, yes_no, QUESTION, chat_template=silent)
+    assert r"leaves out '<|im_start|>assistant\n'" in caplog.text
 
 
 def test_errors(yes_no, tokenizer, causal_lm):

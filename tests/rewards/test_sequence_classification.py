@@ -228,17 +228,55 @@ def test_other_vocabulary(classifier, build):
         assert 0.2 < reward.vocabulary_map(diffusion, len(diffusion) + 9).coverage < 1
 
 
-def test_many_trials_of_one_pad_token(tokenizer, classifier):
-    """A pad token that is part of the template (eos = pad) must not move the place where the score is read."""
-    module = classifier(len(tokenizer), pad_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"))
-    chat_template = template.CHATML.replace("<|im_end|>\\n", "<|im_end|>")
+ENDING = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Llama", "Mistral", "Gemma2", "GPT2"])
+@pytest.mark.parametrize("ending", ["<|im_end|>", "<|im_end|><|im_end|>", "<|eot|><|im_end|>"])
+def test_a_pad_that_ends_the_template_is_passed_over_as_the_model_does(tokenizer, classifier, name, ending):
+    """pad_token_id is often the eos with which templates end: transformers reads at the token before it."""
+    pad = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    module = classifier(len(tokenizer), name, pad_token_id=pad)
+    chat_template = ENDING.replace("<|im_end|>", ending)
     reward = rewards.wrap(module, tokenizer, chat_template=chat_template)
-    ids = template.encode_answered(tokenizer, SHORT, "Fine.", chat_template=chat_template)
-    assert ids[-1] == module.config.pad_token_id
-    with torch.no_grad():
-        hidden = module.model(torch.tensor([ids])).last_hidden_state
-        expected = module.score(hidden[0, -1]).item()
-    assert reward.score_texts([SHORT, LONG], ["Fine.", "x"])[0] == pytest.approx(expected, abs=1e-5)
+    conversations = [SHORT, LONG, SHORT]
+    whole = [
+        template.encode_answered(tokenizer, turns, text, chat_template=chat_template)
+        for turns, text in zip(conversations, TEXTS, strict=True)
+    ]
+    assert all(ids[-1] == pad for ids in whole)
+    expected = [own_score(module, ids) for ids in whole]
+    assert reward.score_texts(conversations, TEXTS) == pytest.approx(expected, abs=1e-4)
+    # The guided path: an eos in the response, at its end, is passed over too where nothing else follows.
+    response = torch.tensor([[40, 41, 42, 43], [40, 41, 42, pad], [40, 41, pad, 43], [pad, pad, pad, pad]])
+    alive = torch.ones(4, 4, dtype=torch.bool)
+    prompts, index = [SHORT, LONG], torch.tensor([0, 1, 0, 0])
+    splits = [template.split_template(tokenizer, turns, chat_template=chat_template) for turns in prompts]
+    rows = [splits[i][0] + tokens + splits[i][1] for i, tokens in zip(index.tolist(), response.tolist(), strict=True)]
+    given = reward.embedding_table(tokenizer, len(tokenizer))[response].clone().requires_grad_()
+    for savings in ("all", "none"):
+        reward.exact_savings = savings
+        found = reward.score_embeddings(reward.prepare(prompts), index, given, alive)
+        assert found.tolist() == pytest.approx([own_score(module, ids) for ids in rows], abs=1e-4)
+    alive[:2, 2:] = False  # dead slots as ever
+    found = reward.score_embeddings(reward.prepare(prompts), index, given, alive)
+    if "eot" not in ending:
+        assert found[1].item() == pytest.approx(own_score(module, splits[1][0] + [40, 41]), abs=1e-4)
+
+
+def test_a_pad_inside_a_text_is_refused_where_positions_are_counted_by_it(tokenizer, classifier):
+    """RoBERTa numbers places by the ids that are not padding; embeddings do not tell."""
+    pad = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for name, refused in (("Roberta", True), ("Bert", False), ("Qwen3", False)):
+        module = classifier(len(tokenizer), name, pad_token_id=pad)
+        reward = rewards.wrap(module, tokenizer)
+        if refused:
+            for run in (lambda r=reward: r.score_texts([SHORT], ["x"]), lambda r=reward: r.prepare([SHORT])):
+                with pytest.raises(ValueError, match=r"writes the token '<\|im_end\|>' \(id .*Roberta.*pad_token_id"):
+                    run()
+            continue
+        expected = own_score(module, template.encode_answered(tokenizer, SHORT, "x"))
+        assert reward.score_texts([SHORT], ["x"]) == pytest.approx([expected], abs=1e-4)
 
 
 # ---- bad input

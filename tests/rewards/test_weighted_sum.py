@@ -150,3 +150,24 @@ def test_what_is_no_function(tokenizer):
     wrong = CallableReward(lambda embeds, mask, positions: embeds.mean(), weights, tokenizer)
     with pytest.raises(ValueError, match=r"returned torch.float32 \(\); accepted: floating-point \[B\] = \(1,\)"):
         wrong.score_texts([SHORT], ["x"])
+
+
+def test_a_function_without_a_gradient_says_so(tokenizer):
+    weights = torch.randn(len(tokenizer), 8)
+    free = torch.nn.Parameter(torch.ones(()))
+    functions = {
+        "detach": lambda e, m, p: (e.detach() * m[..., None]).mean((1, 2)),
+        "argmax": lambda e, m, p: e.argmax(-1).float().mean(1),
+        "another's gradient": lambda e, m, p: free * e.detach().mean((1, 2)),
+    }
+    for function in functions.values():
+        dull = CallableReward(function, weights, tokenizer)
+        assert len(dull.score_texts([SHORT], ["x"])) == 1  # for ranking, it serves
+        for reward in (dull, 0.5 * dull + CallableReward(mean_square, weights, tokenizer)):
+            response = torch.randn(1, 3, len(reward.embedding_table(tokenizer, 300)[0]), requires_grad=True)
+            with pytest.raises(
+                ValueError, match="not depend on inputs_embeds .no gradient.*for ranking.*not for guidance"
+            ):
+                reward.score_embeddings(reward.prepare([SHORT]), torch.tensor([0]), response, torch.ones(1, 3).bool())
+            with torch.no_grad():
+                reward.score_embeddings(reward.prepare([SHORT]), torch.tensor([0]), response, torch.ones(1, 3).bool())
