@@ -41,8 +41,8 @@ class GuidanceConfig:
         temperature: tau, from 1e-12 to 1e12; 0 takes the most likely token.
         top_p, top_k: filters of every draw; None keeps all.
         alg: how positions are ranked: "entropy", "maskgit_plus", "topk_margin", "anchor" or "origin".
-        alg_temp: draws the positions from softmax(confidence / alg_temp), from 1e-12 to 1e12, instead of taking the best,
-            as None and 0 do.
+        alg_temp: draws the positions from softmax(confidence / alg_temp), from 1e-12 to 1e12, instead of taking the
+            best, as None and 0 do.
         confidence: for alg "entropy", of the logits before guidance and unfiltered ("base"), or after and filtered
             ("guided").
         schedule: positions a step, "linspace" or "even".
