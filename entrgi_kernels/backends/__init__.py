@@ -101,7 +101,7 @@ def _say_once(message: str) -> None:
 
 def check_name(name: str, source: str = "backend") -> str:
     """Return `name` if it is a backend's name or "auto"; raise ValueError, naming the `source`, otherwise."""
-    if name != "auto" and name not in NAMES:
+    if not isinstance(name, str) or (name != "auto" and name not in NAMES):
         raise ValueError(f"{source}={name!r}: expected 'auto' or one of {', '.join(map(repr, NAMES))}")
     return name
 

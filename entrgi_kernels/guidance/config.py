@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,8 +98,15 @@ class GuidanceConfig:
         _one_of("method", self.method, tuple(METHODS))
         method_weight(self.method, self.weight)
         _integer("guidance_steps", self.guidance_steps, 0, MAX_INNER - 1)
+        for name in ("learning_rate", "temperature", "alg_temp"):
+            if isinstance(getattr(self, name), torch.Tensor):
+                raise TypeError(f"{name}={getattr(self, name)!r}: expected a number, not a tensor")
         _common.check_rate(self.learning_rate, "learning_rate")
-        if len(tuple(self.betas)) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        if not isinstance(self.betas, (tuple, list)):
+            raise TypeError(f"betas={self.betas!r}: expected two numbers in [0, 1)")
+        for beta in self.betas:
+            _number("betas", beta, low=0, high=1)
+        if len(self.betas) != 2 or 1 in self.betas:
             raise ValueError(f"betas={self.betas!r}: expected two numbers in [0, 1)")
         _common.check_eps(self.eps)
         _one_of("state_dtype", self.state_dtype, (None, "float64", "float32", "bfloat16", "float16"))
@@ -109,7 +117,7 @@ class GuidanceConfig:
         if self.top_p is not None:
             _number("top_p", self.top_p, low=0, high=1, open_low=True, none=True)
         if self.top_k is not None:
-            _integer("top_k", self.top_k, 1, None, none=True)
+            _integer("top_k", self.top_k, 1, (1 << 63) - 1, none=True)
         _one_of("alg", self.alg, ALGS)
         if self.alg_temp is not None:
             _common.check_temperature(self.alg_temp, "alg_temp", "or None: takes the best")
@@ -180,7 +188,7 @@ class GuidanceConfig:
 
 
 def _one_of(name: str, value: object, accepted: tuple) -> None:
-    if value not in accepted:
+    if not isinstance(value, (str, type(None))) or value not in accepted:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, accepted))}")
 
 
@@ -200,5 +208,6 @@ def _number(
     wanted += "" if high == math.inf else f" and <= {high:g}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r}: expected {wanted}")
-    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+    # Compared before it is made a float, which an int may be too large for.
+    if not low <= value <= min(high, sys.float_info.max) or (open_low and value == low):
         raise ValueError(f"{name}={value}: expected {wanted}")

@@ -30,7 +30,7 @@ class LogitOptimizer:
     Args:
         phi: [N, V] logits, float64/float32/bfloat16/float16; changed **in place** by :meth:`step`.
         table: [V, D] embeddings, a row per vocabulary entry.
-        lr: learning rate, eta.
+        lr: learning rate, eta. It, temperature and top_p may be 0-d tensors on the CPU, read at each call.
         temperature: tau of the soft embedding and of the draw, from 1e-12 to 1e12; 0 draws the argmax and blends at
             temperature 1.
         weight: "entropy" (or "linear"), "one", "zero", another schedule's name, or a callable of (entropy [N], V).
@@ -56,11 +56,11 @@ class LogitOptimizer:
         phi: torch.Tensor,
         table: torch.Tensor,
         *,
-        lr: float = 0.5,
-        temperature: float = 1.0,
+        lr: float | torch.Tensor = 0.5,
+        temperature: float | torch.Tensor = 1.0,
         weight: str | WeightFunction = "entropy",
         top_k: int | None = None,
-        top_p: float | None = None,
+        top_p: float | torch.Tensor | None = None,
         seed: int | torch.Tensor = 0,
         counter: int = 0,
         keys: torch.Tensor | None = None,
@@ -71,10 +71,36 @@ class LogitOptimizer:
         buffers: Buffers | None = None,
         backend: str = "auto",
     ) -> None:
+        _common.check_logits(phi, "phi")
+        _common.check_table(phi, table, "phi")
         if phi.requires_grad and phi.is_leaf:
             raise ValueError("phi requires grad: pass phi.detach(), it is changed in place outside of autograd")
+        # What a call would refuse is refused here, before a reward has run.
         _common.check_temperature(temperature)
+        _common.check_filters(top_k, top_p)
+        _common.check_backend(backend)
         lr, *betas, eps = hyperparameters(lr, betas, eps)
+        _common.check_apart(("phi",), (phi,))
+        if not (isinstance(seed, torch.Tensor) and seed.dim() == 2):
+            _common.make_rng(phi[:0], seed, 0)
+        if keys is not None:
+            _common.check_vector(phi, keys, "keys", torch.int64, called="phi")
+        listed = isinstance(seed, torch.Tensor) and seed.dim() == 2
+        if listed and (seed.shape[1] != 2 or seed.dtype != torch.int64 or seed.device != phi.device):
+            raise ValueError(
+                f"seed is a {seed.dtype} tensor of shape {list(seed.shape)} on {seed.device}: expected int64 [M, 2] on "
+                f"{phi.device}"
+            )
+        if not _common.is_integer(counter) or counter < 0:
+            raise ValueError(f"counter={counter!r}: expected an integer >= 0")
+        if state_dtype is not None and state_dtype not in _common.FLOATS:
+            raise TypeError(
+                f"state_dtype={state_dtype!r}: expected None or one of {', '.join(map(str, _common.FLOATS))}"
+            )
+        if not isinstance(keep_state, bool):
+            raise TypeError(f"keep_state={keep_state!r}: expected True or False")
+        if buffers is not None and not isinstance(buffers, Buffers):
+            raise TypeError(f"buffers is {type(buffers).__name__}: expected None or Buffers")
         self.phi = phi.detach()
         self.table = table.detach()
         self._forward = dict(temperature=temperature, top_k=top_k, top_p=top_p, keys=keys, backend=backend)
@@ -118,6 +144,11 @@ class LogitOptimizer:
                 leaf on the memory of `out`, of its shape: good until that is written to again.
         """
         listed = isinstance(self._seed, torch.Tensor) and self._seed.dim() == 2
+        if listed and self._draws >= len(self._seed):
+            raise ValueError(
+                f"seed has {len(self._seed)} rows, one an embed(): expected one more for embed() number "
+                f"{self._draws + 1}"
+            )
         seed, counter = (self._seed[self._draws], 0) if listed else (self._seed, self._counter + self._draws)
         with torch.no_grad():
             blend = entrgi_embedding(
@@ -142,9 +173,12 @@ class LogitOptimizer:
             last: no step follows: Adam's moments are not kept.
 
         Raises:
+            ValueError, TypeError: a gradient of another shape or dtype.
             RuntimeError: without a fresh embed(), or after a step whose moments were not kept.
         """
         state = self._ready()
+        if not isinstance(last, bool):
+            raise TypeError(f"last={last!r}: expected True or False")
         keep = self._keep_state and not last
         if keep and self._adam is None:
             dtype = self._state_dtype or self.phi.dtype
@@ -174,6 +208,12 @@ class LogitOptimizer:
             RuntimeError: without a fresh embed(), or after a step whose moments were not kept.
         """
         state = self._ready()
+        n, d = self.phi.shape[0], self.table.shape[1]
+        _common.check_matrix(grad, "grad", f"[{n}, {d}], that of the embedding")
+        if grad.shape != (n, d):
+            raise ValueError(f"grad has shape {list(grad.shape)}: expected [{n}, {d}], that of the embedding")
+        if not isinstance(rows, torch.Tensor) or rows.dim() != 1 or rows.dtype != torch.int64:
+            raise TypeError(f"rows={rows!r}: expected an int64 tensor [n]")
         moved, adam = self._buffers.rows("moved phi", self.phi, rows), None
         if self._adam is not None:
             moments = zip(_MOMENTS, (self._adam.exp_avg, self._adam.exp_avg_sq), strict=True)

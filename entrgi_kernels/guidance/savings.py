@@ -32,12 +32,14 @@ def check_savings(given: str | Collection[str], known: Collection[str] = SAVINGS
         known: names there are.
 
     Raises:
-        ValueError: a name that is not known.
+        ValueError, TypeError: a name that is not known, or no names.
     """
     if isinstance(given, str):
         if given in ("all", "none"):
             return frozenset(known if given == "all" else ())
         given = [given]
+    if not isinstance(given, Collection) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"exact_savings={given!r}: expected 'all', 'none', or names out of {', '.join(known)}")
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(

@@ -111,7 +111,7 @@ def method_weight(method: str, weight: str | WeightFunction | None = None) -> st
     Raises:
         ValueError: no such method, or a weight for a method that fixes its own.
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method={method!r}: expected one of {', '.join(map(repr, METHODS))}")
     if weight is not None and method != "entrgi":
         raise ValueError(f"weight={weight!r} with method={method!r}: only method 'entrgi' takes another weight")

@@ -24,7 +24,6 @@ import torch
 from ..backends.arguments import Draw, Placement
 from . import _common
 from ._operator import operator
-from .sample_tokens import _sample_tokens
 from .soft_embedding import _soft_embedding_backward
 from .softmax_entropy import _softmax_entropy
 
@@ -39,13 +38,13 @@ class ForwardState(NamedTuple):
         soft: [N, D] float32 or float64, the soft embedding.
         logsumexp: [N] float32 or float64, of logits / temperature.
         argmax: [N] int64, each row's most likely token; means nothing where the row is bad.
-        temperature: tau of the soft embedding.
+        temperature: tau of the soft embedding; under torch.compile the 0-d tensor where one was given.
     """
 
     soft: torch.Tensor
     logsumexp: torch.Tensor
     argmax: torch.Tensor
-    temperature: float
+    temperature: _common.Number
 
     def rows(self, index: torch.Tensor) -> ForwardState:
         """The state of some rows, int64 [n]."""
@@ -70,7 +69,7 @@ class EntrgiEmbedding(NamedTuple):
     state: ForwardState
 
 
-@operator()
+@operator(numbers={"temperature": _common.check_temperature, "top_p": _common.check_top_p})
 def _entrgi_embedding(
     logits: torch.Tensor,
     table: torch.Tensor,
@@ -85,7 +84,40 @@ def _entrgi_embedding(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     draw = Draw(rng, keys, temperature, top_k, top_p)
-    return _common.run("entrgi_embedding", backend, logits)(logits, table, draw, tokens, weight, weight_mode)
+    tokens, draw = _drawn(logits, draw, tokens, weight_mode, backend)
+    run = _common.run("entrgi_embedding", backend, logits)
+    try:
+        return run(logits, table, draw, tokens, weight, weight_mode)
+    except IndexError as error:
+        raise _out_of_range(table, tokens) from error
+
+
+def _out_of_range(
+    table: torch.Tensor,
+    tokens: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+) -> IndexError:
+    """The error that names what lies outside of the table or of `out`."""
+    if tokens is not None and bool((tokens >= table.shape[0]).any()):
+        return IndexError(f"tokens holds {int(tokens.max())}: expected ids below {table.shape[0]}, the table's rows")
+    assert out is not None and index is not None
+    bad = index[(index < 0) | (index >= out.shape[0])]
+    return IndexError(f"index holds {bad[:1].tolist()}: expected a row of out, which has {out.shape[0]}")
+
+
+def _drawn(
+    logits: torch.Tensor, draw: Draw, tokens: torch.Tensor | None, weight_mode: str, backend: str
+) -> tuple[torch.Tensor | None, Draw]:
+    """(tokens, draw) for the backends, whose forward has one temperature, above 0.
+
+    At temperature 0 the draw's is 0 while the distribution's is 1: the tokens have to come from outside.
+    """
+    if draw.temperature != 0:
+        return tokens, draw
+    if tokens is None and weight_mode != "zero":
+        tokens = _common.run("sample_tokens", backend, logits)(logits, draw)
+    return tokens, draw._replace(temperature=1.0)
 
 
 @_entrgi_embedding.register_fake
@@ -105,7 +137,7 @@ def _beside_the_blend(logits: torch.Tensor, table: torch.Tensor) -> tuple[torch.
 def _setup_context(ctx, inputs, output):
     logits, table, *_, temperature, _top_k, _top_p, backend = inputs
     _, tokens, weight, entropy, soft, lse, argmax = output
-    ctx.temperature, ctx.backend = temperature, backend
+    ctx.temperature, ctx.backend = _common.positive(temperature), backend
     ctx.mark_non_differentiable(tokens, weight, entropy, soft, lse, argmax)
     ctx.save_for_backward(logits, table, soft, lse)
 
@@ -119,7 +151,10 @@ def _backward(ctx, grad, *_):
 _entrgi_embedding.register_autograd(_backward, setup_context=_setup_context)
 
 
-@operator(mutates=("out",))
+_TOUCHED = ("out", "logits", "table", "weight", "tokens", "keys", "index")
+
+
+@operator(mutates=("out",), numbers={"temperature": _common.check_temperature, "top_p": _common.check_top_p})
 def _entrgi_embedding_out(
     logits: torch.Tensor,
     table: torch.Tensor,
@@ -135,9 +170,13 @@ def _entrgi_embedding_out(
     index: torch.Tensor,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    _common.check_apart(out, "out", logits=logits, table=table)
-    draw, run = Draw(rng, keys, temperature, top_k, top_p), _common.run("entrgi_embedding", backend, logits)
-    return run(logits, table, draw, tokens, weight, weight_mode, Placement(out, index))[1:]
+    _common.check_apart(_TOUCHED, [out], logits, table, weight, tokens, keys, index)
+    tokens, draw = _drawn(logits, Draw(rng, keys, temperature, top_k, top_p), tokens, weight_mode, backend)
+    run = _common.run("entrgi_embedding", backend, logits)
+    try:
+        return run(logits, table, draw, tokens, weight, weight_mode, Placement(out, index))[1:]
+    except IndexError as error:
+        raise _out_of_range(table, tokens, out, index) from error
 
 
 @_entrgi_embedding_out.register_fake
@@ -161,6 +200,8 @@ def _check_destination(
     (rows, columns), (stride, inner) = out.shape, out.stride()
     if (columns > 1 and inner != 1) or (rows > 1 and stride < columns):
         raise ValueError(f"out has strides {list(out.stride())}: expected dense rows that do not overlap")
+    if rows == 0 and logits.shape[0] > 0:
+        raise ValueError(f"out has 0 rows for {logits.shape[0]} of the blend: expected {expected}, with M >= 1")
     _common.check_same_device(logits, out=out)
     _common.check_vector(logits, index, "index", torch.int64)
     for name, tensor in (("logits", logits), ("out", out)):
@@ -194,11 +235,11 @@ def entrgi_embedding(
     logits: torch.Tensor,
     table: torch.Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: _common.Number = 1.0,
     weight: Weight = "entropy",
     tokens: torch.Tensor | None = None,
     top_k: int | None = None,
-    top_p: float | None = None,
+    top_p: _common.Number | None = None,
     seed: int | torch.Tensor = 0,
     counter: int | torch.Tensor = 0,
     keys: torch.Tensor | None = None,
@@ -211,11 +252,12 @@ def entrgi_embedding(
     Args:
         logits: phi [N, V], float64/float32/bfloat16/float16, any strides; -inf entries have probability 0.
         table: E [V, D], the reward model's table seen through the vocabulary map; no gradient is formed for it.
-        temperature: tau of the soft embedding and the draw, from 1e-12 to 1e12; at 0 the draw is the argmax and the
+        temperature: tau of the soft embedding and the draw, from 1e-12 to 1e12; a number or a 0-d tensor on
+            the CPU; at 0 the draw is the argmax and the
             soft embedding's temperature is 1.
         weight: "entropy" (EntRGi), "one" (APS), "zero" (Expectation), a tensor [N], or a callable of (entropy [N] in
             nats, V) that returns one. No gradient flows through it.
-        tokens: int64 [N], the hard tokens; None draws them.
+        tokens: int64 [N], the hard tokens; None draws them. One of V or more raises an IndexError on a CPU.
         top_k, top_p, seed, counter, keys: of the draw, as in :func:`sample_tokens`.
         out: [M, D] of the table's dtype, dense rows at any distance: row i of the blend is written to
             ``out[index[i]]`` and the rest of it is left alone. Not differentiable: neither it nor the logits may
@@ -237,8 +279,7 @@ def entrgi_embedding(
     _common.check_logits(logits)
     _common.check_table(logits, table)
     _common.check_backend(backend)
-    draw_temperature = _common.check_temperature(temperature)
-    tau = draw_temperature or 1.0
+    temperature = _common.check_temperature(temperature)
     k, p = _common.check_filters(top_k, top_p)
     rng, keys = _common.make_rng(logits, seed, counter), _common.make_keys(logits, keys)
     if tokens is not None:
@@ -246,13 +287,10 @@ def entrgi_embedding(
     if out is not None or index is not None:
         _check_destination(logits, table, out, index)
     mode, given = _weight(logits, weight, backend)
-    if tokens is None and mode != "zero" and draw_temperature == 0:
-        # The draw's temperature is 0 while the distribution's is 1: the tokens have to come from outside.
-        tokens = _sample_tokens(_common.detached(logits), rng, keys, 0.0, k, p, backend)
     # Detached: a table that requires grad would otherwise start a backward that has nothing to give it.
-    arguments = logits, _common.detached(table), rng, keys, tokens, given, mode, tau, k, p
+    arguments = logits, _common.detached(table), rng, keys, tokens, given, mode, temperature, k, p
     if out is None or index is None:
         out, *others = _entrgi_embedding(*arguments, backend)
     else:
         others = _entrgi_embedding_out(*arguments, out, index, backend)
-    return EntrgiEmbedding(out, *others[:3], ForwardState(*others[3:], tau))
+    return EntrgiEmbedding(out, *others[:3], ForwardState(*others[3:], _common.positive(temperature)))

@@ -37,11 +37,20 @@ class AdamState:
     @classmethod
     def zeros(cls, logits: torch.Tensor, dtype: torch.dtype | None = None) -> AdamState:
         """A fresh state for `logits` [N, V], of `dtype` (the logits' where None)."""
+        _common.check_logits(logits)
+        if dtype is not None and dtype not in _common.FLOATS:
+            raise TypeError(f"dtype={dtype!r}: expected None or one of {', '.join(map(str, _common.FLOATS))}")
         size = tuple(logits.shape)
         return cls(*(torch.zeros(size, dtype=dtype or logits.dtype, device=logits.device) for _ in range(2)))
 
 
-@operator(mutates=("logits", "exp_avg", "exp_avg_sq"))
+_TOUCHED = ("logits", "adam.exp_avg", "adam.exp_avg_sq", "grad", "table", "state.soft", "state.logsumexp")
+
+
+@operator(
+    mutates=("logits", "exp_avg", "exp_avg_sq"),
+    numbers={"temperature": _common.distribution_temperature, "lr": _common.check_rate},
+)
 def _guidance_update_(
     logits: torch.Tensor,
     grad: torch.Tensor,
@@ -59,6 +68,7 @@ def _guidance_update_(
     keep: bool,
     backend: str,
 ) -> None:
+    _common.check_apart(_TOUCHED, (logits, exp_avg, exp_avg_sq), grad, table, soft, logsumexp)
     adam = Adam(exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, keep)
     _common.run("guidance_update_", backend, logits)(logits, grad, table, soft, logsumexp, temperature, adam)
 
@@ -74,7 +84,7 @@ def guidance_update_(
     table: torch.Tensor,
     state: ForwardState,
     *,
-    lr: float,
+    lr: _common.Number,
     adam: AdamState | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -89,7 +99,7 @@ def guidance_update_(
         grad: d loss/d embedding [N, D], of the loss to be *minimised* (minus the sum of rewards).
         table: E [V, D], as in the forward.
         state: what :func:`entrgi_embedding` found of these logits, with these very values: it is good for one step.
-        lr: learning rate, eta; at most 1e12.
+        lr: learning rate, eta, at most 1e12; a number or a 0-d tensor on the CPU.
         adam: Adam's moments, changed in place; None takes a first step whose moments are not kept (M = 1).
         betas, eps: Adam's; eps from 1e-12 to 1e12.
         keep: False leaves `adam` as it is: for a last step, which then writes no moments.
@@ -102,40 +112,28 @@ def guidance_update_(
     _common.check_logits(logits)
     if logits.requires_grad and torch.is_grad_enabled():
         raise ValueError("logits require grad: expected phi.detach(), or a call under torch.no_grad()")
-    if 0 in logits.stride() and any(
-        n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True)
-    ):
-        raise ValueError(
-            f"logits of shape {list(logits.shape)} have strides {list(logits.stride())}: expected one that owns each "
-            "of its entries (clone an expanded one)"
-        )
     _common.check_table(logits, table)
     if not isinstance(state, ForwardState):
         raise TypeError(f"state is {type(state).__name__}: expected the .state that entrgi_embedding returned")
+    if not isinstance(keep, bool):
+        raise TypeError(f"keep={keep!r} is {type(keep).__name__}: expected True or False")
     _check_rows(grad, "grad", logits, table)
     _check_rows(state.soft, "state.soft", logits, table)
     acc = _common.accumulation_dtype(logits, table)
     if state.soft.dtype != acc:
         raise TypeError(f"state.soft is {state.soft.dtype}: expected {acc}, as the forward left it")
     _common.check_vector(logits, state.logsumexp, "state.logsumexp", acc)
-    tau = _common.distribution_temperature(state.temperature)
+    tau = _common.positive(_common.check_temperature(state.temperature, "state.temperature"))
     lr, beta1, beta2, eps = hyperparameters(lr, betas, eps)
     moments, step = (None, None), 1
     if adam is not None:
-        moments, step = (adam.exp_avg, adam.exp_avg_sq), adam.step + 1
-        for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-            if moment.shape != logits.shape or moment.device != logits.device:
-                raise ValueError(
-                    f"adam.{name} has shape {list(moment.shape)} on {moment.device}: expected {list(logits.shape)} on "
-                    f"{logits.device}, as the logits"
-                )
-            _common.check_dtype(moment, f"adam.{name}")
+        moments, step = _check_adam(adam, logits)
     _guidance_update_(
         logits,
         _common.detached(grad),
         _common.detached(table),
-        state.soft,
-        state.logsumexp,
+        _common.detached(state.soft),
+        _common.detached(state.logsumexp),
         *moments,
         step,
         tau,
@@ -143,7 +141,7 @@ def guidance_update_(
         beta1,
         beta2,
         eps,
-        bool(keep),
+        keep,
         _common.check_backend(backend),
     )
     # Counted only after the step was taken: a call that raises leaves the moments as they were.
@@ -151,21 +149,47 @@ def guidance_update_(
         adam.step += 1
 
 
+def _check_adam(adam: AdamState, logits: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], int]:
+    """(the moments, the number of the step to take); raise unless they are Adam's, for these logits."""
+    if not isinstance(adam, AdamState):
+        raise TypeError(f"adam is {type(adam).__name__}: expected None or an AdamState")
+    if not _common.is_integer(adam.step):
+        raise TypeError(f"adam.step={adam.step!r} is {type(adam.step).__name__}: expected an integer >= 0")
+    if not 0 <= adam.step < (1 << 63) - 1:
+        raise ValueError(f"adam.step={adam.step}: expected an integer >= 0 and < 2**63 - 1")
+    moments = adam.exp_avg, adam.exp_avg_sq
+    for name, moment in zip(("adam.exp_avg", "adam.exp_avg_sq"), moments, strict=True):
+        _common.check_matrix(moment, name, "[N, V], that of the logits")
+        if moment.shape != logits.shape:
+            raise ValueError(f"{name} has shape {list(moment.shape)}: expected {list(logits.shape)}, as the logits")
+        if moment.device != logits.device:
+            _common.check_same_device(logits, **{name: moment})
+        if moment.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}.requires_grad is True: expected a tensor without gradient, it is changed in place"
+            )
+    if moments[0] is moments[1]:
+        raise ValueError("adam.exp_avg_sq is adam.exp_avg: expected a tensor of its own, both are written")
+    return moments, int(adam.step) + 1
+
+
 def _check_rows(tensor: torch.Tensor, name: str, logits: torch.Tensor, table: torch.Tensor) -> None:
     """Raise unless `tensor` has a row of the table's width for each row of the logits, and is where they are."""
     n, d = logits.shape[0], table.shape[1]
-    if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
-        _common.check_matrix(tensor, name, f"[{n}, {d}], that of the embedding")
+    _common.check_matrix(tensor, name, "[N, D], that of the embedding")
     if tensor.shape[0] != n or tensor.shape[1] != d:
         raise ValueError(f"{name} has shape {list(tensor.shape)}: expected [{n}, {d}], that of the embedding")
-    _common.check_dtype(tensor, name)
     if tensor.device != logits.device:
         _common.check_same_device(logits, **{name: tensor})
 
 
-def hyperparameters(lr: float, betas: tuple[float, float], eps: float) -> tuple[float, float, float, float]:
-    """(lr, beta1, beta2, eps) as floats; raises where Adam cannot take them."""
+def hyperparameters(
+    lr: _common.Number, betas: tuple[float, float], eps: float
+) -> tuple[_common.Number, float, float, float]:
+    """(lr, beta1, beta2, eps) in the operator's form; raises where Adam cannot take them."""
     lr, eps = _common.check_rate(lr), _common.check_eps(eps)
+    if not isinstance(betas, (tuple, list)):
+        raise TypeError(f"betas={betas!r} is {type(betas).__name__}: expected two numbers in [0, 1)")
     decay = [_common.check_number(beta, "betas", "two numbers in [0, 1)") for beta in betas]
     if len(decay) != 2 or not (0 <= decay[0] < 1 and 0 <= decay[1] < 1):
         raise ValueError(f"betas={betas}: expected two numbers in [0, 1)")

@@ -19,7 +19,7 @@ from . import _common
 from ._operator import operator
 
 
-@operator()
+@operator(numbers={"temperature": _common.check_temperature, "top_p": _common.check_top_p})
 def _sample_tokens(
     logits: torch.Tensor,
     rng: torch.Tensor,
@@ -40,9 +40,9 @@ def _(logits, rng, keys, temperature, top_k, top_p, backend):
 def sample_tokens(
     logits: torch.Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: _common.Number = 1.0,
     top_k: int | None = None,
-    top_p: float | None = None,
+    top_p: _common.Number | None = None,
     seed: int | torch.Tensor = 0,
     counter: int | torch.Tensor = 0,
     keys: torch.Tensor | None = None,
@@ -55,9 +55,11 @@ def sample_tokens(
 
     Args:
         logits: [N, V], float64/float32/bfloat16/float16, any strides; entries of -inf are never drawn.
-        temperature: tau, from 1e-12 to 1e12; 0 takes the argmax (the lowest index of ties).
+        temperature: tau, from 1e-12 to 1e12; a number or a 0-d tensor on the CPU; 0 takes the argmax (the lowest
+            index of ties).
         top_k: keep entries at least as large as the k-th largest; None keeps all.
-        top_p: keep the smallest set whose mass reaches it, in (0, 1]; None keeps all.
+        top_p: keep the smallest set whose mass reaches it, in (0, 1], a number or a 0-d tensor on the CPU; None keeps
+            all.
         seed: 64-bit seed, or an int64 [2] tensor (seed, counter) on the logits' device, which may be changed between
             replays of a CUDA graph.
         counter: 32-bit, counts the caller's draws of one seed.

@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 
 from . import _common
-from ._operator import operator
+from ._operator import operator, refuse_double_backward
 
 
-@operator()
+@operator(numbers={"temperature": _common.distribution_temperature})
 def _soft_embedding(
     logits: torch.Tensor, table: torch.Tensor, temperature: float, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -32,7 +32,7 @@ def _(logits, table, temperature, backend):
     return out, torch.empty_like(out, dtype=acc), logits.new_empty((logits.shape[0],), dtype=acc)
 
 
-@operator()
+@operator(numbers={"temperature": _common.distribution_temperature})
 def _soft_embedding_backward(
     logits: torch.Tensor,
     table: torch.Tensor,
@@ -50,7 +50,7 @@ def _(logits, table, grad, soft, lse, temperature, backend):
     return logits.new_empty(logits.shape)
 
 
-@operator()
+@operator(numbers={"temperature": _common.distribution_temperature})
 def _soft_embedding_grad_table(
     logits: torch.Tensor,
     table: torch.Tensor,
@@ -86,18 +86,18 @@ def _backward(ctx, grad, _grad_soft, _grad_lse):
 
 
 _soft_embedding.register_autograd(_backward, setup_context=_setup_context)
-_common.refuse_double_backward("soft_embedding", _soft_embedding_backward, _soft_embedding_grad_table)
+refuse_double_backward("soft_embedding", _soft_embedding_backward, _soft_embedding_grad_table)
 
 
 def soft_embedding(
-    logits: torch.Tensor, table: torch.Tensor, *, temperature: float = 1.0, backend: str = "auto"
+    logits: torch.Tensor, table: torch.Tensor, *, temperature: _common.Number = 1.0, backend: str = "auto"
 ) -> torch.Tensor:
     """softmax(logits / temperature) @ table. Differentiable once, in both.
 
     Args:
         logits: [N, V], float64/float32/bfloat16/float16, any strides; -inf entries have probability 0.
         table: [V, D], float64/float32/bfloat16/float16.
-        temperature: tau, from 1e-12 to 1e12; 0 stands for 1 here.
+        temperature: tau, from 1e-12 to 1e12; a number or a 0-d tensor on the CPU; 0 stands for 1 here.
         backend: "auto" or the name of a backend.
 
     Returns:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 
 from . import _common
-from ._operator import operator
+from ._operator import operator, refuse_double_backward
 
 
-@operator()
+@operator(numbers={"temperature": _common.distribution_temperature})
 def _softmax_entropy(logits: torch.Tensor, temperature: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     return _common.run("softmax_entropy", backend, logits)(logits, temperature)
 
@@ -26,7 +26,7 @@ def _(logits, temperature, backend):
     return lse, torch.empty_like(lse)
 
 
-@operator()
+@operator(numbers={"temperature": _common.distribution_temperature})
 def _softmax_entropy_backward(
     logits: torch.Tensor,
     lse: torch.Tensor,
@@ -57,17 +57,17 @@ def _backward(ctx, grad_lse, grad_entropy):
 
 
 _softmax_entropy.register_autograd(_backward, setup_context=_setup_context)
-_common.refuse_double_backward("softmax_entropy", _softmax_entropy_backward)
+refuse_double_backward("softmax_entropy", _softmax_entropy_backward)
 
 
 def softmax_entropy(
-    logits: torch.Tensor, temperature: float = 1.0, *, backend: str = "auto"
+    logits: torch.Tensor, temperature: _common.Number = 1.0, *, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-sum-exp and entropy of each row of softmax(logits / temperature). Differentiable once.
 
     Args:
         logits: [N, V], float64/float32/bfloat16/float16, any strides; -inf entries have probability 0.
-        temperature: tau, from 1e-12 to 1e12; 0 stands for 1 here.
+        temperature: tau, from 1e-12 to 1e12; a number or a 0-d tensor on the CPU; 0 stands for 1 here.
         backend: "auto" or the name of a backend.
 
     Returns:

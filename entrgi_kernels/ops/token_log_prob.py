@@ -24,7 +24,7 @@ import torch
 from .. import backends
 from ..backends import eager
 from . import _common, _vocabulary_head
-from ._operator import operator
+from ._operator import operator, refuse_double_backward
 
 
 def _kernels(hidden: torch.Tensor, head: torch.Tensor, backend: str) -> ModuleType | None:
@@ -104,7 +104,7 @@ def _backward(ctx, grad, _grad_lse, _grad_slope):
 
 
 _token_log_prob.register_autograd(_backward, setup_context=_setup_context)
-_common.refuse_double_backward("token_log_prob", _token_log_prob_backward)
+refuse_double_backward("token_log_prob", _token_log_prob_backward)
 
 
 def token_log_prob(
@@ -144,6 +144,12 @@ def token_log_prob(
             "same D"
         )
     if bias is not None:
+        if not isinstance(bias, torch.Tensor):
+            raise TypeError(
+                f"bias is {type(bias).__name__}: expected None or a torch.Tensor of shape [{head.shape[0]}]"
+            )
+        if bias.layout is not torch.strided or bias.is_nested:
+            _common.refuse_kind(bias, "bias")
         if bias.shape != head.shape[:1]:
             raise ValueError(f"bias has shape {list(bias.shape)}: expected [{head.shape[0]}], one entry a token")
         _common.check_dtype(bias, "bias")

@@ -18,7 +18,7 @@ from . import _common
 from ._operator import operator
 
 
-@operator()
+@operator(numbers={"temperature": _common.distribution_temperature, "top_p": _common.check_top_p})
 def _unmask_confidence(
     logits: torch.Tensor,
     tokens: torch.Tensor,
@@ -41,9 +41,9 @@ def unmask_confidence(
     tokens: torch.Tensor,
     *,
     alg: str = "entropy",
-    temperature: float = 1.0,
+    temperature: _common.Number = 1.0,
     top_k: int | None = None,
-    top_p: float | None = None,
+    top_p: _common.Number | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Confidence of each row's token: higher is committed earlier.
@@ -53,7 +53,7 @@ def unmask_confidence(
         tokens: [N] int64, the drawn tokens.
         alg: "entropy" (minus the entropy), "maskgit_plus" (the token's probability), "topk_margin" (the two largest
             probabilities' difference) or "anchor" (the token's raw logit).
-        temperature: tau of the distribution, from 1e-12 to 1e12; 0 stands for 1.
+        temperature: tau of the distribution, from 1e-12 to 1e12; a number or a 0-d tensor on the CPU; 0 stands for 1.
         top_k, top_p: its filters, as in :func:`sample_tokens`; None keeps all.
         backend: "auto" or the name of a backend.
 
@@ -66,7 +66,7 @@ def unmask_confidence(
     """
     _common.check_logits(logits)
     _common.check_vector(logits, tokens, "tokens", torch.int64)
-    if alg not in _common.ALGS:
+    if not isinstance(alg, str) or alg not in _common.ALGS:
         raise ValueError(f"alg={alg!r}: expected one of {', '.join(map(repr, _common.ALGS))}")
     temperature = _common.distribution_temperature(temperature)
     top_k, top_p = _common.check_filters(top_k, top_p)

@@ -4,6 +4,7 @@ import json
 
 import numpy
 import pytest
+import torch
 
 from entrgi_kernels.guidance import GuidanceConfig, Threshold
 
@@ -20,6 +21,18 @@ from entrgi_kernels.guidance import GuidanceConfig, Threshold
         ("learning_rate", -0.1),
         ("betas", (0.9, 1.0)),
         ("betas", (0.9,)),
+        ("betas", 0.9),
+        ("betas", ("0.9", 0.9)),
+        ("betas", None),
+        ("temperature", torch.tensor(0.5)),
+        ("method", None),
+        ("method", ["aps"]),
+        ("learning_rate", 10**400),
+        ("temperature", 10**400),
+        ("top_k", 1 << 63),
+        ("exact_savings", 5),
+        ("exact_savings", ["all", 5]),
+        ("backend", None),
         ("eps", -1e-8),
         ("state_dtype", "float8"),
         ("num_samples", 0),

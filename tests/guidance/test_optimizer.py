@@ -146,3 +146,63 @@ def test_misuse_is_refused():
     optimizer.embed(tokens[2])
     with pytest.raises(RuntimeError, match="last=True"):
         optimizer.step(probe)
+
+
+PHI, TABLE = torch.zeros(3, 7), torch.zeros(7, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"phi": None}, TypeError, "phi is NoneType: expected a torch.Tensor"),
+        ({"phi": PHI.long()}, TypeError, "phi is torch.int64"),
+        ({"phi": PHI[:1].expand(3, 7)}, ValueError, "phi of shape .* has strides"),
+        ({"table": None}, TypeError, "table is NoneType"),
+        ({"table": TABLE[:6]}, ValueError, "table has 6 rows but phi has 7 columns"),
+        ({"lr": -1}, ValueError, "lr=-1.0: expected"),
+        ({"lr": "fast"}, TypeError, "lr='fast'"),
+        ({"betas": 0.9}, TypeError, "betas=0.9"),
+        ({"eps": 0}, ValueError, "eps=0"),
+        ({"temperature": -1}, ValueError, "temperature=-1"),
+        ({"top_k": 0}, ValueError, "top_k=0"),
+        ({"top_p": 2}, ValueError, "top_p=2"),
+        ({"weight": 0.5}, TypeError, "weight is float"),
+        ({"seed": 1 << 64}, ValueError, f"seed={1 << 64}"),
+        ({"seed": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, r"seed is a torch.int64 tensor of shape \[2, 3\]"),
+        ({"counter": None}, ValueError, "counter=None"),
+        ({"keys": torch.zeros(2, dtype=torch.int64)}, ValueError, r"keys has shape \[2\]"),
+        ({"state_dtype": "float32"}, TypeError, "state_dtype='float32'"),
+        ({"keep_state": 1}, TypeError, "keep_state=1"),
+        ({"buffers": {}}, TypeError, "buffers is dict"),
+        ({"backend": "fast"}, ValueError, "backend='fast'"),
+    ],
+)
+def test_bad_arguments_are_refused_before_a_reward_runs(changes, error, words):
+    with pytest.raises(error, match=words):
+        LogitOptimizer(**({"phi": PHI.clone(), "table": TABLE} | changes))
+
+
+def test_bad_gradients_rows_and_ends():
+    optimizer = LogitOptimizer(PHI.clone(), TABLE, seed=torch.zeros(1, 2, dtype=torch.int64))
+    grad = torch.zeros_like(optimizer.embed().embedding)
+    with pytest.raises(TypeError, match="grad is NoneType"):
+        optimizer.step(None)
+    with pytest.raises(TypeError, match="last=1"):
+        optimizer.step(grad, last=1)
+    with pytest.raises(ValueError, match=r"grad has shape \[2, 4\]: expected \[3, 4\]"):
+        optimizer.moved_rows(grad[:2], torch.tensor([0]))
+    with pytest.raises(TypeError, match="rows="):
+        optimizer.moved_rows(grad, [0])
+    optimizer.step(grad)
+    with pytest.raises(ValueError, match="seed has 1 rows"):
+        optimizer.embed()
+
+
+def test_numbers_in_tensors():
+    moved = []
+    for make in (float, torch.tensor):
+        numbers = {"lr": make(0.25), "temperature": make(0.75), "top_p": make(0.5)}
+        optimizer = LogitOptimizer(torch.arange(21.0).view(3, 7) % 5, torch.arange(28.0).view(7, 4) % 3, **numbers)
+        optimizer.step(optimizer.embed().embedding.detach())
+        moved.append(optimizer.phi)
+    assert torch.equal(*moved)

@@ -95,7 +95,15 @@ INPUTS = {
 
 def test_every_operator_is_checked():
     registered = {name.removeprefix("entrgi::") for name in OPDEFS if name.startswith("entrgi::")}
-    assert registered == {name.split()[0] for name in NAMES}
+    assert {name.removesuffix("_of_tensors") for name in registered} == {name.split()[0] for name in NAMES}
+    numbers = {name for name in registered if not name.endswith("_of_tensors") and _numbers(name)}
+    assert {f"{name}_of_tensors" for name in numbers} == {n for n in registered if n.endswith("_of_tensors")}
+
+
+def _numbers(name: str) -> list[int]:
+    """Places of the numbers that the operator takes as tensors too."""
+    arguments = [argument.name for argument in getattr(OPS, name).default._schema.arguments]
+    return [arguments.index(number) for number in ("temperature", "top_p", "lr") if number in arguments]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,6 +117,17 @@ def test_opcheck(backend, name):
         operator, arguments = _case(name, x, backend)
         result = torch.library.opcheck(operator.default, arguments)
         assert set(result.values()) == {"SUCCESS"} and len(result) == 4, kind
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if _numbers(name.split()[0])])
+def test_opcheck_of_numbers_in_tensors(name):
+    operator, arguments = _case(name, INPUTS["3x7"](), "eager")
+    places = _numbers(name.split()[0])
+    tensors = [torch.tensor(arguments[place]) for place in places]
+    arguments = [0.0 if place in places else argument for place, argument in enumerate(arguments)]
+    twin = getattr(OPS, f"{name.split()[0]}_of_tensors")
+    result = torch.library.opcheck(twin.default, (*arguments, *tensors))
+    assert set(result.values()) == {"SUCCESS"} and len(result) == 4
 
 
 def one_step(phi: torch.Tensor, e: torch.Tensor, seed: int, adam: ops.AdamState | None, backend: str):
@@ -195,6 +214,95 @@ def test_changing_temperature_and_filters_keep_one_graph_each(backend):
     compiled = torch.compile(draw, backend="aot_eager", fullgraph=True)  # a graph break raises
     for setting in ((0.7, 3, 0.9), (0.8, 3, 0.9), (0.0, 4, 0.8)):
         assert torch.equal(compiled(*setting), draw(*setting))
+
+
+def annealed_step(phi: torch.Tensor, e: torch.Tensor, heat: float | torch.Tensor, backend: str) -> torch.Tensor:
+    """Everything that a temperature, a share or a learning rate is given to, the number made by arithmetic."""
+    blend = ops.entrgi_embedding(phi * (heat + 0.0), e, temperature=heat * 2, top_p=heat / 2, backend=backend)
+    soft = ops.soft_embedding(phi, e, temperature=heat, backend=backend)
+    loss = (blend.embedding + soft).sin().sum() + ops.softmax_entropy(phi, heat * 2, backend=backend)[1].sum()
+    moved, out, index = phi.detach().clone(), torch.zeros_like(soft), torch.arange(len(phi))
+    with torch.no_grad():
+        placed = ops.entrgi_embedding(moved, e, temperature=heat, out=out, index=index, backend=backend)
+        ops.guidance_update_(moved, soft.detach(), e, placed.state, lr=heat / 3, eps=1e-3, backend=backend)
+        tokens = ops.sample_tokens(moved, temperature=heat * 2, top_p=heat / 2, seed=3, backend=backend)
+        sure = ops.unmask_confidence(moved, tokens, temperature=heat, top_p=heat / 2, backend=backend)
+    return loss + sure.sum() + moved.square().sum() + out.sum() + tokens.sum()
+
+
+def gradient_of(step, phi: torch.Tensor, *arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    leaf = phi.clone().requires_grad_()
+    loss = step(leaf, *arguments)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+def test_numbers_in_tensors_compile_once(backend):
+    phi, e = ref.peaked(5, 63), ref.table(63, D)
+    ref.served(backend, phi)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(annealed_step, backend=counter, fullgraph=True)
+    graphs = []
+    for number in (0.5, 0.6, 0.7, 1.4):
+        heat = torch.tensor(number, dtype=torch.float64)
+        expected = gradient_of(annealed_step, phi, e, number, backend)
+        for step in (annealed_step, compiled):
+            ours = gradient_of(step, phi, e, heat, backend)
+            torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
+        graphs.append(counter.frame_count)
+    assert graphs[-1] == graphs[0]
+
+
+def test_a_temperature_in_a_tensor_is_that_of_the_forward_and_is_checked(backend):
+    x, e = ref.peaked(5, 63), ref.table(63, D)
+    ref.served(backend, x)
+
+    def cooled(phi: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
+        blend = ops.entrgi_embedding(phi, e, temperature=heat, backend=backend)
+        loss = blend.embedding.sin().sum() + ops.softmax_entropy(phi, heat, backend=backend)[1].sum()
+        heat.mul_(0.5)  # before the backward
+        return loss
+
+    compiled = torch.compile(cooled, backend="aot_eager", fullgraph=True)
+    for value in (0.75, 1.5, 0.0):  # at 0 the draw is the argmax and the distribution has temperature 1
+        heat, same = torch.tensor(value), torch.tensor(value)
+        torch.testing.assert_close(gradient_of(compiled, x, heat), gradient_of(cooled, x, same))
+        assert heat == same == value / 2
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"temperature={bad}: expected a finite number"):
+            compiled(x, torch.tensor(bad))
+
+
+def test_floats_that_change_are_constants_of_a_graph():
+    """Inductor's caches may take a graph's code for that of another value where the value is a symbol (torch 2.13)."""
+    x, e, given = ref.peaked(5, 63), ref.table(63, D), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list):
+        nodes = [node for node in graph.graph.nodes if "entrgi" in str(node.target)]
+        assert len(nodes) == 7
+        given.extend(node.args[place] for node in nodes for place in _numbers(node.target._opname))
+        return graph.forward
+
+    compiled = torch.compile(annealed_step, backend=backend, fullgraph=True)
+    for heat in (0.5, 0.6, 0.7):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x, e, heat, "eager"), annealed_step(x, e, heat, "eager"))
+    assert given and {type(number) for number in given} == {float}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_COMPILER, reason="inductor asks for a C++ compiler on a CPU")
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_inductor_anneals(kind, fullgraph):
+    x = ref.peaked(5, 63)
+    torch.use_deterministic_algorithms(False)
+
+    def entropy(logits: torch.Tensor, heat: float | torch.Tensor) -> torch.Tensor:
+        return ops.softmax_entropy(logits * (heat + 0.0), temperature=heat * 2)[1]
+
+    compiled = torch.compile(entropy, fullgraph=fullgraph)
+    for heat in (0.5, 0.6, 0.7, 0.8):
+        torch.testing.assert_close(compiled(x, kind(heat)), entropy(x, kind(heat)))
 
 
 @pytest.mark.slow
