@@ -22,6 +22,7 @@ from entrgi_kernels.guidance import GuidanceConfig, Threshold
         ("betas", (0.9,)),
         ("eps", -1e-8),
         ("state_dtype", "float8"),
+        ("state_dtype", "float16"),
         ("num_samples", 0),
         ("num_samples", 2000),
         ("num_samples", True),
