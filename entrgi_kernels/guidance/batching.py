@@ -8,8 +8,8 @@ with N = R L open slots, n those a step commits at most, S the length that the d
 forwards, and g, the larger of a forward and backward of the reward behind the longest prompt and of the final scoring
 of its text, are measured, not assumed: each is run on three short inputs while the memory that its tensors hold is
 counted, and the parabola through the three is what a row costs (the square term is there where masks or attention
-scores are). Draws do not depend on the batch and numbers do by rounding alone (docs/philox.md), so that this may be decided
-anew on every machine, and halved where it was wrong.
+scores are). Draws do not depend on the batch and numbers do by rounding alone (docs/philox.md), so that this may be
+decided anew on every machine, and halved where it was wrong.
 """
 
 from __future__ import annotations

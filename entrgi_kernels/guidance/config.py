@@ -52,8 +52,8 @@ class GuidanceConfig:
         suppress_undrawable: give ids that stand for no token, and the mask token, probability 0 from the start; False
             leaves their logits alone, as the published code does, but for the mask token's at the last step.
         batch_size: prompts denoised together (times K trajectories), of similar length; "auto" takes as many as the
-            memory is estimated to hold (:mod:`.batching`). Does not change any draw (see `seed`). A batch that runs out of memory is
-            halved, and the run goes on.
+            memory is estimated to hold (:mod:`.batching`). Does not change any draw (see `seed`). A batch that runs out
+            of memory is halved, and the run goes on.
         memory_budget: with batch_size="auto", what a batch may take beyond the weights: bytes, as an int, or a share
             of what is free, as a float up to 1; None is 0.9 of it.
         torch_compile: True, or the name of a torch.compile backend, compiles the norms and MLPs of the reward's layers.
