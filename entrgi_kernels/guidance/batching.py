@@ -8,8 +8,8 @@ with N = R L open slots, n those a step commits at most, S the length that the d
 forwards, and g, the larger of a forward and backward of the reward behind the longest prompt and of the final scoring
 of its text, are measured, not assumed: each is run on three short inputs while the memory that its tensors hold is
 counted, and the parabola through the three is what a row costs (the square term is there where masks or attention
-scores are). A result does not depend on its batch, so that this may be decided anew on every machine, and halved where
-it was wrong.
+scores are). Draws do not depend on the batch and numbers do by rounding alone (docs/philox.md), so that this may be
+decided anew on every machine, and halved where it was wrong.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_iter
 
 from ..backends import resolve
 from ..models import DiffusionModel
+from ..ops.guidance_update import moment_dtype
 from ..rewards import PreparedPrompts, Reward
 from ..rewards.base import reward_gradient
 from ..rewards.template import Conversation
@@ -161,7 +162,7 @@ class MemoryEstimate:
                 peak = max(peak, peak_bytes(backward))
             taken.append(peak / rows)
         size = torch.empty((), dtype=model.dtype).element_size()
-        state = config.resolved_state_dtype() or model.dtype
+        state = moment_dtype(model.dtype, config.resolved_state_dtype())
         keeps = config.guided and (config.guidance_steps > 1 or not config.saves("adam_state"))
         engine = resolve(config.backend, torch.empty(0, dtype=model.dtype, device=device)).__name__
         counts = plan(config.schedule, [config.max_new_tokens], config.steps, config.schedule_eps).counts
@@ -171,7 +172,7 @@ class MemoryEstimate:
             vocab_size=model.vocab_size,
             slots=config.max_new_tokens,
             logit_bytes=size,
-            moment_bytes=2 * torch.empty((), dtype=state).element_size() if keeps else 0,
+            moment_bytes=2 * state.itemsize if keeps else 0,
             workspace_bytes=_EAGER_WORKSPACE if engine.endswith("eager") else _FUSED_WORKSPACE,
             committed=max((row[0] for row in counts), default=0),
         )

@@ -35,7 +35,8 @@ class GuidanceConfig:
         guidance_steps: M, Adam steps a denoising step; 0 is no guidance.
         learning_rate: eta, in logits: Adam's first step moves a logit by about that much.
         betas, eps: Adam's; eps from 1e-12 to 1e12.
-        state_dtype: dtype of Adam's moments, "float32" or None for the logits' own.
+        state_dtype: dtype of Adam's moments: "float64", "float32" or "bfloat16"; None is the logits' own, but "float32"
+            for float16, where squares underflow.
         num_samples: K, trajectories a prompt.
         max_new_tokens: L, response slots.
         steps: T, denoising steps.
@@ -50,16 +51,18 @@ class GuidanceConfig:
         schedule_eps: last time of the "linspace" schedule.
         deprioritize_eos: a drawn end-of-sequence token is committed last.
         suppress_undrawable: give ids that stand for no token, and the mask token, probability 0 from the start; False
-            leaves their logits alone, as the published code does.
+            leaves their logits alone, as the published code does, but for the mask token's at the last step.
         batch_size: prompts denoised together (times K trajectories), of similar length; "auto" takes as many as the
-            memory is estimated to hold (:mod:`.batching`). Does not change any draw. A batch that runs out of memory is
-            halved, and the run goes on.
+            memory is estimated to hold (:mod:`.batching`). Does not change any draw (see `seed`). A batch that runs out
+            of memory is halved, and the run goes on.
         memory_budget: with batch_size="auto", what a batch may take beyond the weights: bytes, as an int, or a share
             of what is free, as a float up to 1; None is 0.9 of it.
         torch_compile: True, or the name of a torch.compile backend, compiles the norms and MLPs of the reward's layers.
         cuda_graphs: replay the inner loop from CUDA graphs; CUDA devices only.
         exact_savings: work left out without changing a token: "all", "none", or names (:mod:`.savings`).
-        seed: a prompt's result depends on it, the prompt and the settings, not on the batch.
+        seed: of the draws, which depend on it, the prompt and the settings, not on the batch. The numbers that meet
+            them are equal in any batch up to rounding. Guidance at a temperature below about 0.1 turns rounding into
+            tokens in float32, not in float64 (docs/philox.md).
         backend: "auto" or the name of a backend.
 
     Raises:
@@ -109,7 +112,7 @@ class GuidanceConfig:
         if len(self.betas) != 2 or 1 in self.betas:
             raise ValueError(f"betas={self.betas!r}: expected two numbers in [0, 1)")
         _common.check_eps(self.eps)
-        _one_of("state_dtype", self.state_dtype, (None, "float64", "float32", "bfloat16", "float16"))
+        _one_of("state_dtype", self.state_dtype, (None, "float64", "float32", "bfloat16"))
         _integer("num_samples", self.num_samples, 1, MAX_SAMPLES)
         _integer("max_new_tokens", self.max_new_tokens, 1, MAX_SLOTS)
         _integer("steps", self.steps, 1, MAX_STEPS)

@@ -89,7 +89,7 @@ class Denoiser:
                 self._guide = self.captured(self._guide)
         # Where looking costs nothing the loop looks more often and draws less.
         self._reads_are_free = self.canvas.tokens.device.type == "cpu"
-        self._settled = 0
+        self._settled, self._edited = 0, False
         self._shared_attention: torch.Tensor | None = None
 
     @torch.no_grad()
@@ -104,7 +104,8 @@ class Denoiser:
 
         Args:
             traces: a list a trajectory to which every step is added; None keeps no trace.
-            on_step: called after each step with (step, canvas tokens [R, S]); what it returns replaces the tokens.
+            on_step: called after each step with (step, canvas tokens [R, S]); what it returns replaces the tokens. None
+                says that it changed nothing.
             every_step: take steps that commit nothing too, for hosts that look at each step's logits.
 
         Returns:
@@ -113,6 +114,7 @@ class Denoiser:
         Raises:
             NonFiniteLogitsError: NaN or infinite logits, with the first step and the trajectory.
             NonFiniteRewardError: likewise of the reward, or its gradient.
+            RuntimeError: slots are still masked after the last step.
         """
         config, canvas = self.config, self.canvas
         left = canvas.masked.sum(dim=1).tolist()
@@ -124,6 +126,7 @@ class Denoiser:
         # The step in which a trajectory's logits, or its reward, first were not finite: one of the two, or -1.
         self._failed, self._faulty = torch.full_like(self.index, -1), torch.full_like(self.index, -1)
         self._faulty_rewards = torch.zeros(self.index.shape, device=self.index.device)
+        self._last_step = len(schedule) - 1
         self._identical = canvas.repeats > 1 and config.saves("shared_forward")
         self._trace = None if traces is None else Trace(traces)
         skipping = config.saves("idle_steps") and config.alg != "origin" and not every_step
@@ -131,7 +134,8 @@ class Denoiser:
             wanted = planned_counts[step]
             if not self._planned:
                 left = self._read(canvas.masked.sum(dim=1), look=True)
-                if config.schedule == "linspace":  # counted anew at each step, as published
+                # Counted anew at each step, as published. "even" keeps its plan until the last step fills what is left.
+                if config.schedule == "linspace" or step == self._last_step:
                     counts = tuple(int(n * share) for n in left)
                     wanted = self._to_device(counts)
             # With keyed draws and Adam fresh at every step, a step that commits nothing leaves no trace at all.
@@ -144,12 +148,15 @@ class Denoiser:
                     self._raise_if_failed()  # at once, not at the end
             if on_step is not None:
                 replaced = on_step(step, canvas.tokens)
-                if replaced is not None and replaced is not canvas.tokens:
-                    canvas.tokens.copy_(replaced)
-                    canvas.masked &= canvas.response == self.model.mask_token_id
+                if replaced is not None:  # perhaps the same tensor, changed in place
+                    if replaced is not canvas.tokens:
+                        canvas.tokens.copy_(replaced)
+                    # What the hook masks is filled again. After the last step it is the hook's own.
+                    if step < self._last_step:
+                        canvas.masked.copy_(canvas.response == self.model.mask_token_id)
                     self._identical = self._planned = False
-                    self._settled = 0
-        self._raise_if_failed()
+                    self._edited, self._settled = True, 0
+        self._raise_if_failed(ended=True)
         return canvas.response
 
     def _read(self, column: torch.Tensor, look: bool, open_slots: torch.Tensor | None = None) -> list[int]:
@@ -159,7 +166,8 @@ class Denoiser:
             look: whether the column itself is wanted; an empty list otherwise, and no wait where nothing is.
             open_slots: [R, L], slots that may still change; None takes those that are masked.
         """
-        counted = self.config.guided and self._score.takes_committed
+        # Where a hook may change what is committed nothing is settled: the reward would keep what was there before.
+        counted = self.config.guided and self._score.takes_committed and not self._edited
         parts = [column] if look else []
         if counted:
             open_slots = self.canvas.masked if open_slots is None else open_slots
@@ -218,7 +226,8 @@ class Denoiser:
                 chosen = self._choose(phi, drawn, ranking, opened, step, wanted, share)
                 proposal = canvas.response.index_put((opened.rows, opened.slots), drawn)
         canvas.response.copy_(torch.where(chosen, proposal, canvas.response))
-        # A mask token can only be drawn where undrawable ids are left alone; its slot then stays open, as published.
+        # A mask token can only be drawn where undrawable ids are left alone, and not at the last step; its slot then
+        # stays open, as published.
         canvas.masked &= ~chosen | (canvas.response == self.model.mask_token_id)
         self._identical = False
         if self._planned and not partial:
@@ -284,7 +293,9 @@ class Denoiser:
 
     def _draw(self, phi: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
         """Tokens [n] from the filtered softmax of phi [n, V]; notes the trajectories whose logits are not finite."""
-        config = self.config
+        config, mask = self.config, self.model.mask_token_id
+        if step == self._last_step and not self.undrawable.numel():
+            phi[:, mask : mask + 1] = -torch.inf  # drawn now, a mask token would be returned as text
         with ranges.scope(ranges.DRAW):
             drawn = sample_tokens(
                 phi,
@@ -414,15 +425,21 @@ class Denoiser:
             ranking = ranking.masked_fill(postponed, -torch.inf)
             return selection.best_positions(ranking, tried, wanted), proposal
 
-    def _raise_if_failed(self) -> None:
-        pairs = enumerate(torch.stack([self._failed, self._faulty]).T.tolist())
-        bad = [(max(steps), row, steps[1] >= 0) for row, steps in pairs if max(steps) >= 0]
+    def _raise_if_failed(self, ended: bool = False) -> None:
+        columns = [self._failed, self._faulty, *([self.canvas.masked.sum(dim=1)] if ended else ())]
+        rows = torch.stack(columns).T.tolist()
+        bad = [(max(row[:2]), place, row[1] >= 0) for place, row in enumerate(rows) if max(row[:2]) >= 0]
         if bad:
             step, row, faulty = min(bad)
             where = f"trajectory {row} of the batch"
             if faulty:
                 raise NonFiniteRewardError(step, row, where, self._faulty_rewards[row].item())
             raise NonFiniteLogitsError(step, row, where)
+        for place, (*_, left) in enumerate(rows if ended else ()):
+            if left:  # a mask token is never returned as text
+                raise RuntimeError(
+                    f"{left} slots of trajectory {place} are still masked after the last step: expected none"
+                )
 
 
 def _runs(first: torch.Tensor, lengths: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:

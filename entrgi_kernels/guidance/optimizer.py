@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..ops import AdamState, EntrgiEmbedding, ForwardState, _common, entrgi_embedding, guidance_update_
-from ..ops.guidance_update import hyperparameters
+from ..ops.guidance_update import hyperparameters, moment_dtype
 from .buffers import Buffers
 from .weights import WeightFunction, resolve_weight
 
@@ -39,7 +39,7 @@ class LogitOptimizer:
             `counter`. `seed` may also be an int64 tensor [M, 2], the (seed, counter) of each :meth:`embed` in turn: a
             CUDA graph replays with new numbers when its content is changed between replays.
         betas, eps: Adam's; eps from 1e-12 to 1e12.
-        state_dtype: dtype of Adam's moments; None takes that of phi.
+        state_dtype: dtype of Adam's moments, not float16; None takes that of phi, float32 for float16.
         keep_state: False when only one :meth:`step` will follow: the moments are then never formed (M = 1). With more,
             the last one is told by ``step(grad, last=True)``.
         buffers: memory for the moments and for :meth:`moved_rows`, used again by the next optimiser that is given the
@@ -108,7 +108,7 @@ class LogitOptimizer:
         self._update = dict(lr=lr, betas=tuple(betas), eps=eps, backend=backend)
         self._seed, self._counter, self._draws = seed, counter, 0
         self._buffers = Buffers() if buffers is None else buffers
-        self._state_dtype = state_dtype
+        self._state_dtype = moment_dtype(phi.dtype, state_dtype)
         self._keep_state = keep_state
         self._adam: AdamState | None = None
         self._state: ForwardState | None = None
@@ -181,11 +181,9 @@ class LogitOptimizer:
             raise TypeError(f"last={last!r}: expected True or False")
         keep = self._keep_state and not last
         if keep and self._adam is None:
-            dtype = self._state_dtype or self.phi.dtype
             # Not cleared: a first step takes the moments as zero.
-            self._adam = AdamState(
-                *(self._buffers.take(name, self.phi.shape, dtype, self.phi.device) for name in _MOMENTS)
-            )
+            like = self.phi.shape, self._state_dtype, self.phi.device
+            self._adam = AdamState(*(self._buffers.take(name, *like) for name in _MOMENTS))
         guidance_update_(self.phi, grad, self.table, state, adam=self._adam, keep=keep, **self._update)
         self._state = None
         self._ended = not keep

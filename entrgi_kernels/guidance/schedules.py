@@ -21,7 +21,8 @@ class Plan:
 
     Attributes:
         counts: positions to commit, a list a step with an entry a trajectory.
-        shares: 1 - s/t of each step: the probability with which alg "origin" commits a position. 1 at the last step.
+        shares: 1 - s/t of each step: the probability with which alg "origin" commits a position. Always 1 at the last
+            step, so that nothing stays masked.
     """
 
     counts: tuple[tuple[int, ...], ...]
@@ -36,7 +37,7 @@ def plan(schedule: str, masked: list[int], steps: int, eps: float = 1e-3) -> Pla
 
     `linspace`: int(n (1 - s/t)) over linspace(1, eps, steps + 1), n still masked, and all that is left at the last
     step; with steps > n some commit nothing. `even`: round(n (1 - s/t)) over t = steps/steps .. 1/steps (half to even),
-    with empty steps dropped from each trajectory.
+    with empty steps dropped from each trajectory; the shares are those of the steps that are left.
 
     Args:
         schedule: "linspace" or "even".
@@ -57,8 +58,8 @@ def plan(schedule: str, masked: list[int], steps: int, eps: float = 1e-3) -> Pla
         columns = [[count for count in _drain(n, shares, round) if count] for n in masked]
         longest = max((len(column) for column in columns), default=0)
         columns = [column + [0] * (longest - len(column)) for column in columns]
-        # A dropped step's share is dropped with it, where the trajectories agree on which those are.
-        shares = _shares_of(shares, masked, longest)
+        # Not the shares of the steps that were kept: the last step, of share 1, may be among the dropped ones.
+        shares = [1 - _even_keep(step, longest) for step in range(longest)]
     else:
         raise ValueError(f"schedule={schedule!r}: expected one of {', '.join(map(repr, SCHEDULES))}")
     return Plan(
@@ -80,11 +81,3 @@ def _even_keep(step: int, steps: int) -> float:
     # float32, as the published scheduler computes it: half-way cases round by its last bit.
     t, s = torch.tensor((steps - step) / steps), torch.tensor((steps - step - 1) / steps)
     return ((1 - (1 - s)) / (1 - (1 - t))).item()
-
-
-def _shares_of(shares: list[float], masked: list[int], longest: int) -> list[float]:
-    if not masked:
-        return []
-    counts = _drain(max(masked), shares, round)
-    kept = [share for share, count in zip(shares, counts, strict=True) if count]
-    return (kept + [1.0] * longest)[:longest]

@@ -20,13 +20,27 @@ from ._operator import operator
 from .entrgi_embedding import ForwardState
 
 
+def moment_dtype(logits: torch.dtype, wanted: torch.dtype | None = None) -> torch.dtype:
+    """What Adam's moments are kept in: `wanted`, else the logits' dtype, but float32 for float16.
+
+    Raises:
+        TypeError: float16 is wanted. A gradient below 1e-2 has a second moment that becomes 0 there, and the step would
+            be the first moment over eps.
+    """
+    if wanted == torch.float16:
+        raise TypeError(
+            f"Adam's moments in {wanted}: expected float64, float32 or bfloat16; squares underflow in float16"
+        )
+    return wanted or (torch.float32 if logits == torch.float16 else logits)
+
+
 @dataclass
 class AdamState:
     """First and second moment of every logit, and the number of steps taken.
 
     Attributes:
-        exp_avg: [N, V], first moment.
-        exp_avg_sq: [N, V], second moment.
+        exp_avg: [N, V], first moment; float64, float32 or bfloat16.
+        exp_avg_sq: [N, V], second moment; as the first. Not float16, whose squares underflow.
         step: steps taken so far. At 0 the moments are taken as zero, whatever they hold.
     """
 
@@ -36,12 +50,16 @@ class AdamState:
 
     @classmethod
     def zeros(cls, logits: torch.Tensor, dtype: torch.dtype | None = None) -> AdamState:
-        """A fresh state for `logits` [N, V], of `dtype` (the logits' where None)."""
+        """A fresh state for `logits` [N, V], of `dtype`; None takes the logits' own, float32 for float16.
+
+        Raises:
+            TypeError: `dtype` is float16, or not floating.
+        """
         _common.check_logits(logits)
         if dtype is not None and dtype not in _common.FLOATS:
             raise TypeError(f"dtype={dtype!r}: expected None or one of {', '.join(map(str, _common.FLOATS))}")
-        size = tuple(logits.shape)
-        return cls(*(torch.zeros(size, dtype=dtype or logits.dtype, device=logits.device) for _ in range(2)))
+        size, dtype = tuple(logits.shape), moment_dtype(logits.dtype, dtype)
+        return cls(*(torch.zeros(size, dtype=dtype, device=logits.device) for _ in range(2)))
 
 
 _TOUCHED = ("logits", "adam.exp_avg", "adam.exp_avg_sq", "grad", "table", "state.soft", "state.logsumexp")
@@ -160,6 +178,11 @@ def _check_adam(adam: AdamState, logits: torch.Tensor) -> tuple[tuple[torch.Tens
     moments = adam.exp_avg, adam.exp_avg_sq
     for name, moment in zip(("adam.exp_avg", "adam.exp_avg_sq"), moments, strict=True):
         _common.check_matrix(moment, name, "[N, V], that of the logits")
+        if moment.dtype == torch.float16:
+            raise TypeError(
+                f"{name} is {moment.dtype}, where squares underflow: expected float64, float32 or bfloat16, as "
+                "AdamState.zeros(logits) makes them"
+            )
         if moment.shape != logits.shape:
             raise ValueError(f"{name} has shape {list(moment.shape)}: expected {list(logits.shape)}, as the logits")
         if moment.device != logits.device:

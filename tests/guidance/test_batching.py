@@ -195,3 +195,10 @@ def test_budgets():
     assert batching.memory_budget(0.5, device) == pytest.approx(free / 2, rel=0.2)
     with pytest.raises(ValueError, match="batch_size='big'.*'auto'"):
         GuidanceConfig(batch_size="big")
+
+
+def test_the_moments_of_float16_logits_are_counted_as_float32(diffusion, reward, tokenizer):
+    sampler = GuidedSampler(diffusion.half(), reward.half(), tokenizer, shift=True, **SHORT)
+    assert estimate_of(sampler, sampler.config.replace(batch_size="auto"))[0].moment_bytes == 8
+    changed = sampler.config.replace(batch_size="auto", state_dtype="bfloat16")
+    assert estimate_of(sampler, changed)[0].moment_bytes == 4

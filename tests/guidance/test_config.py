@@ -35,6 +35,7 @@ from entrgi_kernels.guidance import GuidanceConfig, Threshold
         ("backend", None),
         ("eps", -1e-8),
         ("state_dtype", "float8"),
+        ("state_dtype", "float16"),
         ("num_samples", 0),
         ("num_samples", 2000),
         ("num_samples", True),

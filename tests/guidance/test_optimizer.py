@@ -129,6 +129,8 @@ def test_misuse_is_refused():
     phi, table, tokens, probe = problem()
     with pytest.raises(ValueError, match="requires grad"):
         LogitOptimizer(phi.clone().requires_grad_(), table)
+    with pytest.raises(TypeError, match="float16: expected float64, float32 or bfloat16"):
+        LogitOptimizer(phi, table, state_dtype=torch.float16)
     optimizer = LogitOptimizer(phi, table, keep_state=False)
     with pytest.raises(RuntimeError, match="embed"):
         optimizer.step(probe)

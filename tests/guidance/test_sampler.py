@@ -102,6 +102,13 @@ def test_temperature_zero_is_deterministic_across_seeds(sampler):
     )
 
 
+def test_float16_models_run_at_default_settings(make_diffusion, make_reward, tokenizer):
+    models = make_diffusion(len(tokenizer), seed=0).half(), make_reward(len(tokenizer)).half()
+    sampler = GuidedSampler(*models, tokenizer, shift=True)
+    (result,) = sampler.generate(["Hm."], num_samples=2, max_new_tokens=12, steps=12)
+    assert all(map(math.isfinite, result.rewards))
+
+
 def test_steps_that_commit_nothing_change_nothing(sampler):
     # T above L: the published schedule then has steps without a commit.
     results = sampler.generate(["Why?"], **{**SHORT, "steps": 20}, trace=True)

@@ -124,10 +124,45 @@ def test_half_precision_moves_the_right_way(backend, dtype, moments):
     before = x.clone()
     (expected,) = published_steps(x, e, tokens, (0.9, 0.999), 1e-8)
     state = ops.AdamState.zeros(x, moments)
-    assert state.exp_avg.dtype == (moments or dtype)
+    assert state.exp_avg.dtype == (moments or (torch.float32 if dtype == torch.float16 else dtype))
     our_steps(x, e, tokens, backend, state)
     flips = ((x.double() - before) * (expected - before.double()) < 0).double().mean()
     assert flips < 0.01 and (x != before).double().mean() > 0.95
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-5, 1e-9])
+def test_float16_logits_follow_float64_however_small_the_gradient(backend, size):
+    """Squares of such gradients are 0 in float16: moments kept in it would make the step m / eps."""
+    x, e = ref.peaked(6, 255, torch.float16, spread=1.0), ref.table(255, 16, torch.float16)
+    ref.served(backend, x, e)
+    grads = [size * ref.table(6, 16, torch.float32, seed=seed) for seed in (1, 2, 3)]
+    exact, adam = x.double().requires_grad_(), None
+    state = ops.AdamState.zeros(x)
+    for grad in grads:
+        kept = ops.entrgi_embedding(x, e, temperature=TAU, backend=backend).state
+        # The gradient is taken where float16 has brought phi, the step and its moments are float64's.
+        at = x.double().requires_grad_()
+        (slope,) = torch.autograd.grad((torch.softmax(at / TAU, -1) @ e.double() * grad.double()).sum(), at)
+        ops.guidance_update_(x, grad, e, kept, lr=LR, adam=state, backend=backend)
+        adam = adam or torch.optim.Adam([exact], lr=LR)
+        exact.grad = slope
+        adam.step()
+    assert x.isfinite().all() and state.exp_avg_sq.dtype == torch.float32
+    torch.testing.assert_close(x.double(), exact.detach(), rtol=2e-3, atol=2e-2)
+
+
+def test_float16_moments_are_refused(backend):
+    x, e = ref.peaked(2, 7, torch.float16), ref.table(7, 3, torch.float16)
+    ref.served(backend, x, e)
+    kept, before = ops.entrgi_embedding(x, e, backend=backend).state, x.clone()
+    with pytest.raises(TypeError, match="float16: expected float64, float32 or bfloat16"):
+        ops.AdamState.zeros(x, torch.float16)
+    for name in ("exp_avg", "exp_avg_sq"):
+        state = ops.AdamState.zeros(x)
+        setattr(state, name, torch.zeros_like(x))
+        with pytest.raises(TypeError, match=f"adam.{name} is torch.float16.*expected float64, float32 or bfloat16"):
+            ops.guidance_update_(x, e[:2], e, kept, lr=LR, adam=state, backend=backend)
+        assert state.step == 0 and torch.equal(x, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

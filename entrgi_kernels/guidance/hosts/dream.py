@@ -155,13 +155,13 @@ class DreamGeneration:
         hooked = _Hooked(sampler.model, logits_hook)
         hooks = logits_hook is not None or tokens_hook is not None
 
-        def on_step(step: int, tokens: torch.Tensor) -> torch.Tensor:
+        def on_step(step: int, tokens: torch.Tensor) -> torch.Tensor | None:
             hooked.step = step + 1
             if tokens_hook is not None:
                 tokens = tokens_hook(step, tokens, hooked.logits)
             if settings.output_history:
                 history.append(tokens.clone())
-            return tokens
+            return None if tokens_hook is None else tokens
 
         sampler.statistics = Statistics()
         conversations = [conversation_from_ids(sampler.tokenizer, ids) for ids in prompts]

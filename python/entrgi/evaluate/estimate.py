@@ -111,9 +111,11 @@ def _memory(plan: Plan) -> list[str]:
     extra = 0.0
     for cell in plan.cells:
         c = cell.config
-        rows = c.batch_size * c.num_samples * c.max_new_tokens
-        logits = rows * model.vocabulary * width
-        extra = max(extra, logits * (1 + (2 if c.guided and c.guidance_steps > 1 else 0) + (1 if c.guided else 0.25)))
+        entries = c.batch_size * c.num_samples * c.max_new_tokens * model.vocabulary
+        # Adam's moments have the logits' dtype unless another is set, float32 for float16.
+        moment = _BYTES[c.state_dtype] if c.state_dtype else 4 if plan.config.dtype == "float16" else width
+        kept = 2 * moment if c.guided and c.guidance_steps > 1 else 0
+        extra = max(extra, entries * (width * (2 if c.guided else 1.25) + kept))
     gib = [f"{value / 2**30:.1f} GiB" for value in (weights, table, extra, weights + table + extra)]
     return [
         f"memory of a process: about {gib[3]}: weights {gib[0]}, embedding table {gib[1]}, logits with Adam's moments "

@@ -157,3 +157,20 @@ def test_the_training_sampler_token_for_token(training, tokenizer, settings, mon
     sampler.entrgi.remove()
     assert vars(sampler).keys() - {"_last_entropy_weight_mean"} == before.keys() - {"_last_entropy_weight_mean"}
     assert torch.equal(sampler.sample(inputs, config), theirs)
+
+
+@pytest.mark.parametrize("alg", ["origin", "entropy"])
+def test_the_training_sampler_leaves_no_mask_token(training, tokenizer, alg):
+    """Fewer slots than steps, and a model that would rather draw the mask token than any other."""
+    sampler, kind = training
+    mask = tokenizer.mask_token_id
+    with torch.no_grad():
+        sampler.model.lm_head.weight[mask] = 0
+        sampler.model.lm_head.weight /= 100
+        sampler.model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer), dtype=torch.float64))
+        sampler.model.lm_head.bias[mask] = 6
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Why?"}], add_generation_prompt=True)
+    inputs = [torch.tensor(ids if isinstance(ids, list) else ids["input_ids"])] * 2
+    entrgi_kernels.guide(sampler, seed=0)
+    config = kind(M=1, num_generations=2, max_new_tokens=8, steps=19, temperature=1.0, alg=alg)
+    assert not (sampler.sample(inputs, config)[:, len(inputs[0]) :] == mask).any()

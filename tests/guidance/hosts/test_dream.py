@@ -118,6 +118,32 @@ def test_dream_token_for_token(make_dream, reward, tokenizer, chat, monkeypatch,
     assert torch.equal(call(model, chat, **settings), plain)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_what_a_hook_masks_is_filled_again_as_in_dreams_own_loop(make_dream, reward, tokenizer, chat, in_place):
+    model, mask, start = make_dream(), tokenizer.mask_token_id, chat.input_ids.shape[1]
+    counts = []
+
+    def hook(step, x, logits):
+        if step is None:
+            return x
+        x = x if in_place else x.clone()
+        counts.append((x[:, start:] == mask).sum().item())
+        if step == 3:
+            x[:, start:] = mask
+        elif step == 4:
+            x[:, start + 1] = 70  # filled by the hook: not to be drawn again
+        return x
+
+    settings = dict(temperature=0.0, top_k=None, alg="maskgit_plus", generation_tokens_hook_func=hook)
+    plain = call(model, chat, **settings)
+    theirs = list(counts)
+    counts.clear()
+    entrgi_kernels.guide(model, reward.double(), tokenizer, method="none", seed=0, deprioritize_eos=False)
+    model.entrgi.sampler.config = model.entrgi.sampler.config.replace(suppress_undrawable=False)
+    assert torch.equal(call(model, chat, **settings), plain) and counts == theirs
+    assert counts[4] > counts[3] and counts[-1] == 0 and (plain[:, start + 1] == 70).all()
+
+
 def test_dreams_rewards_go_up(make_dream, reward, tokenizer, chat):
     model, settings = make_dream(), dict(temperature=1.0, top_k=None)
     turns = [[{"role": "user", "content": text}] for text in ("Why?", "A longer question?")]
