@@ -39,14 +39,23 @@ class FakeSampler:
         self.prompts_seen: list[Any] = []
 
     def stream(
-        self, prompts: Any, *, trace: bool = False, progress: bool | None = None, **settings: Any
+        self,
+        prompts: Any,
+        *,
+        trace: bool = False,
+        progress: bool | None = None,
+        only: Any = None,
+        **settings: Any,
     ) -> Iterator[tuple[int, Any]]:
         if settings:
             self.config = self.config.replace(**settings)
         self.statistics = Statistics()
         seen: collections.Counter[str] = collections.Counter()
         for index, prompt in enumerate(prompts):
-            if index == self.stop_after:
+            if only is not None and index not in only:
+                seen[json.dumps(prompt)] += 1
+                continue
+            if len(self.prompts_seen) == self.stop_after:
                 raise KeyboardInterrupt
             self.prompts_seen.append(prompt)
             text = json.dumps(prompt)
