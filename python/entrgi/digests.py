@@ -26,7 +26,7 @@ def sha256(files: Sequence[Path]) -> list[str]:
         return list(pool.map(_sha256, files))
 
 
-def fingerprint(role: str, name: str | None) -> str | None:
+def fingerprint(role: str, name: str | None, *, local: bool = False) -> str | None:
     """Identifies a model's files: a digest of a folder's, the commit of a hub name; None where neither is to be found.
 
     An adapter's counts the model that it was trained on.
@@ -34,6 +34,7 @@ def fingerprint(role: str, name: str | None) -> str | None:
     Args:
         role: "diffusion" or "reward": which one of the built-in models None stands for.
         name: a folder or a hub name.
+        local: ask no hub: a name's commit is that of what was fetched before.
 
     Raises:
         UsageError: a file that cannot be read.
@@ -47,7 +48,7 @@ def fingerprint(role: str, name: str | None) -> str | None:
             return None
     folder = Path(name)
     if not folder.is_dir():
-        return _commit(name)
+        return _commit(name, local)
     places = [path.relative_to(folder) for path in [*folder.glob("*"), *folder.glob("*/*")]]
     places = sorted(
         place
@@ -58,7 +59,7 @@ def fingerprint(role: str, name: str | None) -> str | None:
     )
     found = dict(zip(map(str, places), sha256([folder / place for place in places]), strict=True))
     base = _base(folder / "adapter_config.json")
-    content = [found, None if base is None else fingerprint(role, base)]
+    content = [found, None if base is None else fingerprint(role, base, local=local)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -81,10 +82,10 @@ def _base(path: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _commit(name: str) -> str | None:
+def _commit(name: str, local: bool) -> str | None:
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     try:
-        return extract_commit_hash(cached_file(name, "config.json"), None)
+        return extract_commit_hash(cached_file(name, "config.json", local_files_only=local), None)
     except (OSError, ValueError):  # loading it says why
         return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
 from typing import Any
 
 from .. import __version__
@@ -18,7 +17,7 @@ from ..prompts import prompt_text
 from .config import TINY, Cell, EvaluationConfig, cells_of, digest, methods_of
 from .flops import Shape, sample_flops, total
 from .prompts import Item, PromptSets, fingerprints, load_prompts
-from .store import FORMAT
+from .store import FORMAT, Store
 
 _MAX_BEST_OF = 1024
 
@@ -81,14 +80,10 @@ class Plan:
     files: dict[str, str | None]
     unreachable: tuple[str, ...] = ()
 
-    def todo(self, samples: Collection[str], batches: Collection[str], traces: Collection[str]) -> list[int]:
-        """Places of the batches of which a sample, the times or a trace is missing.
-
-        Args:
-            samples, batches, traces: keys of what is there.
-        """
-        samples, batches = set(samples), set(batches)
-        traced = {key.rpartition("-")[0] for key in traces}  # of one of its samples each
+    def todo(self, store: Store) -> list[int]:
+        """Places of the batches of which a sample, the times or a trace is not in the results."""
+        samples, batches = store.keys("samples"), store.keys("batches")
+        traced = {key.rpartition("-")[0] for key in store.keys("traces")}  # of one of a prompt's samples
         return [
             place
             for place, batch in enumerate(self.batches)
@@ -136,7 +131,7 @@ def make_plan(config: EvaluationConfig, *, dry: bool = False) -> Plan:
     prompts = load_prompts(config, unreachable if dry else None)
     shapes = shapes_of(config)
     best_of = matched_best_of(config, prompts, shapes) if config.best_of == "auto" else None
-    files = {} if dry else files_of(config)
+    files = files_of(config, local=dry)
     cells = cells_of(config, best_of, files)
     batches = []
     for cell in cells:
@@ -149,11 +144,11 @@ def make_plan(config: EvaluationConfig, *, dry: bool = False) -> Plan:
     return Plan(config, tuple(cells), prompts, tuple(batches), shapes, files, tuple(unreachable))
 
 
-def files_of(config: EvaluationConfig) -> dict[str, str | None]:
-    """What identifies the files of the models, by name, reward models as such."""
+def files_of(config: EvaluationConfig, *, local: bool = False) -> dict[str, str | None]:
+    """What identifies the files of the models, by name, reward models as such; `local` asks no hub."""
     named = {f"model:{config.model}": ("diffusion", config.model)}
     named |= {f"reward:{name}": ("reward", name) for name in config.rewards}
-    return {key: fingerprint(role, None if name == TINY else name) for key, (role, name) in named.items()}
+    return {key: fingerprint(role, None if n == TINY else n, local=local) for key, (role, n) in named.items()}
 
 
 def shapes_of(config: EvaluationConfig) -> dict[str, dict[str, Any]]:

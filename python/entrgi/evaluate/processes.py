@@ -105,15 +105,12 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         stack.callback(group.leave)
 
-        def left() -> list[int]:
-            return plan.todo(*(store.keys(stream) for stream in ("samples", "batches", "traces")))
-
         def start() -> tuple[list[int], set[str]]:
             stack.enter_context(store.lock())
             store.begin(plan.header(), extend=extend)
             store.recover()
             done = store.keys("samples")
-            todo = left()
+            todo = plan.todo(store)
             _warn_of_losses(plan, store, todo, done)
             partly = done & {key for place in todo for key in plan.batches[place].sample_keys()}
             return todo, partly
@@ -133,7 +130,7 @@ def evaluate(
             group.wait()
 
             def generated() -> tuple[int, set[str]]:
-                lost = left()
+                lost = plan.todo(store)
                 if lost:
                     raise UsageError(f"{len(lost)} batches are not in {folder}: do all machines share that folder?")
                 return len(pending(plan, store)), store.keys("judgements")

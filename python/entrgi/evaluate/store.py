@@ -17,6 +17,7 @@ run was killed or on how many processes made it.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -27,8 +28,11 @@ from typing import Any
 
 from .. import jsonl
 from ..errors import UsageError, differences
+from ..prompts import check_prompt
 
 FORMAT = 1
+_PER_SLOT = ("entropy", "weight")
+_STEP = {"step", "tokens", "committed", "reward", "reward_before", "reward_after", *_PER_SLOT}
 STREAMS = ("samples", "batches", "judgements", "traces")
 # A batch that was killed after these were noted notes them again; the last ones are of the samples that are kept.
 _LATEST = ("batches", "traces")
@@ -44,6 +48,7 @@ _LINE: dict[str, dict[str, Any]] = {
     },
     "batches": {
         "key": str, "cell": str, "prompts": int, "traced": bool, "prompt_tokens": int, "seconds": _NUMBER,
+        "mean_weight": _SCORE,
     },
     "judgements": {"key": str, "judge": str, "sample": str, "score": _SCORE},
     "traces": {"key": str, "steps": list},
@@ -164,6 +169,16 @@ class Store:
         """Keys of the records of a stream."""
         return {record["key"] for record in self.read(stream)}
 
+    def warn_of_lost_times(self) -> None:
+        """Say so where batches.jsonl lacks batches whose samples are there: seconds and FLOPs are then of the rest."""
+        there = collections.Counter(cell for cell, _ in {tuple(key.split("-")[:2]) for key in self.keys("samples")})
+        for record in self.read("batches"):
+            there[record["cell"]] -= record["prompts"]
+        lost = sum((+there).values())
+        if lost:
+            path = self.folder / "batches.jsonl"
+            jsonl.logger.warning("%s: the batches of %d finished prompts are missing; evaluate again", path, lost)
+
     def append(self, stream: str, records: Sequence[Mapping[str, Any]], writer: int = 0) -> None:
         """Append records to this writer's part of a stream; they are on the disk when this returns."""
         if not records:
@@ -218,11 +233,30 @@ def _record(stream: str, line: bytes, where: str) -> dict[str, Any]:
     record = jsonl.parse(line, where)
     _check_fields(record, _LINE[stream], where)
     if stream == "samples":
+        check_prompt(record["prompt"], where)
         cell, *rest = record["key"].split("-")
-        numbers = all(type(token) is int for token in record["tokens"])
-        if not numbers or rest != [*rest[:1], f"{record['sample']:04d}"] or not cell:
+        if not cell or rest != [*rest[:1], f"{record['sample']:04d}"] or not _is_list(record["tokens"], int):
             raise UsageError(f"{where}: 'key', 'sample' or 'tokens' is damaged; {_MEND}")
+    if stream == "traces" and not all(_is_step(step) for step in record["steps"]):
+        raise UsageError(f"{where}: 'steps' is damaged; {_MEND}")
     return record
+
+
+def _is_list(value: Any, *kinds: type) -> bool:
+    return isinstance(value, list) and all(type(item) in kinds for item in value)
+
+
+def _is_step(step: Any) -> bool:
+    """Whether a value is what :meth:`StepTrace.to_dict` gives."""
+    return (
+        isinstance(step, dict)
+        and set(step) == _STEP
+        and all(type(step[name]) in _SCORE for name in _STEP if name.startswith("reward"))
+        and _is_list(step["tokens"], int)
+        and all(_is_list(step[name], *_SCORE) and len(step[name]) == len(step["tokens"]) for name in _PER_SLOT)
+        and _is_list(step["committed"], int)
+        and all(0 <= slot < len(step["tokens"]) for slot in step["committed"])
+    )
 
 
 def _check_settings(settings: Mapping[str, Any], where: str) -> None:
