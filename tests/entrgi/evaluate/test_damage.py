@@ -1,8 +1,9 @@
-"""Damaged results: each is refused in one line that names the place, or made again; never a traceback or another figure."""
+"""Damaged results: each is refused in a line that names the place, or made again; no traceback, no other figure."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,10 @@ def changed(name: str, value: object) -> Spoil:
     return spoil
 
 
+def with_reward(value: bytes) -> Spoil:
+    return lambda lines: [lines[0].replace(b'"reward": ', b'"reward": ' + value + b', "was": '), *lines[1:]]
+
+
 def replaced(line: bytes) -> Spoil:
     return lambda lines: [lines[0], line, *lines[2:]]
 
@@ -43,25 +48,32 @@ REFUSED: dict[str, tuple[tuple[str, ...], Spoil, str]] = {
     "steps": (("traces",), changed("steps", [{"step": 0}]), "line 2: 'steps' is damaged"),
     "twice": (STREAMS, lambda lines: [lines[0], lines[0], *lines[1:]], "line 2: its key is that of"),
     "a list": (STREAMS, replaced(b"[1]\n"), "line 2: not a JSON object"),
-    "garbage": (STREAMS, replaced(b"\x93\xfe\x00\n"), "line 2: not a JSON object"),
+    "garbage": (STREAMS, replaced(b"\x93\xfe\n"), "line 2: not a JSON object"),
     "nested": (STREAMS, replaced(b"[" * 100_000 + b"\n"), "line 2: not a JSON object"),
     "not UTF-8": (STREAMS, lambda lines: [lines[0].replace(b'"key"', b'"k\xffy"'), *lines[1:]], "line 1: not a JSON"),
     "infinite": (
         ("samples",),
-        lambda l: [l[0].replace(b'"reward": ', b'"reward": 1e999, "r": '), *l[1:]],
+        with_reward(b"1e999"),
         "line 1: not",
     ),
-    "NaN": (("samples",), lambda l: [l[0].replace(b'"reward": ', b'"reward": NaN, "r": '), *l[1:]], "line 1: not"),
+    "NaN": (("samples",), with_reward(b"NaN"), "line 1: not"),
     "half a character": (("samples",), changed("text", "\ud800"), "line 2: not a JSON object"),
     "torn in the middle": (STREAMS, lambda lines: [lines[0][:-20], *lines[1:]], "line 1: not a JSON object"),
 }
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Where the first test puts a finished evaluation, for the others to copy."""
+    return tmp_path_factory.mktemp("made") / "r"
+
+
 @pytest.fixture
-def results(fake, entrgi, tmp_path) -> Path:
+def results(made, fake, entrgi, tmp_path) -> Path:
     """A finished evaluation."""
-    assert entrgi("evaluate", "tiny", *GRID, "-o", tmp_path / "r") == 0
-    return tmp_path / "r"
+    if not made.exists():
+        assert entrgi("evaluate", "tiny", *GRID, "-o", made) == 0
+    return Path(shutil.copytree(made, tmp_path / "r"))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -83,12 +95,11 @@ def test_a_damaged_line_is_named(results, fake, entrgi, capsys, damage: str) -> 
             assert err.startswith(f"entrgi {command[0]}: error: {path}, {message}"), err
         assert path.read_bytes() == spoilt, "left alone"
         path.write_bytes(whole)
-    assert entrgi("evaluate", "tiny", *GRID, "-o", results) == 0
 
 
 @pytest.mark.parametrize("loss", ["removed", "emptied", "torn"])
 @pytest.mark.parametrize("stream", STREAMS)
-def test_what_is_lost_is_made_again(results, fake, entrgi, capsys, stream: str, loss: str) -> None:
+def test_what_is_lost_is_made_again(results, fake, entrgi, capsys, caplog, stream: str, loss: str) -> None:
     expected, path = content(results), results / f"{stream}.jsonl"
     whole = path.read_bytes()
     if loss == "removed":
@@ -96,9 +107,7 @@ def test_what_is_lost_is_made_again(results, fake, entrgi, capsys, stream: str, 
     else:
         path.write_bytes(b"" if loss == "emptied" else whole[:-30])
     entrgi("report", results)
-    told = capsys.readouterr()
-    if stream == "batches":
-        assert "batches.jsonl: the batches of" in told.err
+    assert (f"{path}: the batches of" in caplog.text) == (stream == "batches")
     assert entrgi("evaluate", "tiny", *GRID, "-o", results) == 0
     assert content(results) == expected
     assert path.read_bytes().count(b"\n") == whole.count(b"\n")
@@ -146,6 +155,19 @@ def test_a_folder_where_a_file_is_expected_is_named(results, entrgi, capsys, nam
     assert entrgi("evaluate", "tiny", *GRID, "-o", results) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert "s a directory" in err and str(path if name != ".lock" else results) in err
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.95])
+def test_a_full_disk_loses_nothing(made, results, fake, entrgi, tmp_path, limited_files, capsys, share: float) -> None:
+    """Files that fit in part are named; when there is room again they end as an undisturbed run's."""
+    folder = tmp_path / "full"
+    largest = max(results.glob("*.jsonl"), key=lambda path: path.stat().st_size)
+    with limited_files(int(share * largest.stat().st_size)):
+        assert entrgi("evaluate", "tiny", *GRID, "-o", folder) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"cannot write {folder}/" in err and err.endswith(": File too large"), err
+    assert entrgi("evaluate", "tiny", *GRID, "-o", folder) == 0
+    assert content(folder) == content(results) and not list(folder.glob(".*.new"))
 
 
 def test_parts_without_a_configuration_are_left_alone(results, entrgi, capsys) -> None:
