@@ -79,7 +79,7 @@ def check_checkpoint(checkpoint: Path) -> None:
     if text.startswith("step "):  # of an earlier version, which noted no digests
         return
     try:
-        said = json.loads(text)["files"]
+        said = dict(json.loads(text)["files"])
         places = [checkpoint / name for name in said]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UsageError(f"{mark} is damaged: {advice}") from None
