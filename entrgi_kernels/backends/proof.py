@@ -128,26 +128,34 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
     try:
         machines = json.loads(file.read_text(encoding="utf-8"))["machines"]
         return {name: kept for name, kept in machines.items() if isinstance(kept, dict)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
 def _sound(kept: dict[str, Any]) -> tuple[dict[str, Verdict], dict[str, dict[str, float]]]:
     """(verdicts, timings) of a machine in the file; what is not whole is left out."""
     proofs, timings = {}, {}
-    for part, found, make in (
-        (
-            "proofs",
-            proofs,
-            lambda one: Verdict(bool(one["passed"]), str(one["figures"]), float(one["excess"]), float(one["seconds"])),
-        ),
-        ("timings", timings, lambda one: {str(engine): float(ms) for engine, ms in one.items()}),
-    ):
+    for part, found, make in (("proofs", proofs, _verdict), ("timings", timings, _milliseconds)):
         entries = kept.get(part)
         for key, one in entries.items() if isinstance(entries, dict) else ():
             with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
                 found[key] = make(one)
     return proofs, timings
+
+
+def _verdict(one: dict[str, Any]) -> Verdict:
+    """A verdict that was written down; what says that it passed and does not look so was not."""
+    passed, excess = one["passed"], float(one["excess"])
+    if not isinstance(passed, bool) or passed != (excess <= 1):
+        raise ValueError(f"passed={passed!r} and excess={excess!r}")
+    return Verdict(passed, str(one["figures"]), excess, float(one["seconds"]))
+
+
+def _milliseconds(one: dict[str, Any]) -> dict[str, float]:
+    found = {str(engine): float(ms) for engine, ms in one.items()}
+    if not all(0 <= ms < math.inf for ms in found.values()):
+        raise ValueError(f"times {found}")
+    return found
 
 
 @contextlib.contextmanager
