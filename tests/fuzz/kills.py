@@ -228,13 +228,14 @@ class Runner:
 
     Args:
         folder: for everything; each case has one of its own in it.
+        preload: modules that commands are not to import again.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, preload: Sequence[str] = PRELOAD) -> None:
         self.folder = folder
         self._known: dict[str, tuple[Path, float, list[Counter[str]]]] = {}
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(PRELOAD))
+        self._context.set_forkserver_preload(list(preload))
         first = self._context.Process(target=str)  # with it the others' origin starts and imports
         first.start()
         first.join()

@@ -47,12 +47,17 @@ def read(folder: str | Path, name: str) -> list[dict[str, Any]]:
 
 
 def rewind(folder: str | Path, step: int) -> None:
-    """Forget what was recorded after `step`: the resumed run records it again."""
+    """Forget what was recorded after the checkpoint of `step`: the resumed run records it again."""
     for name in (LOG, EVALUATIONS, SAMPLES):
         path = Path(folder) / name
         if path.exists():
-            kept = (record for record in read(folder, name) if record["step"] <= step)
+            kept = (record for record in read(folder, name) if _is_before(name, record, step))
             jsonl.write_atomically(path, (jsonl.dumps(_finite(record)) for record in kept))
+
+
+def _is_before(name: str, record: dict[str, Any], step: int) -> bool:
+    # Samples bear the step that follows their drawing's checkpoint. A run's summary is written after its last one.
+    return record["step"] < step if name == SAMPLES else record["step"] <= step and "train_runtime" not in record
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
@@ -74,7 +79,10 @@ def check_checkpoint(checkpoint: Path) -> None:
     Raises:
         UsageError: names the file.
     """
-    mark, advice = checkpoint / COMPLETE, f"remove {checkpoint}: --resume then goes on from an earlier one, or starts anew"
+    mark, advice = (
+        checkpoint / COMPLETE,
+        f"remove {checkpoint}: --resume then goes on from an earlier one, or starts anew",
+    )
     text = read_text(mark)
     if text.startswith("step "):  # of an earlier version, which noted no digests
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -287,6 +288,23 @@ def test_a_damaged_record_is_named(tmp_path, name, line):
     (tmp_path / name).write_text(line + '\n{"step": 2}\n')
     with pytest.raises(UsageError, match=f"{name}, line 1: not a"):
         records.rewind(tmp_path, 2)
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_records_of_a_resumed_run_are_those_of_an_unbroken_one(trainer_of, at):
+    """Texts drawn after the checkpoint at which a run goes on, and the summary of a run that was at its end."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "sample_steps": 2, "save_total_limit": 9}
+    trainer_of("whole", **settings).train()
+    again = trainer_of("again", **settings)
+    again.train()
+    folder, whole = again.args.output_dir, again.args.output_dir.replace("again", "whole")
+    for step in range(at + 1, 5):
+        shutil.rmtree(f"{folder}/checkpoint-{step}")
+    trainer_of("again", **settings).train(resume_from_checkpoint=True)
+    assert records.read(folder, records.SAMPLES) == records.read(whole, records.SAMPLES)
+    assert [sorted(r) for r in records.read(folder, records.LOG)] == [
+        sorted(r) for r in records.read(whole, records.LOG)
+    ]
 
 
 def test_a_held_out_prompt_without_a_figure_stays_one(tmp_path):
