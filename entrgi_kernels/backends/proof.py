@@ -128,7 +128,7 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
     try:
         machines = json.loads(file.read_text(encoding="utf-8"))["machines"]
         return {name: kept for name, kept in machines.items() if isinstance(kept, dict)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
@@ -142,12 +142,27 @@ def _sound(kept: dict[str, Any]) -> tuple[dict[str, Verdict], dict[str, dict[str
     proofs: dict[str, Verdict] = {}
     timings: dict[str, dict[str, float]] = {}
     for key, one in _entries(kept, "proofs"):
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            proofs[key] = Verdict(bool(one["passed"]), str(one["figures"]), float(one["excess"]), float(one["seconds"]))
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            proofs[key] = _verdict(one)
     for key, one in _entries(kept, "timings"):
-        with contextlib.suppress(AttributeError, TypeError, ValueError):
-            timings[key] = {str(engine): float(ms) for engine, ms in one.items()}
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            timings[key] = _milliseconds(one)
     return proofs, timings
+
+
+def _verdict(one: dict[str, Any]) -> Verdict:
+    """A verdict that was written down; what says that it passed and does not look so was not."""
+    passed, excess = one["passed"], float(one["excess"])
+    if not isinstance(passed, bool) or passed != (excess <= 1):
+        raise ValueError(f"passed={passed!r} and excess={excess!r}")
+    return Verdict(passed, str(one["figures"]), excess, float(one["seconds"]))
+
+
+def _milliseconds(one: dict[str, Any]) -> dict[str, float]:
+    found = {str(engine): float(ms) for engine, ms in one.items()}
+    if not all(0 <= ms < math.inf for ms in found.values()):
+        raise ValueError(f"times {found}")
+    return found
 
 
 @contextlib.contextmanager

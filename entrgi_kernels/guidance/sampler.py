@@ -6,7 +6,8 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -130,9 +131,15 @@ class GuidedSampler:
         *,
         trace: bool = False,
         progress: bool | None = None,
+        only: Collection[int] | None = None,
         **settings: Any,
     ) -> Iterator[tuple[int, GenerationResult]]:
-        """As :meth:`generate`, yielding (index of the prompt, result) as prompts are finished."""
+        """As :meth:`generate`, yielding (index of the prompt, result) as prompts are finished.
+
+        Args:
+            only: indices of the prompts that are wanted. Batches are those of all prompts, and one that holds a wanted
+                prompt is denoised whole: who continues gets the bits that the whole run gives.
+        """
         config = self.config.replace(**settings)
         if not isinstance(prompts, (str, Sequence)):
             raise TypeError(
@@ -172,6 +179,8 @@ class GuidedSampler:
                 return MemoryEstimate.measure(self.model, self.reward, config, turns, ids, self.decode, scorer, table)
 
         batches = make_batches([len(ids) for ids in encoded], config, estimate, self.model.device)
+        if only is not None:
+            batches = deque(batch for batch in batches if not set(only).isdisjoint(batch.prompts))
         buffers, waiting = Buffers(), {}
         with tqdm(
             total=len(batches) * config.steps, desc=config.method, unit="step", disable=_hide(progress), leave=False
@@ -199,7 +208,7 @@ class GuidedSampler:
                     gathered = [*waiting.pop(index, []), *samples]
                     if len(gathered) < config.num_samples:
                         waiting[index] = gathered
-                    else:
+                    elif only is None or index in only:
                         yield index, GenerationResult(given[index], gathered, config)
 
     def _check_lengths(

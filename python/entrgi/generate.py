@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import json
+import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from . import jsonl, loading
-from .errors import UsageError, check_writable
+from . import __version__, jsonl, loading
+from .digests import fingerprint
+from .errors import UsageError, check_writable, differences
 from .prompts import Prompt, prompt_text, read_placed
 from .prompts import add_arguments as add_prompt_arguments
 from .statistics import number
 
 if TYPE_CHECKING:
+    from entrgi_kernels.guidance.config import GuidanceConfig
     from entrgi_kernels.guidance.results import GenerationResult, Sample
+
+# What every line of the JSON-lines output holds, as far as it is read again.
+_FIELDS = {"key": str, "prompt": (str, list), "best": (str, type(None)), "samples": list, "settings": dict}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,53 +69,43 @@ def run(args: argparse.Namespace) -> int:
     placed = read_placed(args.prompts, args.file, field=args.prompt_field)
     prompts = [prompt for _, prompt in placed]
     config = loading.config_from(args, tiny=tiny)
-    identity = {
-        "model": args.model or loading.TINY,
-        "reward": args.reward or loading.TINY,
-        "dtype": args.dtype,
-        "samples": "best" if args.best_only else "all",
-        **{name: value for name, value in config.to_dict().items() if name not in loading.SPEED_ONLY},
-    }
-    items = keyed(prompts, identity)
-    done = repair(Path(args.output)) if args.resume and Path(args.output).exists() else set()
-    todo = {key for key, _ in items} - done
-    if len(todo) < len(items):
-        print(f"{len(items) - len(todo)} of {len(items)} prompts were already done", file=sys.stderr)
-    if not todo:
-        return 0
-    items = needed(items, todo)
-
-    loaded = loading.load(args)
-    loading.check_prompts(prompts, loaded, lambda index: placed[index][0])
-    sampler = loading.make_sampler(loaded, config)
-    finished, missing, hint = 0, 0, "; go on with --resume" if as_jsonl and args.output else ""
-    out = _open(args)
-    try:
-        results = loading.stream(sampler, [prompt for _, prompt in items], progress=False if args.quiet else None)
-        start = time.perf_counter()
-        for index, result in results:
-            key, prompt = items[index]
-            if key not in todo:
-                continue
-            if as_jsonl:
-                entry = record(key, prompt, result, identity, best_only=args.best_only)
-                text = json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
-            else:
-                text = render(prompt, result, best_only=args.best_only)
-            _write(out, text)
-            finished += 1
-            missing += len(result.samples) - len(result.rewarded)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: {finished} of {len(todo)} prompts done{hint}", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        place, done = args.output or "standard output", f"{finished} of {len(todo)} prompts done{hint}"
-        raise UsageError(f"cannot write {place}: {error.strerror or error}; {done}") from None
-    finally:
-        if args.output:
-            out.close()
+    with _output(args) as out:
+        identity = identity_of(args, config) if as_jsonl else {}
+        items = keyed(prompts, identity)
+        done = repair(Path(args.output), identity) if args.resume else set()
+        todo = {index: key for index, (key, _) in enumerate(items) if key not in done}
+        if len(todo) < len(items):
+            print(f"{len(items) - len(todo)} of {len(items)} prompts were already done", file=sys.stderr)
+        if not todo:
+            return 0
+        loaded = loading.load(args)
+        loading.check_prompts(prompts, loaded, lambda index: placed[index][0])
+        sampler = loading.make_sampler(loaded, config)
+        if args.overwrite and args.output and Path(args.output).is_file():
+            os.truncate(args.output, 0)
+        finished, missing, hint = 0, 0, "; go on with --resume" if as_jsonl and args.output else ""
+        try:
+            options = {"progress": False if args.quiet else None, "only": set(todo)}
+            results = loading.stream(sampler, prompts, **options)
+            start = time.perf_counter()
+            for index, result in results:
+                if as_jsonl:
+                    entry = record(todo[index], prompts[index], result, identity, best_only=args.best_only)
+                    text = jsonl.dumps(entry)
+                else:
+                    text = render(prompts[index], result, best_only=args.best_only)
+                try:
+                    _write(out, text)
+                except BrokenPipeError:
+                    raise
+                except OSError as error:
+                    place = f"cannot write {args.output or 'standard output'}: {error.strerror or error}"
+                    raise UsageError(f"{place}; {finished} of {len(todo)} prompts done{hint}") from None
+                finished += 1
+                missing += len(result.samples) - len(result.rewarded)
+        except KeyboardInterrupt:
+            print(f"\ninterrupted: {finished} of {len(todo)} prompts done{hint}", file=sys.stderr)
+            return 130
     if missing:
         said = "have no reward: none of them is the best or part of a mean"
         print(f"{missing} of {finished * config.num_samples} samples {said}", file=sys.stderr)
@@ -116,6 +113,27 @@ def run(args: argparse.Namespace) -> int:
         seconds = time.perf_counter() - start
         print(f"wrote {finished} prompts to {args.output} in {seconds:.1f} s", file=sys.stderr)
     return 0
+
+
+def identity_of(args: argparse.Namespace, config: GuidanceConfig) -> dict[str, Any]:
+    """All that texts and rewards depend on, but for the prompt; in every line of the output.
+
+    Raises:
+        UsageError: a model's file that cannot be read.
+    """
+    return {
+        "model": args.model or loading.TINY,
+        "model_files": fingerprint("diffusion", args.model),
+        "reward": args.reward or loading.TINY,
+        "reward_files": fingerprint("reward", args.reward),
+        "reward_kind": args.reward_kind,
+        **{name: getattr(args, name) for name in ("question", "target") if getattr(args, name) is not None},
+        "dtype": args.dtype,
+        "trust_remote_code": args.trust_remote_code,
+        "entrgi_kernels": __version__,
+        "samples": "best" if args.best_only else "all",
+        **{name: value for name, value in config.to_dict().items() if name not in loading.SPEED_ONLY},
+    }
 
 
 def render(prompt: Prompt, result: GenerationResult, *, best_only: bool = False) -> str:
@@ -152,20 +170,32 @@ def _kept(result: GenerationResult, best_only: bool) -> list[Sample]:
     return [result.best] if best_only and result.rewarded else result.samples
 
 
-def repair(path: Path) -> set[str]:
+def repair(path: Path, identity: dict[str, Any]) -> set[str]:
     """Keys of the finished prompts of a JSON-lines file; a last line torn by a kill or a full disk is cut off.
 
+    Args:
+        path: the file.
+        identity: the settings that its lines must have been made under.
+
     Raises:
-        UsageError: an unreadable file, or a line before the last that is none of ours: such a file is left alone.
+        UsageError: an unreadable file, a line before the last that is none of ours, one of other settings, or a key
+            that comes twice: such a file is left alone.
     """
-    return set(jsonl.repair(path, _key_of))
+    expected, found = json.loads(json.dumps(identity)), {}
 
+    def check(line: bytes, where: str) -> None:
+        entry = jsonl.parse(line, where)
+        if not all(isinstance(entry.get(name), kind) for name, kind in _FIELDS.items()):
+            raise UsageError(f"{where}: not a result of `entrgi generate`; --resume needs a file that it wrote")
+        if entry["settings"] != expected:
+            lines = "\n".join(differences(entry["settings"], expected))
+            raise UsageError(f"{where}: a result of other settings:\n{lines}\ngive those, or another --output")
+        if entry["key"] in found:
+            raise UsageError(f"{where}: its key is in {found[entry['key']]} too; remove one of the two lines")
+        found[entry["key"]] = where.rpartition(", ")[2]
 
-def _key_of(line: bytes, where: str) -> str:
-    try:
-        return json.loads(line)["key"]
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{where}: not a result of `entrgi generate`; --resume needs a file that it wrote") from None
+    jsonl.repair(path, check)
+    return set(found)
 
 
 def keyed(prompts: Iterable[Prompt], identity: dict[str, Any]) -> list[tuple[str, Prompt]]:
@@ -180,16 +210,6 @@ def keyed(prompts: Iterable[Prompt], identity: dict[str, Any]) -> list[tuple[str
     return out
 
 
-def needed(items: list[tuple[str, Prompt]], todo: set[str]) -> list[tuple[str, Prompt]]:
-    """The items to run for ``todo``: a repeated prompt brings its earlier, finished repetitions along.
-
-    The sampler numbers repetitions by what it is given, and draws by that number; without the earlier ones a resumed
-    run would write their texts again.
-    """
-    last = {json.dumps(prompt): index for index, (key, prompt) in enumerate(items) if key in todo}
-    return [item for index, item in enumerate(items) if index <= last.get(json.dumps(item[1]), -1)]
-
-
 def _is_jsonl(args: argparse.Namespace) -> bool:
     named = bool(args.output) and Path(args.output).suffix.lower() in (".jsonl", ".ndjson")
     as_jsonl = args.format == "jsonl" if args.format else named
@@ -199,21 +219,37 @@ def _is_jsonl(args: argparse.Namespace) -> bool:
         raise UsageError("--resume and --overwrite exclude each other")
     if args.output:
         check_writable(Path(args.output))
-        # What is no file (/dev/stdout, a named pipe) has nothing to lose.
-        if Path(args.output).is_file() and not args.resume and not args.overwrite:
-            raise UsageError(f"{args.output} exists: --resume continues it (JSON lines), --overwrite replaces it")
+        _refuse_to_replace(args)
     return as_jsonl
 
 
-def _open(args: argparse.Namespace) -> BinaryIO:
-    """Unbuffered, so that one result is one write and an interrupt cannot fall inside it."""
+def _refuse_to_replace(args: argparse.Namespace) -> None:
+    path = Path(args.output)
+    # An empty file, and what is no file (/dev/stdout, a named pipe), has nothing to lose.
+    if path.is_file() and path.stat().st_size and not args.resume and not args.overwrite:
+        raise UsageError(f"{path} exists: --resume continues it (JSON lines), --overwrite replaces it")
+
+
+@contextlib.contextmanager
+def _output(args: argparse.Namespace) -> Iterator[BinaryIO]:
+    """Where results go: unbuffered, so that one result is one write and an interrupt cannot fall inside it.
+
+    A file is this process's alone while it is open.
+    """
     if not args.output:
         sys.stdout.flush()
-        return sys.stdout.buffer
+        yield sys.stdout.buffer
+        return
+    path = Path(args.output)
     try:
-        return open(args.output, "ab" if args.resume else "wb", buffering=0)
+        file = open(path, "ab", buffering=0)
     except OSError as error:
-        raise UsageError(f"cannot write {args.output}: {error.strerror or error}") from None
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+    with file:
+        if path.is_file():
+            jsonl.lock(file, path)
+            _refuse_to_replace(args)  # whoever held the lock a moment ago may have written
+        yield file
 
 
 def _write(out: BinaryIO, text: str) -> None:

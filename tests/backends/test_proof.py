@@ -403,12 +403,16 @@ def test_the_revision_is_of_the_kernels_source(monkeypatch, tmp_path):
     "content",
     ['{"machines": {"a', "[]", '{"machines": 3}', '{"machines": {"HERE": 3}}',
      '{"machines": {"HERE": {"proofs": [1]}}}', "\x00\x01",
-     '{"machines": {"HERE": {"proofs": {"triton softmax_entropy": {"passed": 1}}, "timings": 4}}}'],
+     "[" * 100_000, "\ud800", '{"machines": {"HERE": {"timings": {"x": {"triton": NaN, "cuda": -1}}}}}',
+     '{"machines": {"HERE": {"proofs": {"triton softmax_entropy": {"passed": 1}}, "timings": 4}}}',
+     '{"machines": {"HERE": {"proofs": {"t a": {"passed": "no", "figures": "", "excess": 0.5, "seconds": 1}}}}}',
+     '{"machines": {"HERE": {"proofs": {"t a": {"passed": true, "figures": "", "excess": 9, "seconds": 1}}}}}',
+     '{"machines": {"HERE": {"proofs": {"t a": {"passed": true, "figures": "", "excess": NaN, "seconds": 1}}}}}'],
 )  # fmt: skip
 def test_a_torn_or_foreign_file_is_ignored_and_mended(door, content):
     file = proof.path()
     file.parent.mkdir(parents=True)
-    file.write_text(content.replace("HERE", proof.machine(CPU)))
+    file.write_text(content.replace("HERE", proof.machine(CPU)), errors="surrogatepass")
     ops.softmax_entropy(torch.randn(N, V))
     assert len(proof.verdicts(CPU)) == 1
     proof.forget()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import html.parser
 import json
+import signal
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,14 +41,23 @@ class FakeSampler:
         self.prompts_seen: list[Any] = []
 
     def stream(
-        self, prompts: Any, *, trace: bool = False, progress: bool | None = None, **settings: Any
+        self,
+        prompts: Any,
+        *,
+        trace: bool = False,
+        progress: bool | None = None,
+        only: Any = None,
+        **settings: Any,
     ) -> Iterator[tuple[int, Any]]:
         if settings:
             self.config = self.config.replace(**settings)
         self.statistics = Statistics()
         seen: collections.Counter[str] = collections.Counter()
         for index, prompt in enumerate(prompts):
-            if index == self.stop_after:
+            if only is not None and index not in only:
+                seen[json.dumps(prompt)] += 1
+                continue
+            if len(self.prompts_seen) == self.stop_after:
                 raise KeyboardInterrupt
             self.prompts_seen.append(prompt)
             text = json.dumps(prompt)
@@ -122,6 +133,24 @@ def tiny_weights() -> None:
             tiny.weights_path(name)
     except FileNotFoundError as error:
         pytest.skip(str(error))
+
+
+@contextlib.contextmanager
+def _limited_files(size: int) -> Iterator[None]:
+    resource = pytest.importorskip("resource")
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.fixture
+def limited_files() -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """``with limited_files(size)``: no file can grow beyond `size` bytes, as on a full disk."""
+    return _limited_files
 
 
 class Page(html.parser.HTMLParser):

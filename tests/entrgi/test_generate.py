@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from entrgi import generate
+from entrgi import jsonl
+from entrgi.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["a", "b", "a", "c", "d"]
@@ -77,13 +78,93 @@ def test_resume_keeps_a_last_line_that_only_lacks_its_end(fake, entrgi, tmp_path
     assert fake.loads == loads, "nothing was left to do, so no model was loaded"
 
 
-def test_other_settings_are_other_work(fake, entrgi, tmp_path, capsys) -> None:
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--temperature", 0.5), "temperature: 0.7 there, 0.5 now"),
+        (("--seed", 3), "seed: 0 there, 3 now"),
+        (("--best-only",), 'samples: "all" there, "best" now'),
+        (("--dtype", "bfloat16"), 'dtype: "auto" there, "bfloat16" now'),
+    ],
+)
+def test_other_settings_are_refused_by_name(fake, entrgi, tmp_path, capsys, flags, said) -> None:
     out = tmp_path / "o.jsonl"
     assert entrgi("generate", "a", "b", *SIZE, "-o", out) == 0
     assert entrgi("generate", "a", "b", *SIZE, "-o", out, "--resume", "--backend", "eager", "--batch-size", 1) == 0
-    assert len(lines(out)) == 2, "backend and batch size change no text"
-    assert entrgi("generate", "a", "b", *SIZE, "-o", out, "--resume", "--temperature", 0.5) == 0
-    assert len(lines(out)) == 4
+    expected = out.read_bytes()
+    capsys.readouterr()
+    assert entrgi("generate", "a", "b", "c", *SIZE, "-o", out, "--resume", *flags) == 2
+    assert f"{out}, line 1: a result of other settings:\n  {said}" in capsys.readouterr().err
+    assert out.read_bytes() == expected
+    assert entrgi("generate", "a", "b", "c", *SIZE, "-o", out, "--resume") == 0
+    assert out.read_bytes().startswith(expected) and len(lines(out)) == 3, "more prompts are welcome"
+
+
+def test_other_weights_question_or_kind_are_other_settings(fake, entrgi, tmp_path, capsys) -> None:
+    """A path is not what a model is: its files are."""
+    for name in ("m", "r"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(b"1")
+    out = tmp_path / "o.jsonl"
+    arguments = ["generate", *SIZE, "--model", tmp_path / "m", "--reward", tmp_path / "r", "--reward-kind", "judge",
+                 "-o", out]  # fmt: skip
+    assert entrgi(*arguments, "a", "--question", "Is it kind?") == 0
+    for change in ("question", "r", "m"):
+        question = "Is it short?" if change == "question" else "Is it kind?"
+        if change != "question":
+            (tmp_path / change / "model.safetensors").write_bytes(b"2")
+        capsys.readouterr()
+        assert entrgi(*arguments, "a", "b", "--resume", "--question", question) == 2
+        name = {"question": "question", "r": "reward_files", "m": "model_files"}[change]
+        assert f"\n  {name}: " in capsys.readouterr().err
+
+
+def test_one_run_at_a_time_writes_to_a_file(fake, entrgi, tmp_path, capsys) -> None:
+    out = tmp_path / "o.jsonl"
+    for flags in ((), ("--resume",), ("--overwrite",)):
+        with out.open("ab") as file:
+            jsonl.lock(file, out)
+            assert entrgi("generate", "a", *SIZE, "-o", out, *flags) == 2
+        assert f"another run is writing to {out}" in capsys.readouterr().err
+    assert fake.loads == 0 and entrgi("generate", "a", *SIZE, "-o", out) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"key": "a"}', "not a result of `entrgi generate`"),
+        (b'{"key": "a", "settings": {}, "prompt": "a", "best": "", "samples": []}', "a result of other settings"),
+        (b"\x93\xfe", "not a JSON object"),
+        (b"\0\0", "not a JSON object"),
+        (b"[" * 100_000, "not a JSON object"),
+        (b"again", "its key is in line 1 too"),
+    ],
+)
+def test_a_damaged_line_is_named_and_left_alone(fake, entrgi, tmp_path, capsys, line: bytes, message: str) -> None:
+    out = tmp_path / "o.jsonl"
+    assert entrgi("generate", *PROMPTS, *SIZE, "-o", out) == 0
+    whole = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join([whole[0], whole[0] if line == b"again" else line + b"\n", *whole[2:]]))
+    spoilt = out.read_bytes()
+    assert entrgi("generate", *PROMPTS, *SIZE, "-o", out, "--resume") == 2
+    err = capsys.readouterr().err.strip()
+    assert f"entrgi generate: error: {out}, line 2: " in err and message in err
+    assert out.read_bytes() == spoilt
+
+
+def test_a_full_disk_loses_nothing(fake, entrgi, tmp_path, limited_files, capsys) -> None:
+    """The third line fits in part; when there is room again the file ends as an undisturbed run's."""
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "o.jsonl"
+    assert entrgi("generate", *PROMPTS, *SIZE, "-o", whole) == 0
+    room = len(b"".join(whole.read_bytes().splitlines(keepends=True)[:2])) + 40
+    with limited_files(room):
+        assert entrgi("generate", *PROMPTS, *SIZE, "-o", out) == 2
+    err = capsys.readouterr().err
+    assert f"cannot write {out}: File too large; 2 of 5 prompts done; go on with --resume" in err
+    assert out.stat().st_size == room
+    assert entrgi("generate", *PROMPTS, *SIZE, "-o", out, "--resume") == 0
+    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_resume_leaves_foreign_files_alone(fake, entrgi, tmp_path, capsys) -> None:
@@ -91,7 +172,7 @@ def test_resume_leaves_foreign_files_alone(fake, entrgi, tmp_path, capsys) -> No
     for content in ('{"text": "mine"}\n', "notes\n", '["key"]\n'):
         out.write_text(content)
         assert entrgi("generate", "a", *SIZE, "-o", out, "--resume") == 2
-        assert "line 1: not a result of" in capsys.readouterr().err
+        assert f"{out}, line 1: not a" in capsys.readouterr().err
         assert out.read_text() == content
 
 
@@ -203,11 +284,25 @@ def test_a_full_disk_is_one_line(fake, entrgi, capsys, tmp_path) -> None:
     assert "cannot write /dev/full: No space left on device" in capsys.readouterr().err
 
 
-def test_a_repeated_prompt_brings_its_earlier_ones_along() -> None:
-    items = [("k0", "a"), ("k1", "b"), ("k2", "a"), ("k3", "a")]
-    assert generate.needed(items, {"k2"}) == [("k0", "a"), ("k2", "a")]
-    assert generate.needed(items, {"k0", "k1"}) == [("k0", "a"), ("k1", "b")]
-    assert generate.needed(items, {"k3"}) == [("k0", "a"), ("k2", "a"), ("k3", "a")]
+@pytest.mark.parametrize("kept", [2, 4])
+def test_resume_is_the_unbroken_run_byte_for_byte(tiny_weights, entrgi, tmp_path, kept: int, whole_run) -> None:
+    """The built-in models, a repeated prompt, and stops inside of batches: the company of a prompt is what it was."""
+    arguments, expected = whole_run
+    stopped = tmp_path / "stopped.jsonl"
+    stopped.write_bytes(b"".join(expected.splitlines(keepends=True)[:kept]) + b'{"key')
+    assert entrgi(*arguments, "-o", stopped, "--resume") == 0
+    assert stopped.read_bytes() == expected
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> tuple[list, bytes]:
+    """(arguments, file) of a run on seven prompts in batches of three."""
+    soup = "What did you think of the soup?"
+    prompts = [soup, "What did you think of the room?", soup, "Tell me of the hotel.", soup, "How was it?", "The film?"]
+    arguments = ["generate", *prompts, "-L", "12", "-T", "3", "-K", "2", "--batch-size", "3", "--quiet"]
+    path = tmp_path_factory.mktemp("whole") / "o.jsonl"
+    assert main([*arguments, "-o", str(path)]) == 0
+    return arguments, path.read_bytes()
 
 
 @pytest.mark.slow

@@ -273,6 +273,7 @@ def read_results(folders: Sequence[Path]) -> Results:
         found = _rows(folder.resolve().name, configs[-1], header, store)
         missing += header["samples"] - sum(len(row.records) for row in found)
         rows += found
+        store.warn_of_lost_times()
         traces.update({record["key"]: record["steps"] for record in store.read("traces")})
     if not rows:
         raise UsageError(f"no finished sample in {', '.join(map(str, folders))}")

@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from ..errors import UsageError, read_text, require
 from ..loading import SPEED_ONLY
 from ..tables import LABELS, SYMBOLS
@@ -282,14 +283,24 @@ def settings_identity(config: GuidanceConfig) -> dict[str, Any]:
     return content if config.guided else {**content, "method": "none"}
 
 
-def cells_of(config: EvaluationConfig, best_of: int | None = None) -> list[Cell]:
-    """The grid in its order: reward model, dataset, seed, temperature and method."""
+def cells_of(
+    config: EvaluationConfig, best_of: int | None = None, files: Mapping[str, str | None] | None = None
+) -> list[Cell]:
+    """The grid in its order: reward model, dataset, seed, temperature and method.
+
+    Args:
+        config: whose grid.
+        best_of: samples of unguided methods, where "auto" has been worked out.
+        files: what identifies the models' files, as in :attr:`Plan.files`.
+    """
+    files = files or {}
     methods = list(methods_of(config, best_of))
     cells = []
     for reward, dataset, seed in itertools.product(config.rewards, config.datasets, config.seeds):
         for label, settings, compared in methods:
             settings = settings.replace(seed=seed)
-            identity = [config.model, reward, config.dtype, dataset.name, settings_identity(settings)]
+            models = [config.model, reward, files.get(f"model:{config.model}"), files.get(f"reward:{reward}")]
+            identity = [*models, __version__, config.dtype, dataset.name, settings_identity(settings)]
             cells.append(
                 Cell(digest(identity)[:12], label, dataset.name, reward, settings, min(compared, settings.num_samples))
             )

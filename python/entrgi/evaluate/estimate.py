@@ -44,8 +44,7 @@ def describe(plan: Plan, folder: Path, *, tflops: float | None = None) -> str:
     """
     config = plan.config
     store = Store(folder)
-    done = store.keys("samples") if store.read_header() else set()
-    todo = set(plan.todo(done))
+    todo = set(plan.todo(store))
     out = [f"evaluation {config.name}: {len(plan.cells)} cells, {len(plan.batches)} batches", ""]
     out += _axes(plan)
     out += [f"note: {reason}; stand-ins take its place here" for reason in plan.unreachable]
@@ -53,7 +52,7 @@ def describe(plan: Plan, folder: Path, *, tflops: float | None = None) -> str:
     out += ["", *_work(plan, todo)]
     out += ["", *_memory(plan)]
     out += ["", *_time(plan, todo, tflops)]
-    if done:
+    if store.read_header():
         out += ["", f"{folder}: {len(plan.batches) - len(todo)} of {len(plan.batches)} batches are done"]
     return "\n".join(out)
 

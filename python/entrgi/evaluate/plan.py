@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
 from typing import Any
 
+from .. import __version__
+from ..digests import fingerprint
 from ..errors import UsageError
 from ..prompts import prompt_text
 from .config import TINY, Cell, EvaluationConfig, cells_of, digest, methods_of
 from .flops import Shape, sample_flops, total
 from .prompts import Item, PromptSets, fingerprints, load_prompts
-from .store import FORMAT
+from .store import FORMAT, Store
 
 _MAX_BEST_OF = 1024
 
@@ -47,6 +48,11 @@ class Batch:
         """Keys of all samples, in order."""
         return [self.sample_key(item, k) for item in self.items for k in range(self.cell.config.num_samples)]
 
+    def traced_prompts(self, count: int) -> list[str]:
+        """Keys, but for the sample, of the prompts whose trace is kept: those among the dataset's first `count`."""
+        items = self.items[: max(0, count - self.start)] if self.trace else ()
+        return [f"{self.cell.key}-{item.key}" for item in items]
+
     def compared_keys(self, item: Item) -> list[str]:
         """Keys of a prompt's samples that count in the comparison at equal K."""
         return [self.sample_key(item, k) for k in range(self.cell.compared)]
@@ -62,6 +68,7 @@ class Plan:
         prompts: by (dataset, seed).
         batches: of all cells.
         shapes: dimensions of the models, as far as they were found; see :func:`shapes_of`.
+        files: what identifies the models' files, by the same names; see :func:`entrgi.digests.fingerprint`.
         unreachable: datasets that a dry plan could not read, with the reason.
     """
 
@@ -70,11 +77,20 @@ class Plan:
     prompts: PromptSets
     batches: tuple[Batch, ...]
     shapes: dict[str, dict[str, Any]]
+    files: dict[str, str | None]
     unreachable: tuple[str, ...] = ()
 
-    def todo(self, done: Collection[str]) -> list[int]:
-        """Places of the batches of which a sample is missing."""
-        return [i for i, batch in enumerate(self.batches) if not set(batch.sample_keys()) <= set(done)]
+    def todo(self, store: Store) -> list[int]:
+        """Places of the batches of which a sample, the times or a trace is not in the results."""
+        samples, batches = store.keys("samples"), store.keys("batches")
+        traced = {key.rpartition("-")[0] for key in store.keys("traces")}  # of one of a prompt's samples
+        return [
+            place
+            for place, batch in enumerate(self.batches)
+            if batch.key not in batches
+            or not samples.issuperset(batch.sample_keys())
+            or not traced.issuperset(batch.traced_prompts(self.config.traces))
+        ]
 
     def order(self) -> dict[str, list[str]]:
         """Keys of the finished files, in the grid's order."""
@@ -88,7 +104,12 @@ class Plan:
         return {
             "format": FORMAT,
             "config": self.config.to_dict(),
-            "identity": {**self.config.identity(), "prompts": fingerprints(self.prompts)},
+            "identity": {
+                **self.config.identity(),
+                "prompts": fingerprints(self.prompts),
+                "files": self.files,
+                "entrgi_kernels": __version__,
+            },
             "cells": {cell.key: cell.describe() for cell in self.cells},
             "samples": sum(len(batch.items) * batch.cell.config.num_samples for batch in self.batches),
             "shapes": self.shapes,
@@ -110,7 +131,8 @@ def make_plan(config: EvaluationConfig, *, dry: bool = False) -> Plan:
     prompts = load_prompts(config, unreachable if dry else None)
     shapes = shapes_of(config)
     best_of = matched_best_of(config, prompts, shapes) if config.best_of == "auto" else None
-    cells = cells_of(config, best_of)
+    files = files_of(config, local=dry)
+    cells = cells_of(config, best_of, files)
     batches = []
     for cell in cells:
         items, size = prompts[cell.dataset, cell.config.seed], cell.config.batch_size
@@ -119,7 +141,14 @@ def make_plan(config: EvaluationConfig, *, dry: bool = False) -> Plan:
             traced = start < config.traces and cell.config.seed == config.seeds[0]
             key = f"{cell.key}-{digest([item.key for item in chosen])[:12]}"
             batches.append(Batch(key, cell, start, chosen, traced))
-    return Plan(config, tuple(cells), prompts, tuple(batches), shapes, tuple(unreachable))
+    return Plan(config, tuple(cells), prompts, tuple(batches), shapes, files, tuple(unreachable))
+
+
+def files_of(config: EvaluationConfig, *, local: bool = False) -> dict[str, str | None]:
+    """What identifies the files of the models, by name, reward models as such; `local` asks no hub."""
+    named = {f"model:{config.model}": ("diffusion", config.model)}
+    named |= {f"reward:{name}": ("reward", name) for name in config.rewards}
+    return {key: fingerprint(role, None if n == TINY else n, local=local) for key, (role, n) in named.items()}
 
 
 def shapes_of(config: EvaluationConfig) -> dict[str, dict[str, Any]]:

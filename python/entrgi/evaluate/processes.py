@@ -113,7 +113,8 @@ def evaluate(
             store.begin(plan.header(), extend=extend)
             store.recover()
             done = store.keys("samples")
-            todo = plan.todo(done)
+            todo = plan.todo(store)
+            _warn_of_losses(plan, store, todo, done)
             partly = done & {key for place in todo for key in plan.batches[place].sample_keys()}
             return todo, partly
 
@@ -132,7 +133,7 @@ def evaluate(
             group.wait()
 
             def generated() -> tuple[int, set[str]]:
-                lost = plan.todo(store.keys("samples"))
+                lost = plan.todo(store)
                 if lost:
                     raise UsageError(f"{len(lost)} batches are not in {folder}: do all machines share that folder?")
                 return len(pending(plan, store)), store.keys("judgements")
@@ -148,6 +149,17 @@ def evaluate(
             raise
         group.share(lambda: store.finish({**plan.order(), "judgements": judgement_order(plan, store)}))
     return group.rank == 0
+
+
+def _warn_of_losses(plan: Plan, store: Store, todo: list[int], done: set[str]) -> None:
+    """A batch's samples are written last: times or traces that are missing beside them were removed."""
+    whole = [place for place in todo if done.issuperset(plan.batches[place].sample_keys())]
+    if whole:
+        print(
+            f"{store.folder}: batches.jsonl or traces.jsonl lacks lines of {len(whole)} finished batches: they are run "
+            "again, their samples stay",
+            file=sys.stderr,
+        )
 
 
 def _run_own(

@@ -17,7 +17,9 @@ run was killed or on how many processes made it.
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,11 +28,31 @@ from typing import Any
 
 from .. import jsonl
 from ..errors import UsageError, differences
+from ..prompts import check_prompt
 
 FORMAT = 1
+_PER_SLOT = ("entropy", "weight")
+_STEP = {"step", "tokens", "committed", "reward", "reward_before", "reward_after", *_PER_SLOT}
 STREAMS = ("samples", "batches", "judgements", "traces")
-# A batch that was killed after its times were noted notes them again; the last time is of the samples that are kept.
-_LATEST = ("batches",)
+# A batch that was killed after these were noted notes them again; the last ones are of the samples that are kept.
+_LATEST = ("batches", "traces")
+_MEND = "restore it from a copy, or remove the line: what it held is made again"
+_NUMBER, _SCORE = (int, float), (int, float, type(None))
+# What config.json, a cell in it and a line of each stream hold, as far as it is read again.
+_HEADER = {"config": dict, "identity": dict, "cells": dict, "samples": int, "shapes": dict, "versions": dict}
+_CELL = {"label": str, "dataset": str, "reward_model": str, "compared": int, "settings": dict}
+_LINE: dict[str, dict[str, Any]] = {
+    "samples": {
+        "key": str, "dataset": str, "seed": int, "index": int, "prompt": (str, list), "sample": int, "reward": _SCORE,
+        "text": str, "tokens": list,
+    },
+    "batches": {
+        "key": str, "cell": str, "prompts": int, "traced": bool, "prompt_tokens": int, "seconds": _NUMBER,
+        "mean_weight": _SCORE,
+    },
+    "judgements": {"key": str, "judge": str, "sample": str, "score": _SCORE},
+    "traces": {"key": str, "steps": list},
+}  # fmt: skip
 
 
 class Store:
@@ -58,10 +80,17 @@ class Store:
             return None
         try:
             header = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"cannot read {path}: {error}") from None
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path} is not JSON ({error}): restore it, or choose another folder") from None
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise UsageError(f'{path} is no evaluation of this version: expected "format": {FORMAT}')
+        _check_fields(header, _HEADER, str(path), "restore it from a copy, or choose another folder")
+        for key, cell in header["cells"].items():
+            where = f"{path}, cell {key}"
+            _check_fields(cell if isinstance(cell, dict) else {}, _CELL, where, "restore it from a copy")
+            _check_settings(cell["settings"], where)
         return header
 
     def begin(self, header: Mapping[str, Any], *, extend: bool = False) -> None:
@@ -75,7 +104,7 @@ class Store:
             UsageError: results of another evaluation are here, or files that are no results.
         """
         stored = self.read_header()
-        if stored is None and self.folder.is_dir() and any(self.folder.glob("*.jsonl")):
+        if stored is None and any([*self.folder.glob("*.jsonl"), *self.parts.glob("*.jsonl")]):
             raise UsageError(f"{self.folder} has .jsonl files but no config.json: choose another --output")
         if stored is not None and stored["identity"] != header["identity"] and not extend:
             lines = "\n".join(differences(stored["identity"], header["identity"]))
@@ -101,25 +130,7 @@ class Store:
         Raises:
             UsageError: when another run does.
         """
-        try:
-            import fcntl
-        except ImportError:  # pragma: no cover - Windows
-            yield
-            return
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UsageError(f"cannot write {self.folder}: expected a folder, or a name for a new one")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = open(self.folder / ".lock", "w", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"cannot write {self.folder}: {error.strerror or error}") from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"another run is writing to {self.folder}: wait for it or end it") from None
-            except OSError:
-                pass  # a file system without locks
+        with jsonl.lock_folder(self.folder):
             yield
 
     # -- lines ---------------------------------------------------------------------------------------------------------
@@ -134,17 +145,39 @@ class Store:
             jsonl.repair(path)
 
     def read(self, stream: str) -> list[dict[str, Any]]:
-        """All records of a stream, each key once: the finished file's, then the parts' in order of their writers."""
+        """All records of a stream, each key once: the finished file's, then the parts' in order of their writers.
+
+        Raises:
+            UsageError: a line that is no record of this stream, or a second one of a key.
+        """
         found: dict[str, dict[str, Any]] = {}
         for path in self._files(stream):
-            for record in jsonl.read(path):
-                if stream in _LATEST or record["key"] not in found:
-                    found[record["key"]] = record
+            places: dict[str, str] = {}
+            again = stream in _LATEST and path.parent == self.parts
+            for where, value in jsonl.read(path, lambda line, where: (where, _record(stream, line, where))):
+                key = value["key"]
+                if places.setdefault(key, where) != where and not again:
+                    raise UsageError(f"{where}: its key is that of {places[key]} too: remove one of the two lines")
+                if stream in _LATEST or key not in found:
+                    found[key] = value
+                elif found[key] != value:
+                    # A kill while files are merged leaves a record in both, but then it is the same.
+                    raise UsageError(f"{where}: another file of {stream} has this key and is not the same: remove one")
         return list(found.values())
 
     def keys(self, stream: str) -> set[str]:
         """Keys of the records of a stream."""
         return {record["key"] for record in self.read(stream)}
+
+    def warn_of_lost_times(self) -> None:
+        """Say so where batches.jsonl lacks batches whose samples are there: seconds and FLOPs are then of the rest."""
+        there = collections.Counter(cell for cell, _ in {tuple(key.split("-")[:2]) for key in self.keys("samples")})
+        for record in self.read("batches"):
+            there[record["cell"]] -= record["prompts"]
+        lost = sum((+there).values())
+        if lost:
+            path = self.folder / "batches.jsonl"
+            jsonl.logger.warning("%s: the batches of %d finished prompts are missing; evaluate again", path, lost)
 
     def append(self, stream: str, records: Sequence[Mapping[str, Any]], writer: int = 0) -> None:
         """Append records to this writer's part of a stream; they are on the disk when this returns."""
@@ -186,3 +219,51 @@ class Store:
     def _files(self, stream: str) -> list[Path]:
         finished = self.folder / f"{stream}.jsonl"
         return [*([finished] if finished.exists() else []), *sorted(self.parts.glob(f"{stream}-*.jsonl"))]
+
+
+def _check_fields(record: Mapping[str, Any], fields: Mapping[str, Any], where: str, advice: str = _MEND) -> None:
+    for name, kind in fields.items():
+        value = record.get(name)
+        if name not in record or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise UsageError(f"{where}: {name!r} is missing or damaged; {advice}")
+
+
+def _record(stream: str, line: bytes, where: str) -> dict[str, Any]:
+    """A line of a stream; UsageError for any other."""
+    record = jsonl.parse(line, where)
+    _check_fields(record, _LINE[stream], where)
+    if stream == "samples":
+        check_prompt(record["prompt"], where)
+        cell, *rest = record["key"].split("-")
+        if not cell or rest != [*rest[:1], f"{record['sample']:04d}"] or not _is_list(record["tokens"], int):
+            raise UsageError(f"{where}: 'key', 'sample' or 'tokens' is damaged; {_MEND}")
+    if stream == "traces" and not all(_is_step(step) for step in record["steps"]):
+        raise UsageError(f"{where}: 'steps' is damaged; {_MEND}")
+    return record
+
+
+def _is_list(value: Any, *kinds: type) -> bool:
+    return isinstance(value, list) and all(type(item) in kinds for item in value)
+
+
+def _is_step(step: Any) -> bool:
+    """Whether a value is what :meth:`StepTrace.to_dict` gives."""
+    return (
+        isinstance(step, dict)
+        and set(step) == _STEP
+        and all(type(step[name]) in _SCORE for name in _STEP if name.startswith("reward"))
+        and _is_list(step["tokens"], int)
+        and all(_is_list(step[name], *_SCORE) and len(step[name]) == len(step["tokens"]) for name in _PER_SLOT)
+        and _is_list(step["committed"], int)
+        and all(0 <= slot < len(step["tokens"]) for slot in step["committed"])
+    )
+
+
+def _check_settings(settings: Mapping[str, Any], where: str) -> None:
+    from entrgi_kernels.guidance.config import GuidanceConfig
+
+    try:
+        GuidanceConfig(**{**settings, "weight": None, "betas": tuple(settings["betas"])})
+        [settings[field.name] for field in dataclasses.fields(GuidanceConfig)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{where}: its settings are damaged ({error}); restore it from a copy") from None

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import jsonl, loading
+from ..digests import fingerprint
 from ..errors import UsageError, differences, read_text
 from . import data, records
 
@@ -66,6 +70,15 @@ _KEPT = (
     "ref_model_mixup_alpha",
     "learning_rate",
     "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
     "seed",
 )
 
@@ -158,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output-dir {output} is no folder: expected one, or a name for a new one")
-    if not args.resume and output.is_dir() and any(output.iterdir()):
+    if not args.resume and output.is_dir() and any(path.name != jsonl.LOCK for path in output.iterdir()):
         raise UsageError(f"{output} is not empty: --resume goes on with the run in it, or choose another folder")
     if args.device != "auto":
         loading.device_of(args.device, tiny)  # refuses what is not here, where Trainer would take the CPU instead
@@ -166,30 +179,57 @@ def run(args: argparse.Namespace) -> int:
 
     settings = training_arguments(args, tiny)
     guidance = sampling_settings(args)
-    trainer = make_trainer(args, settings, guidance, tiny)
+    first = int(os.environ.get("RANK", "0")) == 0
+    with jsonl.lock_folder(output) if first else contextlib.nullcontext():
+        return _train(args, make_trainer(args, settings, guidance, tiny), output)
+
+
+def _train(args: argparse.Namespace, trainer: GuidedTrainer, output: Path) -> int:
     if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        described = {"method": args.method, "model": args.model or loading.TINY, "reward": args.reward or loading.TINY}
-        described |= {"arguments": settings.to_dict(), "sampling": trainer.sampler.config.to_dict()}
-        described["train_prompts"] = len(trainer.train_dataset.prompts)
-        text = json.dumps(described, indent=2, default=str) + "\n"
+        described = _describe(args, trainer)
         if args.resume:
-            _check_same_run(output, json.loads(text))
-        jsonl.write_atomically(output / "run.json", [text])
+            _check_same_run(output, described)
+        jsonl.write_atomically(output / "run.json", [json.dumps(described, indent=2) + "\n"])
     try:
         trainer.train(resume_from_checkpoint=args.resume)
     except ArithmeticError as error:  # what is not finite; the message says what and where
         raise UsageError(str(error)) from error
-    trainer.save_model()
-    trainer.save_state()
+    with records.saving(output):
+        trainer.save_model()
+        trainer.save_state()
     if args.save_merged and args.lora_r and trainer.is_world_process_zero():
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        merged.save_pretrained(output / "merged")
-        trainer.processing_class.save_pretrained(output / "merged")
+        with records.saving(output / "merged"):
+            merged.save_pretrained(output / "merged")
+            trainer.processing_class.save_pretrained(output / "merged")
     if trainer.is_world_process_zero():
         for line in outcome(output):
             print(line)
     return 0
+
+
+def _describe(args: argparse.Namespace, trainer: GuidedTrainer) -> dict[str, Any]:
+    """What run.json holds, JSON values only."""
+    settings, prompts = trainer.args, trainer.train_dataset.prompts
+    described = {
+        "method": args.method,
+        "model": args.model or loading.TINY,
+        "model_files": fingerprint("diffusion", args.model),
+        "reward": args.reward or loading.TINY,
+        "reward_files": fingerprint("reward", args.reward),
+        "reward_kind": [args.reward_kind, args.question, args.target],
+        "dtype": args.dtype,
+        "lora": [args.lora_r, args.lora_alpha, args.lora_dropout] if args.lora_r else None,
+        "load_in_4bit": args.load_in_4bit,
+        "arguments": settings.to_dict(),
+        "sampling": trainer.sampler.config.to_dict(),
+        "train_prompts": len(prompts),
+        "train_prompts_sha256": hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest(),
+        "prompts_a_step": settings.per_device_train_batch_size
+        * settings.world_size
+        * settings.gradient_accumulation_steps,
+    }
+    return json.loads(json.dumps(described, default=str))
 
 
 def fill_defaults(args: argparse.Namespace) -> bool:
@@ -317,10 +357,14 @@ def _check_same_run(output: Path, described: dict[str, Any]) -> None:
     path = output / "run.json"
     if not path.exists():
         return
+    advice = "restore it, or choose another folder"
     try:
         stored = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is not JSON ({error}): restore it, or choose another folder") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON ({error}): {advice}") from None
+    parts = [stored.get(name) for name in ("arguments", "sampling")] if isinstance(stored, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise UsageError(f"{path} does not describe a training run: {advice}")
 
     def identity(run: dict[str, Any]) -> dict[str, Any]:
         kept = {name: run["arguments"].get(name) for name in _KEPT}

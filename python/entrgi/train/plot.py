@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from ..errors import UsageError, check_writable
 from ..statistics import estimate
@@ -98,7 +97,7 @@ def curve(text: str, metric: str, log: bool = False) -> tuple[str, list[int], li
     if not log and any(metric in record for record in evaluations):
         points = [(record["step"], estimate(record[metric])) for record in evaluations if metric in record]
         return label, [s for s, _ in points], [e.mean for _, e in points], [e.error or 0.0 for _, e in points]
-    points = [(record["step"], record[metric]) for record in logged if record.get(metric) is not None]
+    points = [(record["step"], record[metric]) for record in logged if type(record.get(metric)) in (int, float)]
     if not points:
         known = sorted({k for record in evaluations + logged for k in record} - {"step"})
         raise UsageError(f"{path} has no metric {metric!r}: expected one of {', '.join(known)}")
@@ -107,7 +106,6 @@ def curve(text: str, metric: str, log: bool = False) -> tuple[str, list[int], li
 
 def _method(path: Path) -> str | None:
     try:
-        described: dict[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return str(json.loads((path / "run.json").read_text(encoding="utf-8"))["method"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return described.get("method")

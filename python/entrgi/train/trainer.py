@@ -426,12 +426,17 @@ class GuidedTrainer(Trainer):
             "processes": self.accelerator.num_processes,
             "rollout": None if self._rollout is None else self._rollout.state_dict(),
         }
-        torch.save(state, self._state_file(checkpoint))
-        if self.reference is not None and (self.reference.sharded or self.args.should_save):
-            self.reference.save(self._reference_file(checkpoint, self.reference.sharded))
+        with records.saving(checkpoint):
+            torch.save(state, self._state_file(checkpoint))
+            if self.reference is not None and (self.reference.sharded or self.args.should_save):
+                self.reference.save(self._reference_file(checkpoint, self.reference.sharded))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            (checkpoint / records.COMPLETE).write_text(f"step {self.state.global_step}\n", encoding="utf-8")
+            records.complete(checkpoint)
+
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        with records.saving(self.args.output_dir):
+            super()._save_checkpoint(*args, **options)
 
     def begin_course(self) -> None:
         """Make what a run needs before its first step, and take up what :meth:`save_course` added to a checkpoint.
@@ -461,9 +466,15 @@ class GuidedTrainer(Trainer):
             self.reference.load(self._reference_file(checkpoint, self.reference.sharded))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        """As Trainer's; True resumes from the newest checkpoint that was written to its end (or starts anew)."""
+        """As Trainer's; True resumes from the newest checkpoint that was written to its end (or starts anew).
+
+        Raises:
+            UsageError: a file of that checkpoint is not what was saved.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(records.last_complete_checkpoint(self.args.output_dir) or "")
+            if resume_from_checkpoint and self.is_world_process_zero():
+                records.check_checkpoint(Path(resume_from_checkpoint))
         self._resumed_from = resume_from_checkpoint or None
         return super().train(resume_from_checkpoint=self._resumed_from, **options)
 

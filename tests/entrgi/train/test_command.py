@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from entrgi import jsonl
 from entrgi.train import METHODS, PUBLISHED_SAMPLING, GuidedTrainingArguments, command, records
 
 QUICK = ("-L", 4, "-T", 2, "-K", 2, "--prompts", 1, "--max-steps", 2, "--eval-prompts", 2, "--max-prompts", 20)
@@ -45,6 +46,16 @@ def test_a_run_and_what_it_leaves(entrgi, tmp_path, tiny_weights, capsys):
     error = capsys.readouterr().err
     assert 'method: "rgrl-entrgi" there, "rgrl-aps" now' in error and "learning_rate: 0.0001 there, 0.5 now" in error
     assert "sampling.temperature: 0.8 there, 0.9 now" in error and (folder / "run.json").read_bytes() == before
+    assert _train(entrgi, folder, *more, "--resume", "--max-prompts", 19, "--lora-r", 1) == 2
+    error = capsys.readouterr().err
+    assert "lora: [2, 32, 0.1] there" in error and "train_prompts_sha256" in error
+    with jsonl.lock_folder(folder):
+        assert _train(entrgi, folder, *more, "--resume") == 2
+    assert f"another run is writing to {folder}" in capsys.readouterr().err
+    for content, said in (("{}", "does not describe a training run"), ("{", "is not JSON"), ("[]", "not describe")):
+        (folder / "run.json").write_text(content)
+        assert _train(entrgi, folder, *more, "--resume") == 2
+        assert f"{folder / 'run.json'}" in (error := capsys.readouterr().err) and said in error
 
 
 def test_data_from_a_file(entrgi, tmp_path, tiny_weights):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
+import shutil
 
 import pytest
 import torch
 from train_cases import PROMPTS, losses, parameters
 
+from entrgi.errors import UsageError
 from entrgi.train import GuidedTrainingArguments, objectives, records
 from entrgi.train.forward_process import derive_seed, mask_prompts
 from entrgi.train.schedule import PromptSchedule
@@ -224,6 +227,91 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path):
             (folder / records.COMPLETE).write_text("")
     assert records.last_complete_checkpoint(tmp_path).name == "checkpoint-10"
     assert records.last_complete_checkpoint(tmp_path / "checkpoint-5") is None
+
+
+def checkpoint_of(folder):
+    """A whole checkpoint of three files."""
+    (folder / "part").mkdir(parents=True)
+    for name in ("trainer_state.json", "optimizer.pt", "part/weights"):
+        (folder / name).write_text("content of " + name)
+    records.complete(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt", "part/weights", records.COMPLETE])
+@pytest.mark.parametrize("how", ["cut", "changed", "gone"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, name, how):
+    folder = checkpoint_of(tmp_path / "checkpoint-5")
+    records.check_checkpoint(folder)
+    path = folder / name
+    content = path.read_bytes()
+    if how == "changed" and name == records.COMPLETE:
+        content = b'{"files": ["trainer_state.json"]}'
+    if how == "gone":
+        path.unlink()
+        if name == records.COMPLETE:
+            assert records.last_complete_checkpoint(tmp_path) is None
+            return
+    else:
+        path.write_bytes(content[:9] if how == "cut" else content.replace(b"t", b"u"))
+    with pytest.raises(UsageError, match=re.escape(str(path)) + ".* is (damaged|missing).*remove .*checkpoint-5"):
+        records.check_checkpoint(folder)
+
+
+def test_a_run_does_not_go_on_from_a_damaged_checkpoint(trainer_of):
+    """A byte of the optimiser's moments is another: torch reads it without a word."""
+    trainer = trainer_of(max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    path = records.last_complete_checkpoint(trainer.args.output_dir) / "optimizer.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="optimizer.pt is damaged"):
+        trainer_of(max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_a_full_disk_is_named_while_saving(tmp_path, limited_files):
+    from safetensors.torch import save_file
+
+    tensors = {"x": torch.zeros(100_000)}
+    for save in (save_file, torch.save):
+        with limited_files(100_000), pytest.raises(UsageError, match=f"cannot write {tmp_path}: .*--resume"):
+            with records.saving(tmp_path):
+                save(tensors, tmp_path / "x")
+    with pytest.raises(RuntimeError, match="size mismatch"), records.saving(tmp_path):
+        raise RuntimeError("size mismatch")
+
+
+@pytest.mark.parametrize("name", [records.LOG, records.EVALUATIONS, records.SAMPLES])
+@pytest.mark.parametrize("line", ["{}", '{"step": "1"}', "[1]", '{"step": 1, "reward": NaN}'])
+def test_a_damaged_record_is_named(tmp_path, name, line):
+    (tmp_path / name).write_text(line + '\n{"step": 2}\n')
+    with pytest.raises(UsageError, match=f"{name}, line 1: not a"):
+        records.rewind(tmp_path, 2)
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_records_of_a_resumed_run_are_those_of_an_unbroken_one(trainer_of, at):
+    """Texts drawn after the checkpoint at which a run goes on, and the summary of a run that was at its end."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "sample_steps": 2, "save_total_limit": 9}
+    trainer_of("whole", **settings).train()
+    again = trainer_of("again", **settings)
+    again.train()
+    folder, whole = again.args.output_dir, again.args.output_dir.replace("again", "whole")
+    for step in range(at + 1, 5):
+        shutil.rmtree(f"{folder}/checkpoint-{step}")
+    trainer_of("again", **settings).train(resume_from_checkpoint=True)
+    assert records.read(folder, records.SAMPLES) == records.read(whole, records.SAMPLES)
+    assert [sorted(r) for r in records.read(folder, records.LOG)] == [
+        sorted(r) for r in records.read(whole, records.LOG)
+    ]
+
+
+def test_a_held_out_prompt_without_a_figure_stays_one(tmp_path):
+    records.append(tmp_path, records.EVALUATIONS, {"step": 1, "reward": [1.0, math.nan]})
+    records.rewind(tmp_path, 1)
+    (found,) = records.read(tmp_path, records.EVALUATIONS)
+    assert found["reward"][0] == 1.0 and math.isnan(found["reward"][1])
 
 
 def test_records_survive_a_torn_line_and_are_cut_back(tmp_path):
