@@ -1,4 +1,4 @@
-"""The fuzz harness: cases that follow from (kind, seed, number) alone, run by worker processes. See docs/reliability.md.
+"""The fuzz harness: cases that follow from (kind, seed, number) alone, run by worker processes.
 
-Not named test_*: `make fuzz N=100000` runs it, tests/fuzz/test_fuzz.py a minute of it.
+`make fuzz N=100000` runs it, test_fuzz.py a minute of it; docs/reliability.md tells what it promises.
 """

@@ -384,8 +384,8 @@ def guidance_update_(c: Case) -> None:
             b1, b2 = betas
             old = [array(m)[facts.good] if step else np.zeros_like(pull) for m in moments]
             truth = b1 * old[0] + (1 - b1) * pull
-            near("exp_avg", array(out[1])[facts.good][tame], truth[tame],
-                 (2 * (1 - b1) * pull_bound + 8 * facts.eps * (np.abs(old[0]) + np.abs(pull)))[tame], state_dtype)  # fmt: skip
+            bound = 2 * (1 - b1) * pull_bound + 8 * facts.eps * (np.abs(old[0]) + np.abs(pull))
+            near("exp_avg", array(out[1])[facts.good][tame], truth[tame], bound[tame], state_dtype)
             truth = b2 * old[1] + (1 - b2) * pull**2
             bound = (1 - b2) * (2 * np.abs(pull) + pull_bound) * pull_bound + 8 * facts.eps * (old[1] + pull**2)
             near("exp_avg_sq", array(out[2])[facts.good][tame], truth[tame], bound[tame], state_dtype)
@@ -522,17 +522,14 @@ def token_log_prob(c: Case) -> None:
         # The target's part and the rest's are rounded to the products' dtype before they are added.
         noise += 2 * EPS[made]
         for place, ours in zip(kinds, gradients, strict=True):
-            left, right = {0: (lambda t: t, np.abs(w64)), 1: (lambda t: t.T, np.abs(h64)), 2: (lambda t: t.T, None)}[
-                place
-            ]
-            value = [w64, h64, None][place]
-            names = ["grad of hidden", "grad of head", "grad of bias"]
-            if value is None:
-                right, value = np.ones((n, 1)), np.ones((n, 1))
-            exact, allowed = left(change) @ value, left(blur + noise * widths) @ right
-            if place == 2:
-                exact, allowed = exact[:, 0], allowed[:, 0]
-            near(names[place], ours, exact, allowed + torch.finfo(acc).tiny * 8 * (1 + right.sum()), ours.dtype)
+            if place == 0:
+                exact, allowed, most = change @ w64, (blur + noise * widths) @ np.abs(w64), np.abs(w64).sum()
+            elif place == 1:
+                exact, allowed, most = change.T @ h64, (blur + noise * widths).T @ np.abs(h64), np.abs(h64).sum()
+            else:
+                exact, allowed, most = change.sum(axis=0), (blur + noise * widths).sum(axis=0), n
+            name = ("grad of hidden", "grad of head", "grad of bias")[place]
+            near(name, ours, exact, allowed + torch.finfo(acc).tiny * 8 * (1 + most), ours.dtype)
 
 
 def logit_optimizer(c: Case) -> None:
@@ -555,7 +552,7 @@ def logit_optimizer(c: Case) -> None:
             ours, e, temperature=tau, weight=weight, seed=3, counter=7, state_dtype=moments, backend=backend,
             **update, **settings,
         )  # fmt: skip
-        adam, some = ops.AdamState.zeros(phi, moments), None
+        adam = ops.AdamState.zeros(phi, moments)
         for number, grad in enumerate(grads):
             blend = optimizer.embed()
             hand = ops.entrgi_embedding(
@@ -566,16 +563,15 @@ def logit_optimizer(c: Case) -> None:
                     raise Failure("embed() is not entrgi_embedding of the same logits")
             end = last and number == length - 1
             if end:
-                some = optimizer.moved_rows(grad, rows).clone()
+                some, moved = phi[rows], optimizer.moved_rows(grad, rows)
+                own = ops.AdamState(adam.exp_avg[rows], adam.exp_avg_sq[rows], adam.step)
+                ops.guidance_update_(some, grad[rows], e, hand.state.rows(rows), adam=own, backend=backend, **update)
+                if not same_bits(some, moved):
+                    raise Failure("moved_rows() is not guidance_update_ of those rows")
             optimizer.step(grad, last=end)
             ops.guidance_update_(phi, grad, e, hand.state, adam=adam, keep=not end, backend=backend, **update)
             if not same_bits(ours, phi):
                 raise Failure("step() is not guidance_update_ of the same logits")
-        if some is not None:
-            good = torch.isfinite(x.double().amax(dim=1))[rows] if n else torch.ones(0, dtype=torch.bool)
-            a, b = some.double()[good].numpy(), ours.double()[rows][good].numpy()
-            a, b = (np.where(np.isnan(t), 0.0, t) for t in (a, b)) if (np.isnan(a) == np.isnan(b)).all() else (a, b)
-            near("moved rows", a, b, 1e-4 * update["lr"] + 1e-6 * np.abs(np.where(np.isfinite(b), b, 0)), dtype)
         return ours
 
     for _ in c.each(call):

@@ -1,7 +1,7 @@
 """What is right, in float64, and how far rounding may take a result from it.
 
-The oracle is the eager backend on the same values in float64. The bounds are elementwise, from the arithmetic of the dtype
-that a backend accumulates in: not from what another backend happens to give.
+The formulas are the eager backend's, written out in NumPy. Bounds are elementwise, and come from the arithmetic of the
+dtype that a backend accumulates in: not from what another backend happens to give.
 """
 
 from __future__ import annotations
