@@ -47,15 +47,14 @@ def _integral(value: Any) -> bool:
 
 
 def _scalar_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point()
+    """A number all the same, if one may be given as a tensor."""
+    return isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype != torch.bool
 
 
 def temperature(value: Any) -> Verdict:
     if _scalar_tensor(value):
         return None
-    if not _real(value) or not 0 <= value < math.inf:
-        return False
-    return True if value == 0 or 1e-6 <= value <= 1e6 else None if value <= 1e308 else False
+    return _real(value) and (value == 0 or 1e-12 <= value <= 1e12)
 
 
 def top_p(value: Any) -> Verdict:
@@ -83,15 +82,11 @@ def counter(value: Any) -> Verdict:
 
 
 def lr(value: Any) -> Verdict:
-    if not _real(value) or not 0 <= value < math.inf:
-        return False
-    return True if value < 1e30 else None if value <= 1e308 else False
+    return None if _scalar_tensor(value) else _real(value) and 0 <= value <= 1e12
 
 
 def eps(value: Any) -> Verdict:
-    if not _real(value) or not 0 < value < math.inf:
-        return False
-    return True if 1e-30 < value < 1e30 else None if value <= 1e308 else False
+    return None if _scalar_tensor(value) else _real(value) and 1e-12 <= value <= 1e12
 
 
 def betas(value: Any) -> Verdict:

@@ -82,7 +82,7 @@ class Draws:
         elif kind < 0.98:
             tau = 10.0 ** self.uniform(-6, 6)
         else:
-            tau = self.pick([1e-30, 1e-40, 1e30, 1e38])
+            tau = self.pick([1e-12, 1e12, 1e-9, 1e9])  # the ends of what is served
         self.note(temperature=tau)
         return tau
 

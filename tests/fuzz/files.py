@@ -20,7 +20,7 @@ from entrgi_kernels.guidance import GuidanceConfig
 from entrgi_kernels.guidance.config import ALGS, CONFIDENCES
 from entrgi_kernels.guidance.weights import METHODS
 
-from .arguments import THINGS, _integral, _real
+from .arguments import THINGS, _integral, _real, eps, lr, temperature
 from .draws import Draws, Failure
 
 _folder: list[tempfile.TemporaryDirectory[str]] = []
@@ -224,12 +224,12 @@ def _one(*names: Any) -> Callable[[Any], bool | None]:
 
 # Settings of GuidanceConfig and what is right of a value, as its documentation says; None: either.
 SETTINGS: dict[str, Callable[[Any], bool | None]] = {
-    "method": _one(*METHODS), "guidance_steps": _whole(0, 253), "learning_rate": _number(0),
-    "betas": lambda x: None if isinstance(x, (list, tuple)) else False, "eps": lambda x: None if _real(x) and x >= 0 else False,
-    "state_dtype": _one(None, "float32", "float64", "bfloat16", "float16"), "num_samples": _whole(1, 1 << 10),
-    "max_new_tokens": _whole(1, 1 << 14), "steps": _whole(1, 1 << 24), "temperature": _number(0),
+    "method": _one(*METHODS), "guidance_steps": _whole(0, 253), "learning_rate": lr,
+    "betas": lambda x: None if isinstance(x, (list, tuple)) else False, "eps": eps,
+    "state_dtype": _one(None, "float32", "float64", "bfloat16"), "num_samples": _whole(1, 1 << 10),
+    "max_new_tokens": _whole(1, 1 << 14), "steps": _whole(1, 1 << 24), "temperature": temperature,
     "top_p": _number(0, 1, none=True, above=True), "top_k": lambda x: None if _integral(x) and x >= 1 << 63 else _whole(1, 1 << 63, True)(x),
-    "alg": _one(*ALGS), "alg_temp": _number(0, none=True), "confidence": _one(*CONFIDENCES),
+    "alg": _one(*ALGS), "alg_temp": lambda x: x is None or temperature(x), "confidence": _one(*CONFIDENCES),
     "schedule": _one("linspace", "even"), "schedule_eps": _number(0, 1, above=True),
     "deprioritize_eos": lambda x: isinstance(x, bool), "suppress_undrawable": lambda x: isinstance(x, bool),
     "batch_size": lambda x: x == "auto" if isinstance(x, str) else _integral(x) and x >= 1,
