@@ -55,7 +55,7 @@ class Rows:
             self.entropy = np.maximum(np.log(total[:, 0]) - (self.p * logs).sum(axis=1), 0)
             self.eps = EPS[acc]
             v = x.shape[1]
-            self.rounding = self.eps * (8 + math.sqrt(v))
+            self.rounding = self.eps * (16 + 4 * math.sqrt(v))
             self.relative = self.rounding + self.eps * 4 * (1 + np.minimum(np.abs(self.shift), 1000))
             # Shifts of very unlikely entries carry no weight: the reach is that of entries that have some.
             reach = np.abs(top[:, 0] / tau)
