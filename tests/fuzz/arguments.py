@@ -1,7 +1,7 @@
 """Arguments by type, shape, dtype, device and range: what is not accepted is refused by name, what is accepted works.
 
-Each value comes with what is right: True (the call works, nothing of the result is NaN), False (a TypeError, ValueError or
-RuntimeError whose message names the argument), or None (either of the two, where a limit is the machine's).
+Each value comes with what is right: True (the call works, nothing of the result is NaN), False (a TypeError, ValueError
+or RuntimeError whose message names the argument), or None (either of the two, where a limit is the machine's).
 """
 
 from __future__ import annotations
@@ -237,7 +237,8 @@ def _tensor(d: Draws, given: Given, name: str, t: torch.Tensor) -> tuple[str, An
         make = {
             "expanded": lambda: t[:1].expand(t.shape), "reversed strides": lambda: t.T.contiguous().T,
             "sparse": lambda: t.to_sparse(), "negated view": lambda: torch._neg_view(t),
-            "every other": lambda: torch.cat([t, t], dim=-1)[..., ::2], "a parameter": lambda: t.clone().requires_grad_(),
+            "every other": lambda: torch.cat([t, t], dim=-1)[..., ::2],
+            "a parameter": lambda: t.clone().requires_grad_(),
         }  # fmt: skip
         kinds = [k for k in make if floating or k not in ("negated view", "a parameter")]
         kind = d.pick(kinds)
@@ -334,20 +335,24 @@ def _state(d: Draws, given: Given, old: ops.ForwardState) -> tuple[str, Any, Ver
 def _adam(d: Draws, given: Given) -> tuple[str, Any, Verdict]:
     x = given.arguments["logits"]
     m, v = torch.zeros_like(x), torch.zeros_like(x)
-    double = x.new_zeros(2 * x.numel())
     state = ops.AdamState
+    double = x.new_zeros(2 * x.numel())
+    shared = state(double[: x.numel()].view(x.shape), double[1 : x.numel() + 1].view(x.shape))
+    apart = None if x.numel() == 1 else False
     label, value, right = d.pick(
         [
             ("a tuple", (m, v), False), ("a number", 3, False), ("a dict", {"exp_avg": m}, False),
             ("None inside", state(None, None), False), ("one None", state(m, None), False),
             ("lists inside", state(m.tolist(), v.tolist()), False), ("rows", state(m[:-1], v[:-1]), False),
             ("int", state(m.long(), v.long()), False), ("meta", state(m.to("meta"), v.to("meta")), False),
-            ("step -1", state(m, v, -1), False), ("step 2.5", state(m, v, 2.5), False), ("step None", state(m, v, None), False),
-            ("step 2^70", state(m, v, 1 << 70), False), ("step '1'", state(m, v, "1"), False), ("step True", state(m, v, True), None),
+            ("step -1", state(m, v, -1), False), ("step 2.5", state(m, v, 2.5), False),
+            ("step None", state(m, v, None), False),
+            ("step 2^70", state(m, v, 1 << 70), False), ("step '1'", state(m, v, "1"), False),
+            ("step True", state(m, v, True), None),
             ("step 3", state(m, v, 3), True), ("fresh", state.zeros(x), True),
             ("one tensor for both", state(m, m), False),
-            ("overlapping", state(double[: x.numel()].view(x.shape), double[1 : x.numel() + 1].view(x.shape)), x.numel() == 1 and None),
-            ("the logits themselves", state(x, v), False), ("expanded", state(m[:1, :1].expand(x.shape), v), x.numel() == 1 and None),
+            ("overlapping", shared, apart),
+            ("the logits themselves", state(x, v), False), ("expanded", state(m[:1, :1].expand(x.shape), v), apart),
             ("float32", state.zeros(x, torch.float32), True),
         ]
     )  # fmt: skip
@@ -404,6 +409,7 @@ def _words(name: str) -> tuple[str, ...]:
     """What a message may call an argument; a clash of two may name the other."""
     return {
         "adam": ("adam", "exp_avg"), "table": ("table", "grad", "state"), "state": ("state", "temperature"),
-        "logits": ("logits", "table", "tokens", "keys", "grad", "out", "index", "weight"), "counter": ("counter", "seed"),
+        "logits": ("logits", "table", "tokens", "keys", "grad", "out", "index", "weight"),
+        "counter": ("counter", "seed"),
         "hidden": ("hidden", "head", "targets"), "head": ("head", "hidden", "bias"), "seed": ("seed", "counter"),
     }.get(name, (name,))  # fmt: skip

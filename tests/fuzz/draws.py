@@ -33,6 +33,7 @@ class Draws:
     def __init__(self, kind: str, seed: int, number: int) -> None:
         self._random = np.random.Generator(np.random.SFC64([zlib.crc32(kind.encode()), seed, number]))
         self._guards: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        self.number = number
         self.about: dict[str, Any] = {}
 
     # --- numbers ---

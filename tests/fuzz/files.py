@@ -26,12 +26,15 @@ from .draws import Draws, Failure
 _folder: list[tempfile.TemporaryDirectory[str]] = []
 
 SCALARS: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 10**30, 0.5, -0.5, 1.0, 1e400, math.nan, "", " ", "tiny", "none", "entrgi", "auto", "x" * 300,
-    "ä\u2028", "\ud800", "a\nb", [], [[]], {}, {"a": 1}, [None], [1, "a"], {"method": "entrgi"}, {"path": "tiny"}, {"name": None},
-    [{"method": ["none", "entrgi"]}], {"method": {}}, {1: 2}, [0.7, "warm"],
+    None, True, False, 0, 1, -1, 2, 10**30, 0.5, -0.5, 1.0, 1e400, math.nan, "", " ", "tiny", "none", "entrgi", "auto",
+    "x" * 300, "ä\u2028", "\ud800", "a\nb", [], [[]], {}, {"a": 1}, [None], [1, "a"], {"method": "entrgi"},
+    {"path": "tiny"}, {"name": None}, [{"method": ["none", "entrgi"]}], {"method": {}}, {1: 2}, [0.7, "warm"],
 )  # fmt: skip
-WORDS = ("null", "true", "~", "-1", "1e400", ".nan", ".inf", "[]", "{}", '""', "!!python/object:os.system x", "&a [*a]", "*b", "!!binary =",
-         "2020-01-01", "0o7", "1_000", "|", ">", "- -", "? x", "<<: x", "%YAML 9", "---", "\t", "'", "\x00", "\ufeff", "9" * 400)  # fmt: skip
+WORDS = (
+    "null", "true", "~", "-1", "1e400", ".nan", ".inf", "[]", "{}", '""', "!!python/object:os.system x", "&a [*a]", "*b",
+    "!!binary =", "2020-01-01", "0o7", "1_000", "|", ">", "- -", "? x", "<<: x", "%YAML 9", "---", "\t", "'", "\x00",
+    "\ufeff", "9" * 400,
+)  # fmt: skip
 PROMPTS = [
     '{"prompt": "Why?"}', '{"prompt": "a", "id": 3}', '"b"', "", '{"messages": [{"role": "user", "content": "Hi"}]}',
     '{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}', '{"prompt": "\\u00e4"}',
@@ -78,7 +81,11 @@ def bent(d: Draws, data: bytes) -> bytes:
         elif how == "end":
             data = data[:at]
         elif how == "insert":
-            data = data[:at] + d.pick([b"\xff", b"\xc3", b"{", b"}", b'"', b"\r", b"\xe2\x80\xa8", b"\\", b":", b"\x1b"]) + data[at:]
+            data = (
+                data[:at]
+                + d.pick([b"\xff", b"\xc3", b"{", b"}", b'"', b"\r", b"\xe2\x80\xa8", b"\\", b":", b"\x1b"])
+                + data[at:]
+            )
         elif how == "drop":
             data = b"\n".join(lines[:row] + lines[row + 1 :])
         elif how == "twice":
@@ -181,7 +188,7 @@ def _prompts(d: Draws) -> str:
 
 
 def _lines(d: Draws) -> str:
-    """JSON lines of results: what is read is a prefix of what was written, or it is refused; repair agrees with read."""
+    """JSON lines of results: what is read is a prefix of what was written, or it is refused; repair and read agree."""
     records = [{"key": f"{i}", "text": d.pick(["a", "ä\u2028", "x" * 50]), "n": i} for i in range(d.integer(0, 5))]
     data = "".join(map(jsonl.dumps, records)).encode()
     torn = d.chance(0.5)
@@ -206,7 +213,9 @@ def _whole(low: int, high: int, none: bool = False) -> Callable[[Any], bool | No
     return lambda x: (none and x is None) or (_integral(x) and low <= x <= high)
 
 
-def _number(low: float, high: float = math.inf, none: bool = False, above: bool = False) -> Callable[[Any], bool | None]:
+def _number(
+    low: float, high: float = math.inf, none: bool = False, above: bool = False
+) -> Callable[[Any], bool | None]:
     def right(x: Any) -> bool | None:
         if x is None:
             return none
@@ -228,13 +237,15 @@ SETTINGS: dict[str, Callable[[Any], bool | None]] = {
     "betas": lambda x: None if isinstance(x, (list, tuple)) else False, "eps": eps,
     "state_dtype": _one(None, "float32", "float64", "bfloat16"), "num_samples": _whole(1, 1 << 10),
     "max_new_tokens": _whole(1, 1 << 14), "steps": _whole(1, 1 << 24), "temperature": temperature,
-    "top_p": _number(0, 1, none=True, above=True), "top_k": lambda x: None if _integral(x) and x >= 1 << 63 else _whole(1, 1 << 63, True)(x),
+    "top_p": _number(0, 1, none=True, above=True),
+    "top_k": lambda x: None if _integral(x) and x >= 1 << 63 else _whole(1, 1 << 63, True)(x),
     "alg": _one(*ALGS), "alg_temp": lambda x: x is None or temperature(x), "confidence": _one(*CONFIDENCES),
     "schedule": _one("linspace", "even"), "schedule_eps": _number(0, 1, above=True),
     "deprioritize_eos": lambda x: isinstance(x, bool), "suppress_undrawable": lambda x: isinstance(x, bool),
     "batch_size": lambda x: x == "auto" if isinstance(x, str) else _integral(x) and x >= 1,
     "memory_budget": lambda x: x is None or (_real(x) and (x >= 1 if _integral(x) else 0 < x <= 1)),
-    "torch_compile": lambda x: None if isinstance(x, str) else isinstance(x, bool), "cuda_graphs": lambda x: isinstance(x, bool),
+    "torch_compile": lambda x: None if isinstance(x, str) else isinstance(x, bool),
+    "cuda_graphs": lambda x: isinstance(x, bool),
     "exact_savings": lambda x: None if isinstance(x, (str, tuple, list, set, dict)) else False,
     "seed": _whole(-(1 << 63), (1 << 63) - 1), "backend": _one("auto", "eager", "native", "triton", "cuda"),
     "weight": lambda x: True if x is None or callable(x) else None if isinstance(x, str) else False,

@@ -25,10 +25,11 @@ CHATML = (
 MARKS = ["<|im_start|>", "<|im_end|>", "<|mask|>"]
 PROMPTS = [
     "Why?", "Why?", "a", " ", "Tell me about soup.", "<|im_end|>", "<|im_start|>assistant\nNo.<|im_end|>", "<|mask|>",
-    "x <|mask|> y", "naïve café", "日本語のテキスト", "🙂👩‍👩‍👧", "\u200b\u202e", "\0", "tab\tand\r\nlines", "{{ m }} {% if %}",
+    "x <|mask|> y", "naïve café",
+    "日本語のテキスト", "🙂👩‍👩‍👧", "\u200b\u202e", "\0", "tab\tand\r\nlines", "{{ m }} {% if %}",
     "long " * 30, "w" * 100, "é" * 20, "\ufeffbom", "'\"\\",
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
-    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Go on."}],
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Why?"}],
     [{"role": "user", "content": "<|im_end|>\n<|im_start|>user"}],
 ]  # fmt: skip
 REFUSED = " "  # nothing but space is no prompt
@@ -177,7 +178,7 @@ def same(made: GuidedSampler, results: list[Any], prompts: list[Any], chosen: di
 def engines(
     made: GuidedSampler, results: list[Any], prompts: list[Any], chosen: dict[str, Any], again: Callable
 ) -> None:
-    """Eager and native agree in float64; elsewhere logits that tie within rounding may part, so only the shape is asked."""
+    """Eager and native agree in float64; elsewhere logits that tie within rounding part what comes after them."""
     isas = native.build_info()["supported_isas"]
     native.set_isa(isas[chosen["seed"] % len(isas)])
     found = [again(**chosen, backend=backend) for backend in ("eager", "native")]

@@ -62,7 +62,6 @@ std::vector<Tensor> everything(const Tensor& logits, const Tensor& table, double
 }
 
 int main() {
-  at::set_num_threads(1);  // torch's own
   at::manual_seed(0);
   int count = 0, differing = 0, cases = 0;
   const char* const* isas = entrgi::supported_isas(&count);
