@@ -31,9 +31,9 @@ SCALARS: tuple[Any, ...] = (
     {"path": "tiny"}, {"name": None}, [{"method": ["none", "entrgi"]}], {"method": {}}, {1: 2}, [0.7, "warm"],
 )  # fmt: skip
 WORDS = (
-    "null", "true", "~", "-1", "1e400", ".nan", ".inf", "[]", "{}", '""', "!!python/object:os.system x", "&a [*a]", "*b",
-    "!!binary =", "2020-01-01", "0o7", "1_000", "|", ">", "- -", "? x", "<<: x", "%YAML 9", "---", "\t", "'", "\x00",
-    "\ufeff", "9" * 400,
+    "null", "true", "~", "-1", "1e400", ".nan", ".inf", "[]", "{}", '""', "!!python/object:os.system x", "&a [*a]",
+    "*b", "!!binary =", "2020-01-01", "0o7", "1_000", "|", ">", "- -", "? x", "<<: x", "%YAML 9", "---", "\t", "'",
+    "\x00", "\ufeff", "9" * 400,
 )  # fmt: skip
 PROMPTS = [
     '{"prompt": "Why?"}', '{"prompt": "a", "id": 3}', '"b"', "", '{"messages": [{"role": "user", "content": "Hi"}]}',
@@ -254,8 +254,10 @@ SETTINGS: dict[str, Callable[[Any], bool | None]] = {
 
 def _settings(d: Draws) -> str:
     name = d.pick(tuple(SETTINGS))
-    good = ("one", "none", "auto", "all", "even", "origin", "guided", "float32", "eager", "step(1.0)", (0.5, 0.9), [0.9, 0.9],
-            ("idle_steps",), ["idle_steps"], 3, 100)  # fmt: skip
+    good = (
+        "one", "none", "auto", "all", "even", "origin", "guided", "float32", "eager", "step(1.0)", (0.5, 0.9),
+        [0.9, 0.9], (None, 0.9), ("idle_steps",), ["idle_steps"], 3, 100,
+    )  # fmt: skip
     value = d.pick((*THINGS, *SCALARS, *good))
     right = SETTINGS[name](value)
     d.note(setting=name, value=repr(value)[:60])

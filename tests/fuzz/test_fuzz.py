@@ -11,10 +11,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from entrgi_kernels.backends import native  # noqa: E402
 from fuzz import driver  # noqa: E402
 from fuzz.draws import Draws, Failure, twice  # noqa: E402
-
-from entrgi_kernels.backends import native  # noqa: E402
 
 SEED = 17
 
