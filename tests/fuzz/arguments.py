@@ -243,7 +243,7 @@ def _tensor(d: Draws, given: Given, name: str, t: torch.Tensor) -> tuple[str, An
         kinds = [k for k in make if floating or k not in ("negated view", "a parameter")]
         kind = d.pick(kinds)
         right = None
-        if kind == "sparse":
+        if kind in ("sparse", "negated view"):
             right = False
         elif not written and kind != "a parameter":
             right = True
