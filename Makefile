@@ -43,7 +43,7 @@ export PIP_NO_INPUT := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-short test quick test-all test-real test-latest test-oldest lint format lock bench gpu fresh sanitize env clean distclean
+.PHONY: help demo demo-short test fuzz quick test-all test-real test-latest test-oldest lint format lock bench gpu fresh sanitize env clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -51,6 +51,7 @@ help:
 	@echo "make test     every test that this machine can run;  make quick  a part in two minutes"
 	@echo "make test-all the tests on all architectures and releases: compilations for every GPU, test-real, -latest, -oldest"
 	@echo "make test-real  tests with small published models, which come as packages (the extra 'real')"
+	@echo "make fuzz     N=100000 random cases, SEED=1 as given or new; CASE=kind:seed:number runs one again (docs/reliability.md)"
 	@echo "make bench    CPU benchmarks, as a table and as JSON"
 	@echo "make gpu      GPU numerics, then every figure, with the interpreter at hand (offline, no $(VENV))"
 	@echo "make env      what this machine has and what is missing"
@@ -58,7 +59,7 @@ help:
 	@echo "make test-latest  the tests on the newest release of everything;  make test-oldest  on the oldest admitted"
 	@echo "make lock     resolves $(LOCKS) anew"
 	@echo "make fresh    a fresh clone runs demo and test in a cleared environment, with and without a compiler"
-	@echo "make sanitize the native tests on an extension built with AddressSanitizer and UBSan (a quarter of an hour)"
+	@echo "make sanitize the native tests and a bounded fuzz under AddressSanitizer and UBSan, threads under ThreadSanitizer"
 	@echo "make clean    removes build products;  make distclean removes $(VENV) too"
 
 demo: $(VENV)/.ready
@@ -71,6 +72,10 @@ demo-short:
 
 test: $(VENV)/.ready
 	$(PYTEST) $(ARGS)
+
+# Operator cases, and the other kinds in proportion. Exit status 1 where one fails; the report is build/fuzz.json.
+fuzz: $(VENV)/.ready
+	$(PY) tests/fuzz $(if $(CASE),--case $(CASE),$(if $(N),-n $(N)) $(if $(SEED),--seed $(SEED))) $(ARGS)
 
 # What one runs while working: no processes of their own, no compilations, each operator and adapter all the same.
 quick: $(VENV)/.ready

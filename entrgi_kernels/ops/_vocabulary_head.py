@@ -32,12 +32,18 @@ def _chunks(
     parts = max(1, math.ceil(hidden.shape[0] * v * dtype.itemsize / _CHUNK_BYTES))
     length = max(256, math.ceil(v / parts / 256) * 256)
     wide = x.device.type == "cuda" and dtype.itemsize == 2
+    # oneDNN's bfloat16 product on AMX reads past a row that does not fill its tiles, and multiplies what it finds by 0:
+    # a NaN there, of a bad row or of nobody, would be this row's too.
+    short = -x.shape[1] % 32 if x.device.type == "cpu" and dtype == torch.bfloat16 else 0
+    if short:
+        x = torch.nn.functional.pad(x, (0, short))
     with torch.autocast(x.device.type, enabled=False):
         for first in range(0, v, length):
             part = slice(first, min(first + length, v))
             rows = head[part].to(dtype)
+            columns = torch.nn.functional.pad(rows, (0, short)).T if short else rows.T
             # 16-bit operands: float32 logits where the library can give them, else rounded, as a model's own are.
-            logits = torch.mm(x, rows.T, out_dtype=torch.float32) if wide else torch.mm(x, rows.T)
+            logits = torch.mm(x, columns, out_dtype=torch.float32) if wide else torch.mm(x, columns)
             yield part, rows, logits if bias is None else logits.add_(bias[part].to(logits.dtype))
 
 

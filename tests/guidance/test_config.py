@@ -90,3 +90,19 @@ def test_json():
 
 def test_numpy_integers_are_integers():
     assert GuidanceConfig(seed=numpy.int64(3), num_samples=numpy.int32(2)).num_samples == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("betas", 0.9),
+        ("betas", (None, 0.9)),
+        ("exact_savings", 3),
+        ("exact_savings", [1, "idle_steps"]),
+        ("alg", numpy.array([1, 2])),
+        ("top_p", 10**400),
+    ],
+)
+def test_values_of_another_kind_are_refused_in_the_settings_own_name(name, value):
+    with pytest.raises((ValueError, TypeError), match=f"{name}=.*expected"):
+        GuidanceConfig(**{name: value})

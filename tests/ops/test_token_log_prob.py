@@ -268,3 +268,18 @@ def test_near_certain_targets_keep_their_gradients(backend, dtype, learns):
     for ours, slope in zip(found, expected, strict=False):
         # 5e-6: terms of up to 9 in float32, which is what sums are in.
         torch.testing.assert_close(ours.double(), slope, rtol=8 * torch.finfo(dtype).eps, atol=5e-6)
+
+
+@pytest.mark.parametrize("d", [31, 32, 34, 76])
+def test_what_lies_behind_a_row_does_not_reach_it(backend, d):
+    """In bfloat16, where a library reads past a row: the row before a bad one, and rows with NaN between them."""
+    hidden, head = ref.peaked(20, d, torch.bfloat16), ref.table(50, d, torch.bfloat16)
+    ref.served(backend, hidden, head)
+    targets = torch.arange(20)
+    expected = ops.token_log_prob(hidden, head, targets, backend=backend)
+    apart = torch.full((20, d + 3), torch.nan, dtype=torch.bfloat16)[:, 1 : d + 1].copy_(hidden)
+    assert torch.equal(ops.token_log_prob(apart, head, targets, backend=backend), expected)
+    hidden[7] = torch.nan
+    found = ops.token_log_prob(hidden, head, targets, backend=backend)
+    assert torch.equal(found.isnan().nonzero().flatten(), torch.tensor([7]))
+    assert torch.equal(found[8:], expected[8:]) and torch.equal(found[:7], expected[:7])

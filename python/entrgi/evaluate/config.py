@@ -188,13 +188,19 @@ def from_dict(content: Mapping[str, Any], where: str = "configuration") -> Evalu
             values[name] = tuple(given) if isinstance(given, (list, tuple)) else (given,)
             if name != "judges" and (not values[name] or given is None):
                 raise UsageError(f"{where}: {name} is empty: expected at least one")
+    for name in ("name", "model", "reference", "dtype", "device"):
+        if not isinstance(values.get(name, ""), str):
+            raise UsageError(f"{where}: {name}={values[name]!r}: expected text")
     values["judges"] = tuple(judge for judge in values.get("judges", ()) if judge is not None)
     if "datasets" in values:
         values["datasets"] = tuple(_dataset(entry, where) for entry in values["datasets"])
         labels = [dataset.name for dataset in values["datasets"]]
         if len(set(labels)) < len(labels):
             raise UsageError(f"{where}: two datasets have one name: {', '.join(labels)}; give each its own `name`")
-    values["settings"] = dict(values.get("settings") or {})
+    settings = values.get("settings") or {}
+    if not isinstance(settings, Mapping):
+        raise UsageError(f"{where}: settings={settings!r}: expected a mapping of settings and values")
+    values["settings"] = dict(settings)
     for axis, home in zip(_AXES, ("methods", "methods", "temperatures", "seeds"), strict=True):
         if axis in values["settings"]:
             raise UsageError(f"{where}: settings.{axis} is an axis of the grid: use {home}")
@@ -321,6 +327,10 @@ def _dataset(entry: Any, where: str) -> Dataset:
         raise UsageError(f"{where}: datasets: {entry!r}: expected a path or hub name, or a mapping with `path`")
     _known(entry, [field.name for field in dataclasses.fields(Dataset)], f"{where}: datasets")
     dataset = Dataset(**{"name": Path(entry["path"]).stem or entry["path"], **entry})
+    for name in ("name", "split", "subset", "field"):
+        value = getattr(dataset, name)
+        if not isinstance(value, str) and (name, value) != ("subset", None):
+            raise UsageError(f"{where}: datasets: {name}={value!r}: expected text")
     count, shuffle = dataset.num_prompts, dataset.shuffle
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
         raise UsageError(f"{where}: {dataset.name}: num_prompts={count!r}: expected a number >= 1")

@@ -135,6 +135,8 @@ def check_judges(config: EvaluationConfig) -> list[JudgeSpec]:
 
 
 def _check(spec: JudgeSpec, config: EvaluationConfig) -> None:
+    if not isinstance(spec.name, str):
+        raise UsageError(f"judges: name={spec.name!r}: expected text")
     where = f"judge {spec.name}"
     if spec.kind not in KINDS:
         raise UsageError(f"{where}: kind={spec.kind!r}: expected one of {', '.join(KINDS)}")

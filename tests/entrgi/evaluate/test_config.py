@@ -142,3 +142,19 @@ def test_differences_name_what_changed() -> None:
 def test_a_flag_that_is_no_yaml(entrgi, capsys) -> None:
     assert entrgi("evaluate", "tiny", "--set", "temperatures=[") == 2
     assert "--set temperatures: '[' is no YAML value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"settings": ["a"]},
+        {"settings": True},
+        {"model": 3},
+        {"datasets": [{"path": "tiny", "name": []}]},
+        {"datasets": [{"path": "tiny", "field": None}]},
+        {"judges": [{"kind": "rule", "name": {}}]},
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(content) -> None:
+    with pytest.raises(UsageError, match="expected (text|a mapping)"):
+        from_dict(content)
