@@ -108,7 +108,7 @@ def evaluate(
 
         def start() -> tuple[list[int], set[str]]:
             stack.enter_context(store.lock())
-            if plan.todo(store.keys("samples")):
+            if plan.todo(store):
                 check_templates(plan.config, plan.prompts)  # before the folder remembers these prompts
             store.begin(plan.header(), extend=extend)
             store.recover()
