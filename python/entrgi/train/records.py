@@ -39,9 +39,7 @@ def read(folder: str | Path, name: str) -> list[dict[str, Any]]:
         figures = [value for key, value in record.items() if key != "step"] if name == EVALUATIONS else []
         if type(record.get("step")) is not int or not all(map(_is_numbers, figures)):
             raise UsageError(f"{where}: not a line of a training run")
-        if name != EVALUATIONS:
-            return record
-        return {k: v if k == "step" else [math.nan if x is None else x for x in v] for k, v in record.items()}
+        return record
 
     return jsonl.read(path, check) if path.exists() else []
 
@@ -52,7 +50,7 @@ def rewind(folder: str | Path, step: int) -> None:
         path = Path(folder) / name
         if path.exists():
             kept = (record for record in read(folder, name) if _is_before(name, record, step))
-            jsonl.write_atomically(path, (jsonl.dumps(_finite(record)) for record in kept))
+            jsonl.write_atomically(path, map(jsonl.dumps, kept))
 
 
 def _is_before(name: str, record: dict[str, Any], step: int) -> bool:

@@ -307,13 +307,6 @@ def test_records_of_a_resumed_run_are_those_of_an_unbroken_one(trainer_of, at):
     ]
 
 
-def test_a_held_out_prompt_without_a_figure_stays_one(tmp_path):
-    records.append(tmp_path, records.EVALUATIONS, {"step": 1, "reward": [1.0, math.nan]})
-    records.rewind(tmp_path, 1)
-    (found,) = records.read(tmp_path, records.EVALUATIONS)
-    assert found["reward"][0] == 1.0 and math.isnan(found["reward"][1])
-
-
 def test_records_survive_a_torn_line_and_are_cut_back(tmp_path):
     for step in (1, 2, 3):
         records.append(tmp_path, records.LOG, {"step": step, "loss": 0.5})
