@@ -41,6 +41,42 @@ def test_damage_elsewhere_is_refused_and_left_alone(tmp_path, data: bytes) -> No
     assert path.read_bytes() == data
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b'{"x": NaN}', b'{"x": -Infinity}', b'{"x": 1e999}', b'{"x": "\\ud800"}', b'{"x": "\xff"}', b'{"x": "\0"}', b"[]",
+     b"[" * 100_000, '{"x": 1}'.encode("utf-16"), b"9" * 5000],
+)  # fmt: skip
+def test_what_could_not_be_written_again_is_no_line(line: bytes) -> None:
+    with pytest.raises(UsageError, match="^here: not a JSON object$"):
+        jsonl.parse(line, "here")
+    assert jsonl.parse(b'{"x": "\\u00e4\\ud83d\\ude00", "y": 1e3}\n', "here") == {"x": "ä😀", "y": 1000.0}
+
+
+def test_a_lock_is_one_process_s_and_goes_with_the_file(tmp_path) -> None:
+    first = jsonl.lock_folder(tmp_path / "new")
+    with pytest.raises(UsageError, match=f"another run is writing to {tmp_path}"):
+        jsonl.lock_folder(tmp_path / "new")
+    first.close()
+    jsonl.lock_folder(tmp_path / "new").close()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="expected a folder"):
+        jsonl.lock_folder(tmp_path / "file")
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, limited_files) -> None:
+    path = tmp_path / "x.jsonl"
+    jsonl.write_atomically(path, ['{"key": "a"}\n'])
+    with limited_files(50):
+        with pytest.raises(UsageError, match=f"cannot write {path}: File too large"):
+            jsonl.write_atomically(path, ["x" * 100])
+        appender = jsonl.Appender(path)
+        with pytest.raises(UsageError, match=f"cannot write {path}: File too large"):
+            appender.append([{"key": "b" * 100}])
+    appender.close()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.jsonl"]
+    assert jsonl.repair(path) == [{"key": "a"}] and path.read_bytes() == b'{"key": "a"}\n'
+
+
 def test_appending_and_replacing(tmp_path) -> None:
     path = tmp_path / "x.jsonl"
     for records in ([{"key": "ä\u2028"}], [], [{"key": "b"}, {"key": "c"}]):
