@@ -7,7 +7,7 @@ The loop's own are here; those of a reward model (prefix cache and the like) are
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence, Set
 from typing import Any
 
 from ..rewards.savings import NAMES as REWARD_SAVINGS
@@ -38,7 +38,7 @@ def check_savings(given: str | Collection[str], known: Collection[str] = SAVINGS
         if given in ("all", "none"):
             return frozenset(known if given == "all" else ())
         given = [given]
-    if not isinstance(given, Collection) or not all(isinstance(name, str) for name in given):
+    if not isinstance(given, (Sequence, Set)) or not all(isinstance(name, str) for name in given):
         raise TypeError(f"exact_savings={given!r}: expected 'all', 'none', or names out of {', '.join(known)}")
     unknown = sorted(set(given) - set(known))
     if unknown:

@@ -66,7 +66,7 @@ def top_p(value: Any) -> Verdict:
 def top_k(value: Any) -> Verdict:
     if value is None:
         return True
-    return False if not _integral(value) or value < 1 else True if value < 1 << 63 else None
+    return _integral(value) and 1 <= value < 1 << 63
 
 
 def seed(value: Any) -> Verdict:
@@ -334,9 +334,9 @@ def _state(d: Draws, given: Given, old: ops.ForwardState) -> tuple[str, Any, Ver
 
 def _adam(d: Draws, given: Given) -> tuple[str, Any, Verdict]:
     x = given.arguments["logits"]
-    m, v = torch.zeros_like(x), torch.zeros_like(x)
     state = ops.AdamState
-    double = x.new_zeros(2 * x.numel())
+    m, v, _ = vars(state.zeros(x)).values()
+    double = m.new_zeros(2 * x.numel())
     shared = state(double[: x.numel()].view(x.shape), double[1 : x.numel() + 1].view(x.shape))
     apart = None if x.numel() == 1 else False
     label, value, right = d.pick(

@@ -68,7 +68,7 @@ class Draws:
 
     def shape(self) -> tuple[int, int]:
         """(rows, vocabulary): small for most, since a million cases are to be run."""
-        most = 12_000 if self.chance(0.03) else 2500
+        most = 12_000 if self.chance(0.02) else 1500
         v = self.length(70, 3000)
         kind = self._random.random()
         n = self.integer(0, 5) if kind < 0.6 else self.integer(1, 17) if kind < 0.9 else self.integer(1, 40)

@@ -238,7 +238,7 @@ SETTINGS: dict[str, Callable[[Any], bool | None]] = {
     "state_dtype": _one(None, "float32", "float64", "bfloat16"), "num_samples": _whole(1, 1 << 10),
     "max_new_tokens": _whole(1, 1 << 14), "steps": _whole(1, 1 << 24), "temperature": temperature,
     "top_p": _number(0, 1, none=True, above=True),
-    "top_k": lambda x: None if _integral(x) and x >= 1 << 63 else _whole(1, 1 << 63, True)(x),
+    "top_k": _whole(1, (1 << 63) - 1, True),
     "alg": _one(*ALGS), "alg_temp": lambda x: x is None or temperature(x), "confidence": _one(*CONFIDENCES),
     "schedule": _one("linspace", "even"), "schedule_eps": _number(0, 1, above=True),
     "deprioritize_eos": lambda x: isinstance(x, bool), "suppress_undrawable": lambda x: isinstance(x, bool),
@@ -259,7 +259,7 @@ def _settings(d: Draws) -> str:
         [0.9, 0.9], (None, 0.9), ("idle_steps",), ["idle_steps"], 3, 100,
     )  # fmt: skip
     value = d.pick((*THINGS, *SCALARS, *good))
-    right = SETTINGS[name](value)
+    right = False if isinstance(value, torch.Tensor) else SETTINGS[name](value)
     d.note(setting=name, value=repr(value)[:60])
     refusals = (TypeError, ValueError)
     config = _outcome(d, f"GuidanceConfig({name}=)", lambda: GuidanceConfig().replace(**{name: value}), refusals)
