@@ -578,7 +578,8 @@ def logit_optimizer(c: Case) -> None:
 
 # Twice as often as the optimiser, which is made of them.
 OPERATORS = 2 * (
-    softmax_entropy, soft_embedding, sample_tokens, entrgi_embedding, guidance_update_, unmask_confidence, token_log_prob,
+    softmax_entropy, soft_embedding, sample_tokens, entrgi_embedding, guidance_update_, unmask_confidence,
+    token_log_prob,
 ) + (logit_optimizer,)  # fmt: skip
 
 
