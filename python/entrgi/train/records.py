@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -62,6 +63,18 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint that was written to its end; None where there is none."""
     found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove checkpoints that a kill left torn, while they were written or removed: nothing goes on from them."""
+    for checkpoint in Path(folder).glob("checkpoint-*"):
+        mark = checkpoint / COMPLETE
+        names: list[str] = []
+        if mark.is_file():
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                names = list(json.loads(mark.read_text(encoding="utf-8"))["files"])
+        if checkpoint.is_dir() and not all((checkpoint / name).is_file() for name in [COMPLETE, *names]):
+            shutil.rmtree(checkpoint)
 
 
 def complete(checkpoint: Path) -> None:

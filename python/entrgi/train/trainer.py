@@ -475,6 +475,8 @@ class GuidedTrainer(Trainer):
             resume_from_checkpoint = str(records.last_complete_checkpoint(self.args.output_dir) or "")
             if resume_from_checkpoint and self.is_world_process_zero():
                 records.check_checkpoint(Path(resume_from_checkpoint))
+            if self.is_world_process_zero():
+                records.sweep(self.args.output_dir)
         self._resumed_from = resume_from_checkpoint or None
         return super().train(resume_from_checkpoint=self._resumed_from, **options)
 

@@ -258,6 +258,18 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, name, how):
         records.check_checkpoint(folder)
 
 
+def test_torn_checkpoints_are_swept_away(tmp_path):
+    """One killed while it was written, one while it was removed; and nothing else."""
+    for step in (1, 2, 3):
+        checkpoint_of(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-1" / "optimizer.pt").unlink()
+    (tmp_path / "checkpoint-3" / records.COMPLETE).unlink()
+    (tmp_path / "merged").mkdir()
+    records.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "merged"]
+    records.check_checkpoint(tmp_path / "checkpoint-2")
+
+
 def test_a_run_does_not_go_on_from_a_damaged_checkpoint(trainer_of):
     """A byte of the optimiser's moments is another: torch reads it without a word."""
     trainer = trainer_of(max_steps=1, save_strategy="steps", save_steps=1)
