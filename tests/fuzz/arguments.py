@@ -235,7 +235,8 @@ def _tensor(d: Draws, given: Given, name: str, t: torch.Tensor) -> tuple[str, An
         if t.numel() == 0:
             return "as it is", t, True
         make = {
-            "expanded": lambda: t[:1].expand(t.shape), "reversed strides": lambda: t.T.contiguous().T,
+            "expanded": lambda: t[:1].expand(t.shape),
+            "reversed strides": lambda: t.clone() if t.dim() < 2 else t.T.contiguous().T,
             "sparse": lambda: t.to_sparse(), "negated view": lambda: torch._neg_view(t),
             "every other": lambda: torch.cat([t, t], dim=-1)[..., ::2],
             "a parameter": lambda: t.clone().requires_grad_(),
@@ -409,7 +410,7 @@ def _words(name: str) -> tuple[str, ...]:
     """What a message may call an argument; a clash of two may name the other."""
     return {
         "adam": ("adam", "exp_avg"), "table": ("table", "grad", "state"), "state": ("state", "temperature"),
-        "logits": ("logits", "table", "tokens", "keys", "grad", "out", "index", "weight"),
+        "logits": ("logits", "table", "tokens", "keys", "grad", "out", "index", "weight", "state"),
         "counter": ("counter", "seed"),
         "hidden": ("hidden", "head", "targets"), "head": ("head", "hidden", "bias"), "seed": ("seed", "counter"),
     }.get(name, (name,))  # fmt: skip

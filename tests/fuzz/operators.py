@@ -384,7 +384,8 @@ def guidance_update_(c: Case) -> None:
             bound = 2 * (1 - b1) * pull_bound + 8 * facts.eps * (np.abs(old[0]) + np.abs(pull))
             near("exp_avg", array(out[1])[facts.good][tame], truth[tame], bound[tame], state_dtype)
             truth = b2 * old[1] + (1 - b2) * pull**2
-            bound = (1 - b2) * (2 * np.abs(pull) + pull_bound) * pull_bound + 8 * facts.eps * (old[1] + pull**2)
+            with np.errstate(all="ignore"):
+                bound = (1 - b2) * (2 * np.abs(pull) + pull_bound) * pull_bound + 8 * facts.eps * (old[1] + pull**2)
             near("exp_avg_sq", array(out[2])[facts.good][tame], truth[tame], bound[tame], state_dtype)
 
 

@@ -181,6 +181,10 @@ def from_dict(content: Mapping[str, Any], where: str = "configuration") -> Evalu
     """
     names = [field.name for field in dataclasses.fields(EvaluationConfig)]
     _known(content, names, where)
+    try:  # digests are made of it
+        json.dumps(content, ensure_ascii=False, skipkeys=True, default=str).encode("utf-8")
+    except ValueError as error:  # a lone surrogate, or a list that holds itself
+        raise UsageError(f"{where}: expected plain values and valid Unicode: {error}") from None
     values = dict(content)
     for name in ("rewards", "temperatures", "seeds", "methods", "datasets", "judges"):
         if name in values:

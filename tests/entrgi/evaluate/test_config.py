@@ -153,8 +153,9 @@ def test_a_flag_that_is_no_yaml(entrgi, capsys) -> None:
         {"datasets": [{"path": "tiny", "name": []}]},
         {"datasets": [{"path": "tiny", "field": None}]},
         {"judges": [{"kind": "rule", "name": {}}]},
+        {"datasets": [{"path": "\ud800"}]},
     ],
 )
 def test_values_of_another_kind_are_refused_by_name(content) -> None:
-    with pytest.raises(UsageError, match="expected (text|a mapping)"):
+    with pytest.raises(UsageError, match="expected (text|a mapping|plain values)"):
         from_dict(content)
