@@ -43,7 +43,8 @@ class Case:
             engines += sorted({_ISAS[start], _ISAS[(start + 1 + draws.integer(0, 1)) % len(_ISAS)]})
         self.engines = engines
         self._again = draws.chance(0.08)
-        self._threads = 2 if draws.chance(0.3) else 1
+        # token_log_prob's products are torch's own, whose bits depend on the number of threads.
+        self._threads = 2 if draws.chance(0.3) and name != "token_log_prob" else 1
         self.counts: dict[str, int] = {}
 
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
@@ -127,7 +128,7 @@ def softmax_entropy(c: Case) -> None:
                 truth = facts.p * (g - h * surprise) / facts.tau
                 size = facts.p * (np.abs(g) + np.abs(h) * (np.abs(logs) + facts.entropy[:, None] + 1)) / facts.tau
                 error = (np.expm1(np.log1p(facts.drift)) * 2 + facts.relative + 4 * facts.entropy_bound) * size
-                tiny = torch.finfo(acc).tiny * (np.abs(g) + 800 * np.abs(h)) * (1 + 1 / facts.tau)
+                tiny = 4 * torch.finfo(acc).tiny * (np.abs(g) + 800 * np.abs(h)) * (1 + 1 / facts.tau)
             check_rows("grad of logits", out[2], truth, error + tiny, x, facts)
 
 
