@@ -152,6 +152,8 @@ def work(arguments: Sequence[str], orders: Orders, said: Any) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (orders.largest_file, orders.largest_file))
     if orders.as_nobody and os.getuid() == 0:  # root may write to any folder
+        import importlib.readers  # noqa: F401  # imported late, and an interpreter of root's may be out of reach by then
+
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
