@@ -18,6 +18,7 @@ from .truth import EPS, Race, Rows, acc_of, all_nan, array, kept, near
 
 _TRITON = os.environ.get("TRITON_INTERPRET") == "1"
 _ISAS: list[str] = []
+_LEAST = 2.0**-24 * _TRITON  # float16's smallest number
 ALGS = ("entropy", "maskgit_plus", "topk_margin", "anchor")
 
 
@@ -153,11 +154,12 @@ class Products:
         self.facts = facts = Rows(x, tau, self.acc)
         self.e = array(e)
         self.sizes = np.abs(self.e)
-        # Tiles round p to bfloat16 under 16-bit logits and a bfloat16 table (docs/native.md).
-        self.rounded = 2.0**-8 if e.dtype == torch.bfloat16 and x.element_size() == 2 else 0.0
+        # Tiles round p: to bfloat16 under 16-bit logits and a bfloat16 table (docs/native.md), Triton's to its operands'.
+        half = _TRITON and e.dtype == torch.float16
+        self.rounded = 2.0**-11 if half else 2.0**-8 if e.dtype == torch.bfloat16 and x.element_size() == 2 else 0.0
         self.soft = facts.p @ self.e
         self.mass = facts.p @ self.sizes
-        tiny = torch.finfo(self.acc).tiny * 4 * self.sizes.sum(axis=0)
+        tiny = (_LEAST if half else torch.finfo(self.acc).tiny * 4) * self.sizes.sum(axis=0)
         self.soft_bound = (facts.p * facts.relative) @ self.sizes + (facts.rounding + self.rounded) * self.mass + tiny
 
     def logit_gradient(self, grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -196,7 +198,7 @@ def soft_embedding(c: Case) -> None:
             if learns == "both" and facts.good.all() and _tame(facts).all():
                 pulled = np.abs(facts.p).T @ np.abs(g)
                 bound = (facts.p * (2 * facts.drift + facts.relative + facts.eps * (8 + np.sqrt(n)))).T @ np.abs(g)
-                bound += products.rounded * pulled + torch.finfo(products.acc).tiny * 4 * np.abs(g).sum()
+                bound += products.rounded * pulled + (torch.finfo(products.acc).tiny * 4 + _LEAST) * np.abs(g).sum()
                 near("grad of table", out[2], facts.p.T @ g, bound, table_dtype)
 
 
@@ -512,9 +514,7 @@ def token_log_prob(c: Case) -> None:
             continue
         blur = facts.p * (np.expm1(np.minimum(2 * error, 50)) + facts.relative + facts.drift)
         blur[np.arange(n), legal] += blur.sum(axis=1)
-        blur = np.abs(array(g))[:, None] * (
-            blur + 2.0**-7 * facts.p * (made != torch.float64) * (made != torch.float32)
-        )
+        blur = np.abs(array(g))[:, None] * (blur + 2.0**-7 * facts.p * (made.itemsize == 2))
         widths = np.abs(array(g))[:, None] * facts.p
         widths[np.arange(n), legal] += np.abs(array(g))
         noise = facts.eps * (16 + np.sqrt(max(n, v)))
