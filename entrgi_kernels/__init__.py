@@ -14,8 +14,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from entrgi_kernels import guidance, models, ops, rewards
-    from entrgi_kernels.guidance import (
+    from . import guidance, models, ops, rewards, text
+    from .guidance import (
         GenerationResult,
         GuidanceConfig,
         GuidedSampler,
@@ -37,7 +37,7 @@ _EXPORTS = {
     "StepTrace": "entrgi_kernels.guidance",
     "guide": "entrgi_kernels.guidance",
 }
-_SUBMODULES = ("guidance", "models", "ops", "rewards")
+_SUBMODULES = ("guidance", "models", "ops", "rewards", "text")
 
 __all__ = [
     "GenerationResult",
@@ -52,6 +52,7 @@ __all__ = [
     "models",
     "ops",
     "rewards",
+    "text",
 ]
 
 # A library stays silent unless the application configures logging.

@@ -18,8 +18,8 @@ from .. import models, rewards
 from ..models import DiffusionModel
 from ..models.base import embedding_rows
 from ..rewards import EmbeddingReward, PreparedPrompts, Reward, WeightedSum
-from ..rewards.template import conversation_from, encode_prompt
-from ..rewards.vocabulary import check_rows
+from ..text.template import conversation_from, encode_prompt
+from ..text.vocabulary import check_rows
 from .batching import Batch, MemoryEstimate, is_out_of_memory, make_batches
 from .buffers import Buffers
 from .canvas import Canvas, NonFiniteLogitsError, NonFiniteRewardError, Statistics

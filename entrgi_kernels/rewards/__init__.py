@@ -6,17 +6,17 @@ the :class:`Reward` protocol, most easily a subclass of :class:`EmbeddingReward`
 tokens through a reward model's embedding table.
 """
 
-from entrgi_kernels.rewards import template
-from entrgi_kernels.rewards.base import EmbeddingReward, PreparedPrompts, Reward, Targets, assemble
-from entrgi_kernels.rewards.callable import CallableReward
-from entrgi_kernels.rewards.judge import JudgeReward
-from entrgi_kernels.rewards.likelihood import LikelihoodReward
-from entrgi_kernels.rewards.network import NetworkReward
-from entrgi_kernels.rewards.sequence_classification import SequenceClassifierReward
-from entrgi_kernels.rewards.similarity import SimilarityReward
-from entrgi_kernels.rewards.vocabulary import VocabularyMap, undrawable_ids
-from entrgi_kernels.rewards.weighted_sum import WeightedSum
-from entrgi_kernels.rewards.wrapping import wrap
+from ..text import template
+from ..text.vocabulary import VocabularyMap, undrawable_ids
+from .base import EmbeddingReward, PreparedPrompts, Reward, Targets, assemble
+from .callable import CallableReward
+from .judge import JudgeReward
+from .likelihood import LikelihoodReward
+from .network import NetworkReward
+from .sequence_classification import SequenceClassifierReward
+from .similarity import SimilarityReward
+from .weighted_sum import WeightedSum
+from .wrapping import wrap
 
 __all__ = [
     "CallableReward",

@@ -8,9 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from entrgi_kernels.models.modules import input_embedding, module_device, module_dtype, plain_precision
-from entrgi_kernels.rewards.template import Conversation, encode_answered, split_template
-from entrgi_kernels.rewards.vocabulary import VocabularyMap, check_rows, check_tokenizer, check_unmatched
+from ..models.modules import input_embedding, module_device, module_dtype, plain_precision
+from ..text.template import Conversation, encode_answered, split_template
+from ..text.vocabulary import VocabularyMap, check_rows, check_tokenizer, check_unmatched
 
 
 @dataclass
@@ -130,7 +130,7 @@ class Combinable:
     """Rewards that are written into sums: ``0.7 * a + 0.3 * b - c`` is a :class:`WeightedSum`."""
 
     def __mul__(self, weight: float) -> Any:
-        from entrgi_kernels.rewards.weighted_sum import WeightedSum
+        from .weighted_sum import WeightedSum
 
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             return NotImplemented
@@ -139,7 +139,7 @@ class Combinable:
     __rmul__ = __mul__
 
     def __add__(self, other: Any) -> Any:
-        from entrgi_kernels.rewards.weighted_sum import WeightedSum
+        from .weighted_sum import WeightedSum
 
         if isinstance(other, type) or not isinstance(other, Reward):
             return NotImplemented

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entrgi_kernels.models.modules import evaluating, frozen, plain_precision
-from entrgi_kernels.rewards.base import EmbeddingReward, PreparedPrompts, assemble, reward_gradient
-from entrgi_kernels.rewards.network import check_texts, widened
-from entrgi_kernels.rewards.template import PLAIN, Conversation
+from ..models.modules import evaluating, frozen, plain_precision
+from ..text.template import PLAIN, Conversation
+from .base import EmbeddingReward, PreparedPrompts, assemble, reward_gradient
+from .network import check_texts, widened
 
 RewardFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from entrgi_kernels.models.base import logits_of, same_result
-from entrgi_kernels.models.modules import module_device, output_head
+from ..models.base import logits_of, same_result
+from ..models.modules import module_device, output_head
 
 # Logits held at once, in bytes; a row of 152k float32 logits takes 0.6 MB.
 _CHUNK_BYTES = 64 << 20

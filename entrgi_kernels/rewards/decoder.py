@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entrgi_kernels.models.modules import accepted_arguments, input_embedding
-from entrgi_kernels.rewards.attention import IN_PLACE_OF, products_in
+from ..models.modules import accepted_arguments, input_embedding
+from .attention import IN_PLACE_OF, products_in
 
 # Attention implementations that take a prepared 4-D mask, and the kinds of layer such a mask is known for.
 _IMPLEMENTATIONS = ("sdpa", "eager")

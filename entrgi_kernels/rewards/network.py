@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entrgi_kernels.models.base import same_result
-from entrgi_kernels.models.modules import (
+from ..models.base import same_result
+from ..models.modules import (
     accepted_arguments,
     evaluating,
     first_nonfinite_parameter,
@@ -18,10 +18,10 @@ from entrgi_kernels.models.modules import (
     learned_positions,
     plain_precision,
 )
-from entrgi_kernels.rewards.base import EmbeddingReward, PreparedPrompts, Sequences, Targets, assemble
-from entrgi_kernels.rewards.decoder import CachedDecoder
-from entrgi_kernels.rewards.savings import LAST_LAYER, NAMES, ExactSavings, last_real, parse_savings
-from entrgi_kernels.rewards.template import Conversation, check_unicode
+from ..text.template import Conversation, check_unicode
+from .base import EmbeddingReward, PreparedPrompts, Sequences, Targets, assemble
+from .decoder import CachedDecoder
+from .savings import LAST_LAYER, NAMES, ExactSavings, last_real, parse_savings
 
 
 class NetworkReward(EmbeddingReward):

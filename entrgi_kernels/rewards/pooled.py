@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from entrgi_kernels.rewards.base import PreparedPrompts, Sequences
-from entrgi_kernels.rewards.network import NetworkReward, widened
+from .base import PreparedPrompts, Sequences
+from .network import NetworkReward, widened
 
 
 class PooledReward(NetworkReward):

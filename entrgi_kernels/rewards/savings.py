@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from entrgi_kernels.rewards.base import PreparedPrompts, Sequences
-from entrgi_kernels.rewards.decoder import KNOWN_FAMILIES, CachedDecoder, KeyValues, Past, Rows
+from .base import PreparedPrompts, Sequences
+from .decoder import KNOWN_FAMILIES, CachedDecoder, KeyValues, Past, Rows
 
 logger = logging.getLogger("entrgi_kernels")
 

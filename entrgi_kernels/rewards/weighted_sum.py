@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entrgi_kernels.rewards.base import Combinable, PreparedPrompts, Reward, Targets
-from entrgi_kernels.rewards.template import Conversation
+from ..text.template import Conversation
+from .base import Combinable, PreparedPrompts, Reward, Targets
 
 
 class WeightedSum(Combinable):

@@ -288,7 +288,7 @@ def measure(
 
     if loaded.judge is not None:
         from entrgi_kernels import rewards
-        from entrgi_kernels.rewards.template import conversation_from
+        from entrgi_kernels.text.template import conversation_from
 
         judge = rewards.wrap(loaded.judge, loaded.judge_tokenizer)
         texts = [sample.text for sample in best]

@@ -13,7 +13,7 @@ import torch
 
 from ... import rewards
 from ...rewards import PreparedPrompts, SequenceClassifierReward
-from ...rewards.template import conversation_from_ids
+from ...text.template import conversation_from_ids
 from ..buffers import Buffers
 from ..canvas import Canvas, OpenSlots, Statistics
 from ..config import GuidanceConfig

@@ -13,7 +13,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from ...models import DiffusionModel
-from ...rewards.template import conversation_from_ids
+from ...text.template import conversation_from_ids
 from ..canvas import Canvas, Statistics
 from ..keys import prompt_keys, row_keys
 from ..sampler import GuidedSampler

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...rewards import PreparedPrompts
-from ...rewards.template import conversation_from_ids
+from ...text.template import conversation_from_ids
 from ..buffers import Buffers
 from ..canvas import Canvas, NonFiniteLogitsError, NonFiniteRewardError, OpenSlots, Statistics
 from ..config import GuidanceConfig

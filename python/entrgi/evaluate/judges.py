@@ -198,7 +198,7 @@ class RewardJudge:
     def judge(self, candidates: Sequence[Candidate]) -> list[Judgement]:
         import torch
 
-        from entrgi_kernels.rewards.template import conversation_from
+        from entrgi_kernels.text.template import conversation_from
 
         conversations = [conversation_from(candidate.prompt) for candidate in candidates]
         with torch.no_grad():
@@ -240,7 +240,7 @@ class LanguageModelJudge:
 
         from entrgi import loading
         from entrgi_kernels.models.loading import load_network, load_tokenizer
-        from entrgi_kernels.rewards.vocabulary import check_rows
+        from entrgi_kernels.text.vocabulary import check_rows
 
         try:
             self._tokenizer = load_tokenizer(spec.model, padding_side="left")

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from entrgi_kernels.rewards.tokens import METASPACE, added_tokens, token_kind
+from .tokens import METASPACE, added_tokens, token_kind
 
 
 def ids_of_parts(tokenizer: Any, parts: Sequence[tuple[str, bool]], *, continuation: bool = False) -> list[int]:

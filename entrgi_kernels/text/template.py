@@ -16,8 +16,8 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from entrgi_kernels.rewards.plain import control_pattern, ids_of_parts
-from entrgi_kernels.rewards.tokens import added_tokens, spellings, token_kind
+from .plain import control_pattern, ids_of_parts
+from .tokens import added_tokens, spellings, token_kind
 
 logger = logging.getLogger("entrgi_kernels")
 
@@ -123,7 +123,7 @@ def render(
             f"the tokenizer {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__!r} has no chat "
             "template; "
             "set tokenizer.chat_template to the Jinja template the model was trained with "
-            "(entrgi_kernels.rewards.template.CHATML and .PLAIN are two common ones), "
+            "(entrgi_kernels.text.template.CHATML and .PLAIN are two common ones), "
             "or, for a reward model, pass chat_template= to rewards.wrap"
         )
     try:

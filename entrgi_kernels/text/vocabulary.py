@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entrgi_kernels.rewards.plain import plain_ids
-from entrgi_kernels.rewards.tokens import added_tokens, special_roles, spellings, token_kind
+from .plain import plain_ids
+from .tokens import added_tokens, special_roles, spellings, token_kind
 
 UNMATCHED_MODES = ("unk", "zero", "pieces")
 

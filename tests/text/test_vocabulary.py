@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from entrgi_kernels.rewards import VocabularyMap, undrawable_ids
-from entrgi_kernels.rewards.tokens import spellings, token_kind
+from entrgi_kernels.text.tokens import spellings, token_kind
 
 KINDS = ["byte-level", "metaspace first", "metaspace always", "wordpiece"]
 

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from entrgi_kernels.rewards import template
+from entrgi_kernels.text import template
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 
