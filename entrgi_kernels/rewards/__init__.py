@@ -8,8 +8,10 @@ tokens through a reward model's embedding table.
 
 from ..text import template
 from ..text.vocabulary import VocabularyMap, undrawable_ids
-from .base import EmbeddingReward, PreparedPrompts, Reward, Targets, assemble
+from .base import Reward, Targets
 from .callable import CallableReward
+from .decoding.sequences import PreparedPrompts, assemble
+from .embedding import EmbeddingReward
 from .judge import JudgeReward
 from .likelihood import LikelihoodReward
 from .network import NetworkReward

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..models.modules import evaluating, frozen, plain_precision
 from ..text.template import PLAIN, Conversation
-from .base import EmbeddingReward, PreparedPrompts, assemble, reward_gradient
-from .network import check_texts, widened
+from .base import check_texts, reward_gradient
+from .decoding.sequences import PreparedPrompts, assemble, wide
+from .embedding import EmbeddingReward
 
 RewardFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -109,7 +110,7 @@ class CallableReward(EmbeddingReward):
             # Once: in a sum, another part's gradient would hide that this one has none.
             reward_gradient(rewards.sum(), embeddings, "inputs_embeds", retain_graph=True)
             self._guides = True
-        return widened(rewards)
+        return wide(rewards)
 
 
 class _Holder(nn.Module):

@@ -21,8 +21,8 @@ from ..text.template import (
     split_at,
     surroundings,
 )
-from .base import Sequences
-from .causal import CausalHead, wide
+from .decoding.causal import CausalHead
+from .decoding.sequences import Sequences, wide
 from .pooled import PooledReward
 
 logger = logging.getLogger("entrgi_kernels")

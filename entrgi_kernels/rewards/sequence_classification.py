@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models.modules import input_embedding
-from .base import PreparedPrompts, Sequences
+from .decoding.sequences import PreparedPrompts, Sequences, last_real
 from .pooled import PooledReward
-from .savings import last_real
 
 # Names under which networks return a reward, the surest first.
 _NAMES = ("score", "scores", "reward", "rewards", "end_scores", "value", "values", "logits")

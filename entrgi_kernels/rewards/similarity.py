@@ -20,10 +20,9 @@ from ..models.modules import (
 )
 from ..text.plain import plain_ids
 from ..text.template import Conversation, check_unicode
-from .base import EmbeddingReward, PreparedPrompts, Targets, assemble
-from .causal import wide
-from .network import check_texts
-from .savings import last_real
+from .base import Targets, check_texts
+from .decoding.sequences import PreparedPrompts, assemble, last_real, wide
+from .embedding import EmbeddingReward
 
 POOLINGS = ("mean", "cls", "max", "last")
 # What sentence-transformers calls these in a pooling module's config.json.

@@ -10,9 +10,9 @@ from torch import nn
 from ..models.modules import output_head
 from ..text.vocabulary import check_unmatched
 from .base import Reward
+from .decoding.savings import parse_savings
 from .judge import JudgeReward
 from .likelihood import LikelihoodReward
-from .savings import parse_savings
 from .sequence_classification import SequenceClassifierReward, has_head, is_classifier
 from .similarity import SimilarityReward
 

@@ -9,7 +9,7 @@ import torch
 
 from entrgi_kernels import rewards
 from entrgi_kernels.rewards import JudgeReward
-from entrgi_kernels.rewards.savings import ATTENTION, NAMES
+from entrgi_kernels.rewards.decoding.savings import ATTENTION, NAMES
 from entrgi_kernels.text import template
 
 SHORT = [{"role": "user", "content": "Hello"}]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from entrgi_kernels import rewards
-from entrgi_kernels.rewards import LikelihoodReward, Targets, causal
-from entrgi_kernels.rewards.savings import ATTENTION, COMMITTED, DEAD, LAST_LAYER, NAMES, PREFIX
+from entrgi_kernels.rewards import LikelihoodReward, Targets
+from entrgi_kernels.rewards.decoding import causal
+from entrgi_kernels.rewards.decoding.savings import ATTENTION, COMMITTED, DEAD, LAST_LAYER, NAMES, PREFIX
 from entrgi_kernels.text import template
 
 SHORT = [{"role": "user", "content": "Hello"}]

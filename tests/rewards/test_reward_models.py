@@ -12,7 +12,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from entrgi_kernels import rewards
 from entrgi_kernels.rewards import SequenceClassifierReward
-from entrgi_kernels.rewards.savings import ATTENTION, NAMES
+from entrgi_kernels.rewards.decoding.savings import ATTENTION, NAMES
 from entrgi_kernels.text import template
 
 SHORT = [{"role": "user", "content": "Hello"}]

@@ -11,7 +11,7 @@ name                   what is saved
 ``reward_last_layer``  the last layer (but for its keys and values), the final norm and the head are run where they are
                        read: at the one position of a score, or from the response on for a likelihood
 ``reward_attention``   attention with gradients on a CPU is two batched products, see
-                       :mod:`entrgi_kernels.rewards.attention`
+                       :mod:`entrgi_kernels.rewards.decoding.attention`
 =====================  =================================================================================================
 
 Which of them a model can be served with is found out by trying (:meth:`ExactSavings.probe`), not read off its name.
@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .base import PreparedPrompts, Sequences
 from .decoder import KNOWN_FAMILIES, CachedDecoder, KeyValues, Past, Rows
+from .sequences import PreparedPrompts, Sequences, last_real
 
 logger = logging.getLogger("entrgi_kernels")
 
@@ -383,11 +383,6 @@ def _warn_once(text: str) -> None:
 def _reads_are_free(device: torch.device) -> bool:
     """Whether the host may look at a result without waiting for anything."""
     return device.type == "cpu"
-
-
-def last_real(mask: Tensor) -> Tensor:
-    """Last True position [B] of each row of a mask [B, T]."""
-    return mask.shape[1] - 1 - mask.long().flip(1).argmax(1)
 
 
 def _version(tensor: Tensor) -> int:

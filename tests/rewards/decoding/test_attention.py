@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from entrgi_kernels import rewards
-from entrgi_kernels.rewards import attention
-from entrgi_kernels.rewards.savings import ATTENTION
+from entrgi_kernels.rewards.decoding import attention
+from entrgi_kernels.rewards.decoding.savings import ATTENTION
 
 
 def tensors(rows=3, heads=6, shared=2, count=4, total=7, width=8, dtype=torch.float64):

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from entrgi_kernels import rewards
-from entrgi_kernels.rewards import savings
-from entrgi_kernels.rewards.decoder import CachedDecoder
-from entrgi_kernels.rewards.savings import ATTENTION, COMMITTED, DEAD, LAST_LAYER, NAMES, PREFIX
+from entrgi_kernels.rewards.decoding import savings
+from entrgi_kernels.rewards.decoding.decoder import CachedDecoder
+from entrgi_kernels.rewards.decoding.savings import ATTENTION, COMMITTED, DEAD, LAST_LAYER, NAMES, PREFIX
 
 SHORT = [{"role": "user", "content": "Hello"}]
 LONG = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why is the food tasty? " * 3}]

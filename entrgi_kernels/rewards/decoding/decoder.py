@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.modules import accepted_arguments, input_embedding
+from ...models.modules import accepted_arguments, input_embedding
 from .attention import IN_PLACE_OF, products_in
 
 # Attention implementations that take a prepared 4-D mask, and the kinds of layer such a mask is known for.
@@ -176,7 +176,7 @@ class CachedDecoder:
             past: what is held, A positions; None when nothing is.
             last_layer_at: where the last layer is run: [B] int64, one place among the T of each row; or an int, that
                 many places at the end of all rows.
-            products: run attention with gradients by :mod:`entrgi_kernels.rewards.attention`.
+            products: run attention with gradients by :mod:`entrgi_kernels.rewards.decoding.attention`.
 
         Raises:
             RuntimeError: the last layer cannot be run at some positions alone.

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..models.base import logits_of, same_result
-from ..models.modules import module_device, output_head
+from ...models.base import logits_of, same_result
+from ...models.modules import module_device, output_head
+from .sequences import wide
 
 # Logits held at once, in bytes; a row of 152k float32 logits takes 0.6 MB.
 _CHUNK_BYTES = 64 << 20
@@ -92,11 +93,6 @@ class CausalHead:
                 f"{type(self.module).__name__} sees the tokens that follow, so its logits are no predictions; "
                 "accepted: causal language models (AutoModelForCausalLM)"
             )
-
-
-def wide(values: Tensor) -> Tensor:
-    """Float32, or float64 where they are."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def by_chunks(states: Tensor, width: int, score: Callable[[Tensor, slice], Tensor]) -> Tensor:
