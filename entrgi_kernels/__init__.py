@@ -14,7 +14,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import guidance, models, ops, rewards, text
+    from . import guidance, integrations, models, ops, rewards, text
     from .guidance import (
         GenerationResult,
         GuidanceConfig,
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
         LogitOptimizer,
         Sample,
         StepTrace,
-        guide,
     )
+    from .integrations import guide
 
 __version__ = "0.1.0"  # the only place where the version is written
 
@@ -35,9 +35,9 @@ _EXPORTS = {
     "LogitOptimizer": "entrgi_kernels.guidance",
     "Sample": "entrgi_kernels.guidance",
     "StepTrace": "entrgi_kernels.guidance",
-    "guide": "entrgi_kernels.guidance",
+    "guide": "entrgi_kernels.integrations",
 }
-_SUBMODULES = ("guidance", "models", "ops", "rewards", "text")
+_SUBMODULES = ("guidance", "integrations", "models", "ops", "rewards", "text")
 
 __all__ = [
     "GenerationResult",
@@ -49,6 +49,7 @@ __all__ = [
     "__version__",
     "guidance",
     "guide",
+    "integrations",
     "models",
     "ops",
     "rewards",

@@ -253,7 +253,7 @@ class GuidedSampler:
         buffers: Buffers | None = None,
         first_sample: int = 0,
     ) -> torch.Tensor:
-        """Fill the masked slots of a canvas of one's own, in place: what hosts with tokens in hand call.
+        """Fill the masked slots of a canvas of one's own, in place: what loops with tokens in hand call.
 
         Args:
             canvas: trajectories, see :class:`Canvas`.

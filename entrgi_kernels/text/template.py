@@ -330,7 +330,7 @@ def _short(value: Any) -> str:
 
 
 def conversation_from_ids(tokenizer: Any, ids: Sequence[int], *, chat_template: str | None = None) -> Conversation:
-    """The conversation that a prompt's token ids came from, for hosts that hand over ids only.
+    """The conversation that a prompt's token ids came from, for loops that hand over ids only.
 
     The template's own text is learnt by rendering it with marks for a system, a user and an assistant turn; the ids
     are then cut at the control tokens it puts between turns. A control token's string inside a user's text was

@@ -269,7 +269,7 @@ def test_committed_slots_that_change_after_all_are_computed_anew(make, as_number
 
     check()
     response = response.clone()
-    response[1, 3] += 1  # a host that replaces tokens
+    response[1, 3] += 1  # a loop that replaces tokens
     check()
     alive = alive.clone()
     alive[0, 2] = False
