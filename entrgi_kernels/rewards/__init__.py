@@ -2,8 +2,8 @@
 
 ``wrap`` makes a reward of a model by its class. A new kind of reward is one file beside these: a class that follows
 the :class:`Reward` protocol, most easily a subclass of :class:`EmbeddingReward` with its own ``score_embeddings`` and
-``score_texts``. ``template`` turns conversations into token ids and back, ``VocabularyMap`` shows a diffusion LM's
-tokens through a reward model's embedding table.
+``score_texts``; of :class:`NetworkReward` where a network reads the whole conversation. ``decoding`` runs such a network
+in parts. ``template`` and ``VocabularyMap`` are those of :mod:`entrgi_kernels.text`.
 """
 
 from ..text import template
