@@ -2,7 +2,7 @@
 
 ``wrap`` makes a reward of a model by its class. A new kind of reward is one file beside these: a class that follows
 the :class:`Reward` protocol, most easily a subclass of :class:`EmbeddingReward` with its own ``score_embeddings`` and
-``score_texts``; of :class:`NetworkReward` where a network reads the whole conversation. ``decoding`` runs such a network
+``score_texts``; of :class:`NetworkReward` where a network reads the whole conversation. ``decoding`` runs those
 in parts. ``template`` and ``VocabularyMap`` are those of :mod:`entrgi_kernels.text`.
 """
 
