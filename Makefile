@@ -79,7 +79,8 @@ fuzz: $(VENV)/.ready
 
 # What one runs while working: no processes of their own, no compilations, each operator and adapter all the same.
 quick: $(VENV)/.ready
-	$(PYTEST) -m "not slow" tests/ops tests/rewards tests/models tests/guidance --ignore tests/guidance/hosts/test_examples.py \
+	$(PYTEST) -m "not slow" tests/ops tests/text tests/rewards tests/models tests/guidance tests/integrations \
+	  --ignore tests/integrations/test_examples.py \
 	  -k "not compile and not opcheck and not sampling and not frequencies" $(ARGS)
 
 # All architectures, then all releases.

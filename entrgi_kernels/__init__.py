@@ -14,16 +14,16 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from entrgi_kernels import guidance, models, ops, rewards
-    from entrgi_kernels.guidance import (
+    from . import guidance, integrations, models, ops, rewards, text
+    from .guidance import (
         GenerationResult,
         GuidanceConfig,
         GuidedSampler,
         LogitOptimizer,
         Sample,
         StepTrace,
-        guide,
     )
+    from .integrations import guide
 
 __version__ = "0.1.0"  # the only place where the version is written
 
@@ -35,9 +35,9 @@ _EXPORTS = {
     "LogitOptimizer": "entrgi_kernels.guidance",
     "Sample": "entrgi_kernels.guidance",
     "StepTrace": "entrgi_kernels.guidance",
-    "guide": "entrgi_kernels.guidance",
+    "guide": "entrgi_kernels.integrations",
 }
-_SUBMODULES = ("guidance", "models", "ops", "rewards")
+_SUBMODULES = ("guidance", "integrations", "models", "ops", "rewards", "text")
 
 __all__ = [
     "GenerationResult",
@@ -49,9 +49,11 @@ __all__ = [
     "__version__",
     "guidance",
     "guide",
+    "integrations",
     "models",
     "ops",
     "rewards",
+    "text",
 ]
 
 # A library stays silent unless the application configures logging.

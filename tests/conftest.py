@@ -20,7 +20,8 @@ THREADS = 2  # results of a sum depend on how it is split; every machine splits 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--hosts", metavar="FOLDER", help="code of guide()'s hosts, laid out as docs/hosts.md says")
+    layout = "code of the loops that guide() takes, laid out as docs/integrations.md says"
+    parser.addoption("--integrations", metavar="FOLDER", help=layout)
     parser.addoption("--deep", action="store_true", help="also every architecture (make test-all)")
 
 

@@ -1,10 +1,8 @@
-"""Reward guidance of diffusion language models: the drop-in, the sampler, and their parts for loops of one's own."""
+"""Reward guidance of diffusion language models: the sampler, and its parts for loops of one's own."""
 
 from .canvas import Canvas, NonFiniteLogitsError, NonFiniteRewardError, Statistics
 from .config import GuidanceConfig
 from .denoising import Denoiser
-from .guide import guide
-from .hosts import DreamHooks, Guidance
 from .optimizer import LogitOptimizer
 from .results import GenerationResult, Sample, StepTrace
 from .sampler import GuidedSampler
@@ -13,9 +11,7 @@ from .weights import Step, Threshold
 __all__ = [
     "Canvas",
     "Denoiser",
-    "DreamHooks",
     "GenerationResult",
-    "Guidance",
     "GuidanceConfig",
     "GuidedSampler",
     "LogitOptimizer",
@@ -26,5 +22,4 @@ __all__ = [
     "Step",
     "StepTrace",
     "Threshold",
-    "guide",
 ]

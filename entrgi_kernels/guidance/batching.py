@@ -31,7 +31,7 @@ from ..models import DiffusionModel
 from ..ops.guidance_update import moment_dtype
 from ..rewards import PreparedPrompts, Reward
 from ..rewards.base import reward_gradient
-from ..rewards.template import Conversation
+from ..text.template import Conversation
 from .config import GuidanceConfig
 from .inner import Scorer
 from .schedules import plan

@@ -106,7 +106,7 @@ class Denoiser:
             traces: a list a trajectory to which every step is added; None keeps no trace.
             on_step: called after each step with (step, canvas tokens [R, S]); what it returns replaces the tokens. None
                 says that it changed nothing.
-            every_step: take steps that commit nothing too, for hosts that look at each step's logits.
+            every_step: take steps that commit nothing too, for loops that look at each step's logits.
 
         Returns:
             [R, L] int64, the responses.

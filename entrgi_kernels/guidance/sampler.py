@@ -18,8 +18,8 @@ from .. import models, rewards
 from ..models import DiffusionModel
 from ..models.base import embedding_rows
 from ..rewards import EmbeddingReward, PreparedPrompts, Reward, WeightedSum
-from ..rewards.template import conversation_from, encode_prompt
-from ..rewards.vocabulary import check_rows
+from ..text.template import conversation_from, encode_prompt
+from ..text.vocabulary import check_rows
 from .batching import Batch, MemoryEstimate, is_out_of_memory, make_batches
 from .buffers import Buffers
 from .canvas import Canvas, NonFiniteLogitsError, NonFiniteRewardError, Statistics
@@ -253,7 +253,7 @@ class GuidedSampler:
         buffers: Buffers | None = None,
         first_sample: int = 0,
     ) -> torch.Tensor:
-        """Fill the masked slots of a canvas of one's own, in place: what hosts with tokens in hand call.
+        """Fill the masked slots of a canvas of one's own, in place: what loops with tokens in hand call.
 
         Args:
             canvas: trajectories, see :class:`Canvas`.

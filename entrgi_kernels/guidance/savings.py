@@ -1,7 +1,7 @@
 """Work that is left out without changing one token; each saving can be switched off, to test just that.
 
 The loop's own are here; those of a reward model (prefix cache and the like) are in
-:mod:`entrgi_kernels.rewards.savings` and are served where the architecture allows: ``reward.savings`` tells.
+:mod:`entrgi_kernels.rewards.decoding.savings` and are served where the architecture allows: ``reward.savings`` tells.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Collection, Iterator, Sequence, Set
 from typing import Any
 
-from ..rewards.savings import NAMES as REWARD_SAVINGS
+from ..rewards.decoding.savings import NAMES as REWARD_SAVINGS
 
 # Name -> what is left out.
 LOOP_SAVINGS = {

@@ -5,10 +5,10 @@ file beside these: a subclass of :class:`BackboneModel` with its own ``inputs``,
 :class:`DiffusionModel` protocol.
 """
 
-from entrgi_kernels.models.base import BackboneModel, DiffusionModel
-from entrgi_kernels.models.dream import Dream
-from entrgi_kernels.models.llada import LLaDA
-from entrgi_kernels.models.loading import load, wrap
-from entrgi_kernels.models.masked_diffusion import MaskedDiffusion
+from .base import BackboneModel, DiffusionModel
+from .dream import Dream
+from .llada import LLaDA
+from .loading import load, wrap
+from .masked_diffusion import MaskedDiffusion
 
 __all__ = ["BackboneModel", "DiffusionModel", "Dream", "LLaDA", "MaskedDiffusion", "load", "wrap"]

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from entrgi_kernels.models.modules import (
+from .modules import (
     accepted_arguments,
     evaluating,
     first_nonfinite_parameter,

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from entrgi_kernels.models.base import BackboneModel
-from entrgi_kernels.models.compat import mend_generation_config, repair_rotary
-from entrgi_kernels.models.masked_diffusion import position_ids
+from .base import BackboneModel
+from .compat import mend_generation_config, repair_rotary
+from .masked_diffusion import position_ids
 
 
 class Dream(BackboneModel):

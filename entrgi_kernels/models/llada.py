@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from entrgi_kernels.models.base import BackboneModel
+from .base import BackboneModel
 
 
 class LLaDA(BackboneModel):

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from entrgi_kernels.models.base import BackboneModel, DiffusionModel, mask_token_error
-from entrgi_kernels.models.compat import loadable_llada, provide_default_rope
-from entrgi_kernels.models.damage import damaged_file, file_of
-from entrgi_kernels.models.dream import Dream
-from entrgi_kernels.models.llada import LLaDA
-from entrgi_kernels.models.masked_diffusion import MaskedDiffusion
+from .base import BackboneModel, DiffusionModel, mask_token_error
+from .compat import loadable_llada, provide_default_rope
+from .damage import damaged_file, file_of
+from .dream import Dream
+from .llada import LLaDA
+from .masked_diffusion import MaskedDiffusion
 
 logger = logging.getLogger("entrgi_kernels")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entrgi_kernels.models.base import BackboneModel, same_result
+from .base import BackboneModel, same_result
 
 
 class MaskedDiffusion(BackboneModel):

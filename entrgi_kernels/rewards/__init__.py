@@ -2,21 +2,23 @@
 
 ``wrap`` makes a reward of a model by its class. A new kind of reward is one file beside these: a class that follows
 the :class:`Reward` protocol, most easily a subclass of :class:`EmbeddingReward` with its own ``score_embeddings`` and
-``score_texts``. ``template`` turns conversations into token ids and back, ``VocabularyMap`` shows a diffusion LM's
-tokens through a reward model's embedding table.
+``score_texts``; of :class:`NetworkReward` where a network reads the whole conversation. ``decoding`` runs those
+in parts. ``template`` and ``VocabularyMap`` are those of :mod:`entrgi_kernels.text`.
 """
 
-from entrgi_kernels.rewards import template
-from entrgi_kernels.rewards.base import EmbeddingReward, PreparedPrompts, Reward, Targets, assemble
-from entrgi_kernels.rewards.callable import CallableReward
-from entrgi_kernels.rewards.judge import JudgeReward
-from entrgi_kernels.rewards.likelihood import LikelihoodReward
-from entrgi_kernels.rewards.network import NetworkReward
-from entrgi_kernels.rewards.sequence_classification import SequenceClassifierReward
-from entrgi_kernels.rewards.similarity import SimilarityReward
-from entrgi_kernels.rewards.vocabulary import VocabularyMap, undrawable_ids
-from entrgi_kernels.rewards.weighted_sum import WeightedSum
-from entrgi_kernels.rewards.wrapping import wrap
+from ..text import template
+from ..text.vocabulary import VocabularyMap, undrawable_ids
+from .base import Reward, Targets
+from .callable import CallableReward
+from .decoding.sequences import PreparedPrompts, assemble
+from .embedding import EmbeddingReward
+from .judge import JudgeReward
+from .likelihood import LikelihoodReward
+from .network import NetworkReward
+from .sequence_classification import SequenceClassifierReward
+from .similarity import SimilarityReward
+from .weighted_sum import WeightedSum
+from .wrapping import wrap
 
 __all__ = [
     "CallableReward",

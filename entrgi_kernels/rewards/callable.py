@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entrgi_kernels.models.modules import evaluating, frozen, plain_precision
-from entrgi_kernels.rewards.base import EmbeddingReward, PreparedPrompts, assemble, reward_gradient
-from entrgi_kernels.rewards.network import check_texts, widened
-from entrgi_kernels.rewards.template import PLAIN, Conversation
+from ..models.modules import evaluating, frozen, plain_precision
+from ..text.template import PLAIN, Conversation
+from .base import check_texts, reward_gradient
+from .decoding.sequences import PreparedPrompts, assemble, wide
+from .embedding import EmbeddingReward
 
 RewardFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -109,7 +110,7 @@ class CallableReward(EmbeddingReward):
             # Once: in a sum, another part's gradient would hide that this one has none.
             reward_gradient(rewards.sum(), embeddings, "inputs_embeds", retain_graph=True)
             self._guides = True
-        return widened(rewards)
+        return wide(rewards)
 
 
 class _Holder(nn.Module):

@@ -10,12 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entrgi_kernels.models.base import logits_of
-from entrgi_kernels.rewards.base import Sequences
-from entrgi_kernels.rewards.causal import CausalHead, wide
-from entrgi_kernels.rewards.plain import plain_ids
-from entrgi_kernels.rewards.pooled import PooledReward
-from entrgi_kernels.rewards.template import (
+from ..models.base import logits_of
+from ..text.plain import plain_ids
+from ..text.template import (
     Conversation,
     check_unicode,
     encode_prompt,
@@ -24,6 +21,9 @@ from entrgi_kernels.rewards.template import (
     split_at,
     surroundings,
 )
+from .decoding.causal import CausalHead
+from .decoding.sequences import Sequences, wide
+from .pooled import PooledReward
 
 logger = logging.getLogger("entrgi_kernels")
 

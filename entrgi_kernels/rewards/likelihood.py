@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entrgi_kernels.ops import soft_embedding
-from entrgi_kernels.rewards.base import PreparedPrompts, Sequences, Targets, assemble
-from entrgi_kernels.rewards.causal import CausalHead, by_chunks, wide
-from entrgi_kernels.rewards.network import NetworkReward, widened
-from entrgi_kernels.rewards.savings import last_real
-from entrgi_kernels.rewards.template import Conversation, open_tag, surroundings
-from entrgi_kernels.rewards.vocabulary import VocabularyMap
+from ..ops import soft_embedding
+from ..text.template import Conversation, open_tag, surroundings
+from ..text.vocabulary import VocabularyMap
+from .base import Targets
+from .decoding.causal import CausalHead, by_chunks
+from .decoding.sequences import PreparedPrompts, Sequences, assemble, last_real, wide
+from .network import NetworkReward
 
 
 class LikelihoodReward(NetworkReward):
@@ -344,4 +344,4 @@ class _Book:
 
 def _mean(scores: Tensor, counted: Tensor) -> Tensor:
     """[B] from scores [B, T] that are 0 where nothing counts."""
-    return widened(scores.sum(1) / counted.sum(1).clamp_min(1))
+    return wide(scores.sum(1) / counted.sum(1).clamp_min(1))

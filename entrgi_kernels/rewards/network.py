@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entrgi_kernels.models.base import same_result
-from entrgi_kernels.models.modules import (
+from ..models.base import same_result
+from ..models.modules import (
     accepted_arguments,
     evaluating,
     first_nonfinite_parameter,
@@ -18,10 +18,12 @@ from entrgi_kernels.models.modules import (
     learned_positions,
     plain_precision,
 )
-from entrgi_kernels.rewards.base import EmbeddingReward, PreparedPrompts, Sequences, Targets, assemble
-from entrgi_kernels.rewards.decoder import CachedDecoder
-from entrgi_kernels.rewards.savings import LAST_LAYER, NAMES, ExactSavings, last_real, parse_savings
-from entrgi_kernels.rewards.template import Conversation, check_unicode
+from ..text.template import Conversation
+from .base import Targets, check_texts
+from .decoding.decoder import CachedDecoder
+from .decoding.savings import LAST_LAYER, NAMES, ExactSavings, parse_savings
+from .decoding.sequences import PreparedPrompts, Sequences, assemble, last_real
+from .embedding import EmbeddingReward
 
 
 class NetworkReward(EmbeddingReward):
@@ -31,8 +33,8 @@ class NetworkReward(EmbeddingReward):
     ids nor a padding token; any other network is run whole, in groups of equal length, without padding. Which of the
     two reproduces the network's own answer on a few tokens is found out at construction.
 
-    Decoders are run with the savings of :mod:`entrgi_kernels.rewards.savings`: same rewards, same gradients, less
-    work. Each is compared with the plain forward on a few tokens at construction and is not used where it differs.
+    Decoders are run with the savings of :mod:`entrgi_kernels.rewards.decoding.savings`: same rewards, same gradients,
+    less work. Each is compared with the plain forward on a few tokens at construction and is not used where it differs.
 
     The model is in evaluation mode and its parameters are frozen while it runs; both are given back at once.
 
@@ -494,22 +496,3 @@ class NetworkReward(EmbeddingReward):
     def _probe_targets(self, ids: list[list[int]]) -> Tensor | None:
         """What the probe's responses hold; ``ids`` are the reward model's own tokens."""
         return None
-
-
-def check_texts(conversations: list[Conversation], responses: list[str], batch_size: int) -> None:
-    """Raise ValueError or TypeError unless these are texts to score."""
-    if len(conversations) != len(responses):
-        raise ValueError(f"there must be one conversation per response, got {len(conversations)} and {len(responses)}")
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
-    for response in responses:
-        if not isinstance(response, str):
-            raise TypeError(f"a response must be a string, got {type(response).__name__}")
-        check_unicode(response, "a response")
-    for turn in (turn for turns in conversations for turn in turns):
-        check_unicode(turn["content"], f"a conversation's {turn['role']} turn")
-
-
-def widened(rewards: Tensor) -> Tensor:
-    """Rewards in float32, or in float64 where they are."""
-    return rewards if rewards.dtype == torch.float64 else rewards.float()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from entrgi_kernels.rewards.base import PreparedPrompts, Sequences
-from entrgi_kernels.rewards.network import NetworkReward, widened
+from .decoding.sequences import PreparedPrompts, Sequences, wide
+from .network import NetworkReward
 
 
 class PooledReward(NetworkReward):
@@ -26,10 +26,10 @@ class PooledReward(NetworkReward):
 
     def _plain(self, sequences: Sequences, last: Tensor | None = None) -> Tensor:
         if self.pooling != "last":
-            return widened(self._whole(sequences))
+            return wide(self._whole(sequences))
         hidden = self._hidden(sequences)
         states = hidden[:, -1] if last is None else hidden[torch.arange(len(last), device=last.device), last]
-        return widened(self._head(states))
+        return wide(self._head(states))
 
     def _partial(
         self,
@@ -42,8 +42,8 @@ class PooledReward(NetworkReward):
         assert self._savings is not None
         run = self._savings.run(use, prepared, index, sequences, committed)
         run.keep()
-        return widened(self._head(run.hidden[:, 0]))
+        return wide(self._head(run.hidden[:, 0]))
 
     def _ends(self, sequences: Sequences) -> Tensor:
         assert self._savings is not None
-        return widened(self._head(self._savings.end_of_texts(sequences, 1)[:, 0]))
+        return wide(self._head(self._savings.end_of_texts(sequences, 1)[:, 0]))

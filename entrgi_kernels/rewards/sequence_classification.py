@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entrgi_kernels.models.modules import input_embedding
-from entrgi_kernels.rewards.base import PreparedPrompts, Sequences
-from entrgi_kernels.rewards.pooled import PooledReward
-from entrgi_kernels.rewards.savings import last_real
+from ..models.modules import input_embedding
+from .decoding.sequences import PreparedPrompts, Sequences, last_real
+from .pooled import PooledReward
 
 # Names under which networks return a reward, the surest first.
 _NAMES = ("score", "scores", "reward", "rewards", "end_scores", "value", "values", "logits")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from entrgi_kernels.models.modules import (
+from ..models.modules import (
     accepted_arguments,
     evaluating,
     first_nonfinite_parameter,
@@ -18,12 +18,11 @@ from entrgi_kernels.models.modules import (
     learned_positions,
     plain_precision,
 )
-from entrgi_kernels.rewards.base import EmbeddingReward, PreparedPrompts, Targets, assemble
-from entrgi_kernels.rewards.causal import wide
-from entrgi_kernels.rewards.network import check_texts
-from entrgi_kernels.rewards.plain import plain_ids
-from entrgi_kernels.rewards.savings import last_real
-from entrgi_kernels.rewards.template import Conversation, check_unicode
+from ..text.plain import plain_ids
+from ..text.template import Conversation, check_unicode
+from .base import Targets, check_texts
+from .decoding.sequences import PreparedPrompts, assemble, last_real, wide
+from .embedding import EmbeddingReward
 
 POOLINGS = ("mean", "cls", "max", "last")
 # What sentence-transformers calls these in a pooling module's config.json.

@@ -9,8 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entrgi_kernels.rewards.base import Combinable, PreparedPrompts, Reward, Targets
-from entrgi_kernels.rewards.template import Conversation
+from ..text.template import Conversation
+from .base import Reward, Targets
+from .decoding.sequences import PreparedPrompts
+
+
+class Combinable:
+    """Rewards that are written into sums: ``0.7 * a + 0.3 * b - c`` is a :class:`WeightedSum`."""
+
+    def __mul__(self, weight: float) -> Any:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            return NotImplemented
+        return WeightedSum([(weight, self)])  # type: ignore[list-item]
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, type) or not isinstance(other, Reward):
+            return NotImplemented
+        return WeightedSum([(1.0, self), (1.0, other)])  # type: ignore[list-item]
+
+    def __neg__(self) -> Any:
+        return self * -1.0
+
+    def __sub__(self, other: Any) -> Any:
+        return self + -1.0 * other if isinstance(other, Combinable) else NotImplemented
 
 
 class WeightedSum(Combinable):

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from entrgi_kernels.models.modules import output_head
-from entrgi_kernels.rewards.base import Reward
-from entrgi_kernels.rewards.judge import JudgeReward
-from entrgi_kernels.rewards.likelihood import LikelihoodReward
-from entrgi_kernels.rewards.savings import parse_savings
-from entrgi_kernels.rewards.sequence_classification import SequenceClassifierReward, has_head, is_classifier
-from entrgi_kernels.rewards.similarity import SimilarityReward
-from entrgi_kernels.rewards.vocabulary import check_unmatched
+from ..models.modules import output_head
+from ..text.vocabulary import check_unmatched
+from .base import Reward
+from .decoding.savings import parse_savings
+from .judge import JudgeReward
+from .likelihood import LikelihoodReward
+from .sequence_classification import SequenceClassifierReward, has_head, is_classifier
+from .similarity import SimilarityReward
 
 _ACCEPTED = (
     "accepted, each loaded and with its tokenizer: a sequence classifier with one label "

@@ -1,4 +1,4 @@
-"""Digests of files, by which a run that goes on knows that its models and checkpoints are what they were."""
+"""Digests of files and values, by which a run that goes on knows that its models and checkpoints are what they were."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from .errors import UsageError
 
@@ -14,6 +15,11 @@ _BLOCK = 1 << 20
 # Files of a model's folder that texts and rewards depend on.
 _OF_MODELS = {".json", ".safetensors", ".bin", ".pt", ".model", ".txt", ".jinja", ".py", ".tiktoken"}
 _NOT_OF_MODELS = ("checkpoint-", ".")  # folders that a training run leaves beside its model
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(files: Sequence[Path]) -> list[str]:

@@ -292,7 +292,7 @@ def check_prompts(prompts: Sequence[Prompt], loaded: Loaded, place: Callable[[in
     Raises:
         UsageError: a prompt that either side cannot read.
     """
-    from entrgi_kernels.rewards.template import conversation_from, encode_prompt, split_template
+    from entrgi_kernels.text.template import conversation_from, encode_prompt, split_template
 
     split = getattr(loaded.reward, "split", None) or functools.partial(split_template, loaded.reward_tokenizer)
     sides = {"diffusion": functools.partial(encode_prompt, loaded.tokenizer), "reward": split}
@@ -306,7 +306,7 @@ def check_prompts(prompts: Sequence[Prompt], loaded: Loaded, place: Callable[[in
 
 def prompt_tokens(sampler: GuidedSampler, prompt: Prompt) -> int:
     """How many tokens the diffusion model sees of a prompt, its chat template included."""
-    from entrgi_kernels.rewards.template import conversation_from, encode_prompt
+    from entrgi_kernels.text.template import conversation_from, encode_prompt
 
     return len(encode_prompt(sampler.tokenizer, conversation_from(prompt)))
 

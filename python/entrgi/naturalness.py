@@ -40,7 +40,7 @@ def nats_per_token(
     """
     import torch
 
-    from entrgi_kernels.rewards.template import conversation_from, encode_prompt
+    from entrgi_kernels.text.template import conversation_from, encode_prompt
 
     if len(prompts) != len(responses):
         raise ValueError(f"one prompt per response, got {len(prompts)} and {len(responses)}")

@@ -146,7 +146,7 @@ def check_prompt(value: Any, where: str) -> Prompt:
                 raise UsageError(f'{where}: a turn must be {{"role": ..., "content": ...}}, got {turn!r:.80}')
             turns.append({"role": turn["role"], "content": turn["content"]})
         _checked_text("".join(turn["content"] for turn in turns), where)
-        from entrgi_kernels.rewards.template import conversation_from  # not above: it brings torch along
+        from entrgi_kernels.text.template import conversation_from  # not above: it brings torch along
 
         try:
             conversation_from(turns)

@@ -16,7 +16,7 @@ from benchmarks.suites.generation import FLOOR, Recording, Size, sampler
 from benchmarks.tools.profile import OneStep
 from entrgi_kernels import ops
 from entrgi_kernels.backends.ranges import EMBED, MODEL, PHASES, REWARD, REWARD_BACKWARD, UPDATE, listening, scope
-from entrgi_kernels.rewards import savings
+from entrgi_kernels.rewards.decoding import savings
 
 SIZE = Size(
     v=401,

@@ -9,7 +9,8 @@ import statistics
 import pytest
 
 from entrgi import loading
-from entrgi.compare import Comparison, MethodRun, render
+from entrgi.compare import render
+from entrgi.comparison import Comparison, MethodRun
 
 SIZE = ("-L", 8, "-T", 8)
 PROMPTS = ["a", "b", "c </script>", "d"]

@@ -40,7 +40,7 @@ TOKENIZER = types.SimpleNamespace(eos_token_id=EOS, pad_token_id=EOS)
 
 @pytest.fixture(autouse=True)
 def _prompt_ids(monkeypatch):
-    from entrgi_kernels.rewards import template
+    from entrgi_kernels.text import template
 
     monkeypatch.setattr(template, "encode_prompt", lambda tokenizer, turns: [5] * len(turns[0]["content"]))
 

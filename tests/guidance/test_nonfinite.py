@@ -19,8 +19,8 @@ from entrgi_kernels.guidance import (
     Sample,
 )
 from entrgi_kernels.guidance.buffers import Buffers
-from entrgi_kernels.guidance.hosts.steering import Steering
 from entrgi_kernels.guidance.inner import InnerLoop, Scorer
+from entrgi_kernels.integrations.steering import Steering
 
 PROMPTS = ["Why?", "A longer question."]
 SETTINGS = dict(num_samples=2, max_new_tokens=5, steps=4, guidance_steps=2, temperature=1.0)
@@ -120,7 +120,7 @@ def test_other_trajectories_are_not_touched(fault, backend):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_host_that_is_steered_is_told(sampler, poison, fault):
+def test_a_loop_that_is_steered_is_told(sampler, poison, fault):
     ids = [sampler.tokenizer(f"{prompt}").input_ids for prompt in PROMPTS]
     steering = Steering(sampler)
     steering.begin(ids, list(map(len, ids)), seed=0)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from entrgi_kernels import rewards
-from entrgi_kernels.rewards import LikelihoodReward, Targets, causal, template
-from entrgi_kernels.rewards.savings import ATTENTION, COMMITTED, DEAD, LAST_LAYER, NAMES, PREFIX
+from entrgi_kernels.rewards import LikelihoodReward, Targets
+from entrgi_kernels.rewards.decoding import causal
+from entrgi_kernels.rewards.decoding.savings import ATTENTION, COMMITTED, DEAD, LAST_LAYER, NAMES, PREFIX
+from entrgi_kernels.text import template
 
 SHORT = [{"role": "user", "content": "Hello"}]
 LONG = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why is the food tasty? " * 3}]

@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from entrgi_kernels import GuidedSampler, rewards
-from entrgi_kernels.rewards import CallableReward, JudgeReward, LikelihoodReward, SimilarityReward, template
+from entrgi_kernels.rewards import CallableReward, JudgeReward, LikelihoodReward, SimilarityReward
+from entrgi_kernels.text import template
 
 SHORT, LONG = [{"role": "user", "content": "Hello"}], [{"role": "user", "content": "Why is the food tasty? " * 9}]
 DEBERTA = {"position_biased_input": True}

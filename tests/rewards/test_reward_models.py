@@ -11,8 +11,9 @@ from transformers import Qwen2Config, Qwen2Model, Qwen2PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from entrgi_kernels import rewards
-from entrgi_kernels.rewards import SequenceClassifierReward, template
-from entrgi_kernels.rewards.savings import ATTENTION, NAMES
+from entrgi_kernels.rewards import SequenceClassifierReward
+from entrgi_kernels.rewards.decoding.savings import ATTENTION, NAMES
+from entrgi_kernels.text import template
 
 SHORT = [{"role": "user", "content": "Hello"}]
 LONG = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why is the food tasty? " * 3}]

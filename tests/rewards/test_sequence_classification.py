@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from entrgi_kernels import rewards
-from entrgi_kernels.rewards import SequenceClassifierReward, template
+from entrgi_kernels.rewards import SequenceClassifierReward
+from entrgi_kernels.text import template
 
 SHORT = [{"role": "user", "content": "Hello"}]
 LONG = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why is the food tasty? " * 3}]

@@ -7,7 +7,7 @@ import torch
 
 from entrgi_kernels import rewards
 from entrgi_kernels.rewards import CallableReward, LikelihoodReward, Targets, WeightedSum
-from entrgi_kernels.rewards.savings import NAMES
+from entrgi_kernels.rewards.decoding.savings import NAMES
 
 SHORT = [{"role": "user", "content": "Hello"}]
 LONG = [{"role": "user", "content": "Why is the food tasty? " * 3}]

@@ -18,8 +18,8 @@ from ..statistics import Estimate, best_of, bootstrap_interval, estimate, finite
 from ..tables import missing_note
 from .config import EvaluationConfig, from_dict
 from .flops import Shape, sample_flops, total
-from .judges import check_judges
 from .judging import best_record
+from .specs import check_judges
 from .store import Store
 
 METRICS = {"top1": "Top@1", "avg": "Avg@N"}
@@ -310,7 +310,7 @@ def _rows(source: str, config: EvaluationConfig, header: Mapping[str, Any], stor
         if cell_key in owner:
             owner[cell_key].records.append(record)
             samples[cell_key, prompt, record["seed"]][record["sample"]] = record
-    judges = {spec.key: spec for spec in check_judges(config)}
+    judges = {spec.key: spec for spec in check_judges(config.judges, config.model)}
     judged: dict[str, dict[str, float | None]] = {spec.name: {} for spec in judges.values()}
     grades: dict[str, dict[str, list[float | None]]] = {spec.name: {} for spec in judges.values()}
     for record in store.read("judgements"):

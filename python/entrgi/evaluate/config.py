@@ -7,7 +7,6 @@ says how to run or to look (device, judges, the report's reference) is not.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,14 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..digests import digest
 from ..errors import UsageError, read_text, require
 from ..loading import SPEED_ONLY
 from ..tables import LABELS, SYMBOLS
+from .specs import TINY, check_judges
 
 if TYPE_CHECKING:
     from entrgi_kernels.guidance.config import GuidanceConfig
 
-TINY = "tiny"  # stands for the built-in models, their prompts and their judge
 # Settings that are axes of the grid, or set elsewhere.
 _AXES = ("method", "weight", "temperature", "seed")
 # Without guidance these mean nothing: two configurations that differ in them alone are one.
@@ -69,7 +69,7 @@ class EvaluationConfig:
         settings: of :class:`entrgi_kernels.guidance.config.GuidanceConfig`, for all methods.
         best_of: samples a prompt of unguided methods: a number, None for `num_samples`, or "auto", which raises it
             until best-of-N costs as many FLOPs as the most expensive guided method.
-        judges: mappings, see :mod:`.judges`.
+        judges: mappings, see :mod:`.specs`.
         traces: prompts of the first seed of every dataset whose denoising is recorded for replays.
         reference: label of the method that others are compared with in the tables (besides best-of-N).
         dtype, trust_remote_code, device: for loading models.
@@ -225,9 +225,7 @@ def from_dict(content: Mapping[str, Any], where: str = "configuration") -> Evalu
         raise UsageError(
             f"{where}: the tiny models speak a vocabulary of their own: model and rewards are all tiny or none"
         )
-    from .judges import check_judges
-
-    check_judges(config)
+    check_judges(config.judges, config.model)
     list(methods_of(config))
     return config
 
@@ -315,11 +313,6 @@ def cells_of(
                 Cell(digest(identity)[:12], label, dataset.name, reward, settings, min(compared, settings.num_samples))
             )
     return cells
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON value, in hexadecimal."""
-    return hashlib.sha256(json.dumps(value, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
 def _dataset(entry: Any, where: str) -> Dataset:

@@ -7,11 +7,11 @@ import math
 from pathlib import Path
 
 from ..tables import text_table
-from .config import TINY, Cell
+from .config import Cell
 from .flops import Shape, sample_flops, total
-from .judges import check_judges
 from .plan import Plan, prompt_length
 from .render import quantity
+from .specs import TINY, check_judges
 from .store import Store
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -66,7 +66,9 @@ def _axes(plan: Plan) -> list[str]:
         count = len(plan.prompts[dataset.name, config.seeds[0]])
         order = {None: "in order", "seed": "shuffled by each seed"}.get(dataset.shuffle, f"shuffled, {dataset.shuffle}")
         lines.append(f"dataset       {dataset.name}: {count} prompts of {dataset.path} ({dataset.split}), {order}")
-    lines += [f"judge         {spec.name}: {spec.kind} {spec.model}" for spec in check_judges(config)]
+    lines += [
+        f"judge         {spec.name}: {spec.kind} {spec.model}" for spec in check_judges(config.judges, config.model)
+    ]
     return lines
 
 

@@ -9,15 +9,16 @@ from typing import Any
 from tqdm import tqdm
 
 from ..statistics import number
-from .judges import Candidate, JudgeSpec, check_judges, make_judge
+from .judges import Candidate, make_judge
 from .plan import Plan
 from .runner import Worker
+from .specs import JudgeSpec, check_judges
 from .store import Store
 
 
 def pending(plan: Plan, store: Store) -> list[tuple[JudgeSpec, list[Candidate]]]:
     """(judge, samples that it has not seen yet) in the grid's order, a batch of prompts at a time."""
-    specs = check_judges(plan.config)
+    specs = check_judges(plan.config.judges, plan.config.model)
     if not specs:
         return []
     records = {record["key"]: record for record in store.read("samples")}
@@ -98,5 +99,5 @@ def order(plan: Plan, store: Store) -> list[str]:
     for record in store.read("judgements"):
         by_sample[record["sample"]].append(record["key"])
     keys = [key for batch in plan.batches for sample in batch.sample_keys() for key in by_sample[sample]]
-    places = {spec.key: index for index, spec in enumerate(check_judges(plan.config))}
+    places = {spec.key: index for index, spec in enumerate(check_judges(plan.config.judges, plan.config.model))}
     return sorted(keys, key=lambda key: places.get(key.rsplit("-", 1)[1], len(places)))

@@ -11,12 +11,13 @@ import math
 from typing import Any
 
 from .. import __version__
-from ..digests import fingerprint
+from ..digests import digest, fingerprint
 from ..errors import UsageError
 from ..prompts import prompt_text
-from .config import TINY, Cell, EvaluationConfig, cells_of, digest, methods_of
+from .config import Cell, EvaluationConfig, cells_of, methods_of
 from .flops import Shape, sample_flops, total
 from .prompts import Item, PromptSets, fingerprints, load_prompts
+from .specs import TINY
 from .store import FORMAT, Store
 
 _MAX_BEST_OF = 1024

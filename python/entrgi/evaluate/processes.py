@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UsageError, require
-from .config import TINY, EvaluationConfig
+from .config import EvaluationConfig
 from .judging import order as judgement_order
 from .judging import pending, run_judges
 from .plan import Plan
 from .prompts import check_templates
 from .runner import Worker, run_batches
+from .specs import TINY
 from .store import Store
 
 T = TypeVar("T")

@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..digests import digest
 from ..errors import UsageError, require
 from ..prompts import Prompt, check_prompt, read_placed
-from .config import TINY, Dataset, EvaluationConfig, digest
+from .config import Dataset, EvaluationConfig
+from .specs import TINY, check_judges
 
 _LINES = (".jsonl", ".ndjson", ".json", ".txt")
 _TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -75,9 +77,8 @@ def check_templates(config: EvaluationConfig, sets: PromptSets) -> None:
         UsageError: a prompt that one of them refuses.
     """
     from .. import loading
-    from .judges import check_judges
 
-    judges = [judge.model for judge in check_judges(config) if judge.kind == "reward"]
+    judges = [judge.model for judge in check_judges(config.judges, config.model) if judge.kind == "reward"]
     try:
         tokenizer = loading.tokenizer_of("diffusion", config.model, config.trust_remote_code)
         others = [loading.tokenizer_of("reward", name, config.trust_remote_code) for name in (*config.rewards, *judges)]

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import loading
 from ..statistics import number
-from .config import TINY, EvaluationConfig
+from .config import EvaluationConfig
 from .plan import Batch, Plan
+from .specs import TINY
 from .store import Store
 
 if TYPE_CHECKING:

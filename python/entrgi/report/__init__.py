@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..compare import EXPLAINED, METRICS, TINY_NOTE, Comparison, MethodRun
+from ..comparison import EXPLAINED, METRICS, TINY_NOTE, Comparison, MethodRun
 from ..errors import write_text
 from ..prompts import prompt_text
 

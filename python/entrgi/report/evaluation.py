@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..compare import TINY_NOTE, Comparison, MethodRun
+from ..comparison import TINY_NOTE, Comparison, MethodRun
 from ..errors import UsageError, check_writable, write_text
 from ..evaluate.analysis import Results, Row
 from ..evaluate.render import INTERVALS, as_latex, as_markdown, tables_of

@@ -120,7 +120,7 @@ def within(prompts: Sequence[Prompt], tokenizer: Any, most: int) -> list[Prompt]
     Raises:
         UsageError: none is left.
     """
-    from entrgi_kernels.rewards.template import conversation_from, encode_prompt
+    from entrgi_kernels.text.template import conversation_from, encode_prompt
 
     kept = [p for p in prompts if len(encode_prompt(tokenizer, conversation_from(p))) <= most]
     if not kept:

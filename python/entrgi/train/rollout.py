@@ -15,7 +15,7 @@ from entrgi_kernels.guidance.canvas import Statistics
 from entrgi_kernels.guidance.config import GuidanceConfig
 from entrgi_kernels.guidance.keys import prompt_keys
 from entrgi_kernels.guidance.results import warn_of_missing
-from entrgi_kernels.rewards.template import conversation_from, encode_prompt
+from entrgi_kernels.text.template import conversation_from, encode_prompt
 
 from .objectives import completion_mask
 

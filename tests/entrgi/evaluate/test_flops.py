@@ -81,7 +81,7 @@ def test_the_formula_against_torch(tiny_weights, settings) -> None:
     sampler.generate([prompt], progress=False, **chosen)  # finds out, once, which savings the reward can be served with
     with FlopCounterMode(display=False) as counter:
         sampler.generate([prompt], progress=False, **chosen)
-    from entrgi_kernels.rewards.template import conversation_from, encode_prompt
+    from entrgi_kernels.text.template import conversation_from, encode_prompt
 
     length = len(encode_prompt(tokenizer, conversation_from(prompt)))
     parts = sample_flops(model, reward, config, length)

@@ -15,7 +15,8 @@ import pytest
 from entrgi.errors import UsageError
 from entrgi.evaluate.config import from_dict
 from entrgi.evaluate.endpoint import Endpoint
-from entrgi.evaluate.judges import Candidate, EndpointJudge, JudgeSpec, check_judges, grade_of, make_judge
+from entrgi.evaluate.judges import Candidate, EndpointJudge, grade_of, make_judge
+from entrgi.evaluate.specs import JudgeSpec, check_judges
 
 CANDIDATES = [Candidate("k1", "How was it?", "It was good.", []), Candidate("k2", "And now?", "no", [])]
 
@@ -176,7 +177,7 @@ def test_judges_of_the_tiny_models(tiny_weights, tmp_path) -> None:
     config = from_dict(
         {"judges": [{"kind": "reward"}, {"kind": "lm", "model": model, "dtype": "float32", "batch_size": 3}]}
     )
-    reward, unit = (make_judge(spec, "cpu", None) for spec in check_judges(config))
+    reward, unit = (make_judge(spec, "cpu", None) for spec in check_judges(config.judges, config.model))
     good, bad = (
         Candidate("k", "What did you think of the soup?", f"The soup was {w}.", []) for w in ("superb", "awful")
     )

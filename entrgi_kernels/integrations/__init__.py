@@ -1,0 +1,10 @@
+"""One line in existing code: guide(), and the third-party loops that it guides, one file each.
+
+docs/integrations.md is their table, ``registry`` the list that guide() asks.
+"""
+
+from .base import Guidance
+from .dream import DreamHooks
+from .guide import guide
+
+__all__ = ["DreamHooks", "Guidance", "guide"]
