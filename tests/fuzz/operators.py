@@ -154,7 +154,7 @@ class Products:
         self.facts = facts = Rows(x, tau, self.acc)
         self.e = array(e)
         self.sizes = np.abs(self.e)
-        # Tiles round p: to bfloat16 under 16-bit logits and a bfloat16 table (docs/native.md), Triton's to its operands'.
+        # Tiles round p: to bfloat16 under 16-bit logits and a bfloat16 table (docs/native.md), Triton's to operands'.
         half = _TRITON and e.dtype == torch.float16
         self.rounded = 2.0**-11 if half else 2.0**-8 if e.dtype == torch.bfloat16 and x.element_size() == 2 else 0.0
         self.soft = facts.p @ self.e
