@@ -129,7 +129,7 @@ def softmax_entropy(c: Case) -> None:
                 truth = facts.p * (g - h * surprise) / facts.tau
                 size = facts.p * (np.abs(g) + np.abs(h) * (np.abs(logs) + facts.entropy[:, None] + 1)) / facts.tau
                 error = (np.expm1(np.log1p(facts.drift)) * 2 + facts.relative + 4 * facts.entropy_bound) * size
-                tiny = 4 * torch.finfo(acc).tiny * (np.abs(g) + 800 * np.abs(h)) * (1 + 1 / facts.tau)
+                tiny = 32 * torch.finfo(acc).tiny * (np.abs(g) + 800 * np.abs(h)) * (1 + 1 / facts.tau)
             check_rows("grad of logits", out[2], truth, error + tiny, x, facts)
 
 
@@ -159,7 +159,7 @@ class Products:
         self.rounded = 2.0**-11 if half else 2.0**-8 if e.dtype == torch.bfloat16 and x.element_size() == 2 else 0.0
         self.soft = facts.p @ self.e
         self.mass = facts.p @ self.sizes
-        tiny = (_LEAST if half else torch.finfo(self.acc).tiny * 4) * self.sizes.sum(axis=0)
+        tiny = (_LEAST if half else torch.finfo(self.acc).tiny * 32) * self.sizes.sum(axis=0)
         self.soft_bound = (facts.p * facts.relative) @ self.sizes + (facts.rounding + self.rounded) * self.mass + tiny
 
     def logit_gradient(self, grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -172,7 +172,7 @@ class Products:
             truth = facts.p * pull / facts.tau
             error = facts.p * (2 * facts.drift * np.abs(pull) + (1 + facts.drift) * eps * terms)
             error += facts.p * (1 + facts.drift) * (size * self.soft_bound).sum(axis=1, keepdims=True)
-            return truth, (error + torch.finfo(self.acc).tiny * 4 * (1 + terms)) / facts.tau
+            return truth, (error + torch.finfo(self.acc).tiny * 32 * (1 + terms)) / facts.tau
 
 
 def soft_embedding(c: Case) -> None:
@@ -198,7 +198,7 @@ def soft_embedding(c: Case) -> None:
             if learns == "both" and facts.good.all() and _tame(facts).all():
                 pulled = np.abs(facts.p).T @ np.abs(g)
                 bound = (facts.p * (2 * facts.drift + facts.relative + facts.eps * (8 + np.sqrt(n)))).T @ np.abs(g)
-                bound += products.rounded * pulled + (torch.finfo(products.acc).tiny * 4 + _LEAST) * np.abs(g).sum()
+                bound += products.rounded * pulled + (torch.finfo(products.acc).tiny * 32 + _LEAST) * np.abs(g).sum()
                 near("grad of table", out[2], facts.p.T @ g, bound, table_dtype)
 
 
