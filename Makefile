@@ -55,7 +55,7 @@ help:
 	@echo "make bench    CPU benchmarks, as a table and as JSON"
 	@echo "make gpu      GPU numerics, then every figure, with the interpreter at hand (offline, no $(VENV))"
 	@echo "make env      what this machine has and what is missing"
-	@echo "make lint     ruff check and ruff format --check;  make format mends what it can"
+	@echo "make lint     ruff check, ruff format --check and mypy;  make format mends what it can"
 	@echo "make test-latest  the tests on the newest release of everything;  make test-oldest  on the oldest admitted"
 	@echo "make lock     resolves $(LOCKS) anew"
 	@echo "make fresh    a fresh clone runs demo and test in a cleared environment, with and without a compiler"
@@ -126,6 +126,7 @@ gpu:
 lint: $(VENV)/.lint
 	$(PY) -m ruff check $(RUFF_PATHS)
 	$(PY) -m ruff format --check $(RUFF_PATHS)
+	$(PY) -m mypy
 
 format: $(VENV)/.lint
 	$(PY) -m ruff check --fix $(RUFF_PATHS)
@@ -179,5 +180,5 @@ $(VENV)/.real: $(VENV)/.ready
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch
-	@$(PY) -m pip install -qq -c $(VENV)/constraints.txt ruff
+	@$(PY) -m pip install -qq -c $(VENV)/constraints.txt ruff mypy
 	@touch $@

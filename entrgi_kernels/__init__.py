@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         Sample,
         StepTrace,
     )
-    from .integrations import guide
+    from .integrations import guide  # type: ignore[no-redef]
 
 __version__ = "0.1.0"  # the only place where the version is written
 

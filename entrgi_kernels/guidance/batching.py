@@ -14,6 +14,7 @@ decided anew on every machine, and halved where it was wrong.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import weakref
@@ -139,10 +140,11 @@ class MemoryEstimate:
             tokens = torch.full((rows, length), model.mask_token_id, device=device)
             real, wanted = torch.ones_like(tokens, dtype=torch.bool), torch.zeros_like(tokens, dtype=torch.bool)
             wanted[:, -1] = True
-            forward.append(peak_bytes(lambda t=tokens, r=real, w=wanted: model.masked_logits(t, r, w)) / rows)
+            forward.append(peak_bytes(functools.partial(model.masked_logits, tokens, real, wanted)) / rows)
         prepared = reward.prepare([conversation])
         index = torch.zeros(rows, dtype=torch.int64, device=device)
-        score_response, taken = scorer(prepared, index), []
+        score_response = scorer(prepared, index)
+        taken: list[float] = []
         for length in probed:
             ids = [prompt[i % len(prompt)] for i in range(length)]
             best, text = torch.tensor([ids] * rows, device=device), decode(ids)

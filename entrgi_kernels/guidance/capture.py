@@ -86,7 +86,7 @@ class CapturedLoop:
         """As the loop's own call; the result holds until the next."""
         key = self.padded(len(opened)), defer
         fixed = self._inputs(phi, opened, step, key[0])
-        arguments = (*fixed[:4], canvas.response, fixed[4], None, defer)
+        arguments: tuple[Any, ...] = (*fixed[:4], canvas.response, fixed[4], None, defer)
         if key != self._key:  # the number of open slots only falls: a size left behind does not come back
             self._key, self._replay, self._guided = key, None, None
             return self._own(self._loop.run(*arguments), len(opened))

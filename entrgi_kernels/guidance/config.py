@@ -195,16 +195,16 @@ def _one_of(name: str, value: object, accepted: tuple) -> None:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, accepted))}")
 
 
-def _integer(name: str, value: object, low: int, high: int | None, none: bool = False) -> None:
+def _integer(name: str, value: Any, low: int, high: int | None, none: bool = False) -> None:
     wanted = ("None or " if none else "") + f"an integer >= {low}" + ("" if high is None else f" and <= {high}")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}={value!r}: expected {wanted}")
-    if value < low or (high is not None and value > high):
+    if value < low or (high is not None and value > high):  # type: ignore[operator]
         raise ValueError(f"{name}={value}: expected {wanted}")
 
 
 def _number(
-    name: str, value: object, low: float, high: float = math.inf, open_low: bool = False, none: bool = False
+    name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False, none: bool = False
 ) -> None:
     wanted = "None or a" if none else "a"
     wanted += f" finite number {'>' if open_low else '>='} {low:g}"
@@ -212,5 +212,5 @@ def _number(
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r}: expected {wanted}")
     # Compared before it is made a float, which an int may be too large for.
-    if not low <= value <= min(high, sys.float_info.max) or (open_low and value == low):
+    if not low <= value <= min(high, sys.float_info.max) or (open_low and value == low):  # type: ignore[operator]
         raise ValueError(f"{name}={value}: expected {wanted}")

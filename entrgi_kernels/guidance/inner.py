@@ -107,14 +107,17 @@ class Scorer:
         """
         given: dict[str, Any] = {} if settled is None else {"committed": settled}
         if getattr(self.reward, "takes_targets", False):
+            rows, slots, phi = opened or (None, None, None)
             given["targets"] = Targets(
                 self.tokenizer,
                 self.vocab_size,
                 best,
                 best == self.eos_token_id,
-                *(opened or ()),
-                temperature=self.config.temperature,
-                backend=self.config.backend,
+                rows,
+                slots,
+                phi,
+                self.config.temperature,
+                self.config.backend,
             )
         return self.reward.score_embeddings(self.prepared, self.index, response, self.alive(best), **given)
 

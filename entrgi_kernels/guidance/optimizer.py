@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..ops import AdamState, EntrgiEmbedding, ForwardState, _common, entrgi_embedding, guidance_update_
@@ -79,18 +81,18 @@ class LogitOptimizer:
         _common.check_temperature(temperature)
         _common.check_filters(top_k, top_p)
         _common.check_backend(backend)
-        lr, *betas, eps = hyperparameters(lr, betas, eps)
+        lr, beta1, beta2, eps = hyperparameters(lr, betas, eps)
         _common.check_apart(("phi",), (phi,))
-        if not (isinstance(seed, torch.Tensor) and seed.dim() == 2):
+        seeds = seed if isinstance(seed, torch.Tensor) and seed.dim() == 2 else None
+        if seeds is None:
             _common.make_rng(phi[:0], seed, 0)
+        elif seeds.shape[1] != 2 or seeds.dtype != torch.int64 or seeds.device != phi.device:
+            raise ValueError(
+                f"seed is a {seeds.dtype} tensor of shape {list(seeds.shape)} on {seeds.device}: expected int64 [M, 2] "
+                f"on {phi.device}"
+            )
         if keys is not None:
             _common.check_vector(phi, keys, "keys", torch.int64, called="phi")
-        listed = isinstance(seed, torch.Tensor) and seed.dim() == 2
-        if listed and (seed.shape[1] != 2 or seed.dtype != torch.int64 or seed.device != phi.device):
-            raise ValueError(
-                f"seed is a {seed.dtype} tensor of shape {list(seed.shape)} on {seed.device}: expected int64 [M, 2] on "
-                f"{phi.device}"
-            )
         if not _common.is_integer(counter) or counter < 0:
             raise ValueError(f"counter={counter!r}: expected an integer >= 0")
         if state_dtype is not None and state_dtype not in _common.FLOATS:
@@ -103,10 +105,11 @@ class LogitOptimizer:
             raise TypeError(f"buffers is {type(buffers).__name__}: expected None or Buffers")
         self.phi = phi.detach()
         self.table = table.detach()
-        self._forward = dict(temperature=temperature, top_k=top_k, top_p=top_p, keys=keys, backend=backend)
-        self._forward["weight"] = resolve_weight(weight)
-        self._update = dict(lr=lr, betas=tuple(betas), eps=eps, backend=backend)
-        self._seed, self._counter, self._draws = seed, counter, 0
+        self._forward: dict[str, Any] = dict(
+            temperature=temperature, top_k=top_k, top_p=top_p, keys=keys, backend=backend, weight=resolve_weight(weight)
+        )
+        self._update: dict[str, Any] = dict(lr=lr, betas=(beta1, beta2), eps=eps, backend=backend)
+        self._seed, self._seeds, self._counter, self._draws = seed, seeds, counter, 0
         self._buffers = Buffers() if buffers is None else buffers
         self._state_dtype = moment_dtype(phi.dtype, state_dtype)
         self._keep_state = keep_state
@@ -143,13 +146,14 @@ class LogitOptimizer:
             out, index: [M, D] and int64 [N], see :func:`entrgi_kernels.ops.entrgi_embedding`. `.embedding` is then a
                 leaf on the memory of `out`, of its shape: good until that is written to again.
         """
-        listed = isinstance(self._seed, torch.Tensor) and self._seed.dim() == 2
-        if listed and self._draws >= len(self._seed):
-            raise ValueError(
-                f"seed has {len(self._seed)} rows, one an embed(): expected one more for embed() number "
-                f"{self._draws + 1}"
-            )
-        seed, counter = (self._seed[self._draws], 0) if listed else (self._seed, self._counter + self._draws)
+        seed, counter = self._seed, self._counter + self._draws
+        if self._seeds is not None:
+            if self._draws >= len(self._seeds):
+                raise ValueError(
+                    f"seed has {len(self._seeds)} rows, one an embed(): expected one more for embed() number "
+                    f"{self._draws + 1}"
+                )
+            seed, counter = self._seeds[self._draws], 0
         with torch.no_grad():
             blend = entrgi_embedding(
                 self.phi,
@@ -183,7 +187,8 @@ class LogitOptimizer:
         if keep and self._adam is None:
             # Not cleared: a first step takes the moments as zero.
             like = self.phi.shape, self._state_dtype, self.phi.device
-            self._adam = AdamState(*(self._buffers.take(name, *like) for name in _MOMENTS))
+            first, second = (self._buffers.take(name, *like) for name in _MOMENTS)
+            self._adam = AdamState(first, second)
         guidance_update_(self.phi, grad, self.table, state, adam=self._adam, keep=keep, **self._update)
         self._state = None
         self._ended = not keep
@@ -215,8 +220,8 @@ class LogitOptimizer:
         moved, adam = self._buffers.rows("moved phi", self.phi, rows), None
         if self._adam is not None:
             moments = zip(_MOMENTS, (self._adam.exp_avg, self._adam.exp_avg_sq), strict=True)
-            taken = (self._buffers.rows(f"moved {name}", moment, rows) for name, moment in moments)
-            adam = AdamState(*taken, self._adam.step)
+            first, second = (self._buffers.rows(f"moved {name}", moment, rows) for name, moment in moments)
+            adam = AdamState(first, second, self._adam.step)
         guidance_update_(moved, grad[rows], self.table, state.rows(rows), adam=adam, keep=False, **self._update)
         return moved
 

@@ -181,7 +181,8 @@ class GuidedSampler:
         batches = make_batches([len(ids) for ids in encoded], config, estimate, self.model.device)
         if only is not None:
             batches = deque(batch for batch in batches if not set(only).isdisjoint(batch.prompts))
-        buffers, waiting = Buffers(), {}
+        buffers = Buffers()
+        waiting: dict[int, list[Sample]] = {}
         with tqdm(
             total=len(batches) * config.steps, desc=config.method, unit="step", disable=_hide(progress), leave=False
         ) as bar:
@@ -308,7 +309,7 @@ class GuidedSampler:
     def decode(self, response: list[int]) -> str:
         """The text of a response's ids: up to the first end-of-sequence token, special tokens removed."""
         end = response.index(self._eos) if self._eos in response else len(response)
-        return self.tokenizer.decode(response[:end], skip_special_tokens=True)
+        return str(self.tokenizer.decode(response[:end], skip_special_tokens=True))
 
     def score(self, conversations: list[Conversation], responses: list[list[int]], batch_size: int = 16) -> list[float]:
         """Final rewards: responses decoded and tokenised again, as the reward model will be used by others."""

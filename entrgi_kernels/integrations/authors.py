@@ -211,7 +211,7 @@ class TrainingSample:
             self._reward = rewards.wrap(model, tokenizer or target.tokenizer, unmatched=parts.unmatched)
             table = getattr(target, "mapped_embeds", None)
             if not given and table is not None:
-                self._reward.embedding_table = lambda tokenizer, vocab_size: table
+                self._reward.embedding_table = lambda tokenizer, vocab_size: table  # type: ignore[method-assign]
         parts.reward_model, parts.reward_tokenizer = self._reward, None
         # As published: every token may be drawn.
         parts.settings.setdefault("suppress_undrawable", False)

@@ -81,10 +81,10 @@ class ForeignModel:
         Raises:
             ValueError: neither is there.
         """
-        head = output_head(module)
-        config = getattr(module, "config", None)
+        head: Any = output_head(module)
+        config: Any = getattr(module, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        size = head.weight.shape[0] if head is not None and hasattr(head, "weight") else None
+        size: Any = head.weight.shape[0] if head is not None and hasattr(head, "weight") else None
         size = size or getattr(text, "vocab_size", None)
         if size is None:
             raise ValueError(f"{type(module).__name__} tells no vocabulary size: expected a head or config.vocab_size")

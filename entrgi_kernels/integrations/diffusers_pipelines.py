@@ -107,9 +107,10 @@ class _LLaDA2(_Pipeline):
 
     def _see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._guidance.active and self._steering.started:
-            self._canvas = kwargs.get("input_ids", args[0] if args else None)
+            canvas: Any = kwargs.get("input_ids", args[0] if args else None)
+            self._canvas = canvas
             mask = kwargs.get("attention_mask")
-            self._real = torch.ones_like(self._canvas, dtype=torch.bool) if mask is None else mask.bool()
+            self._real = torch.ones_like(canvas, dtype=torch.bool) if mask is None else mask.bool()
 
     def steer(self, arguments: dict[str, Any]) -> torch.Tensor:
         logits, block = arguments["model_output"], arguments["sample"]
@@ -170,7 +171,7 @@ class _DiffusionGemma(_Pipeline):
             return logits
         done = torch.cat([canvas[:, :0], *self._done[1:]], dim=1)
         fixed = None
-        committed = getattr(self._scheduler, "_committed", None)
+        committed: Any = getattr(self._scheduler, "_committed", None)
         editing = arguments.get("editing_threshold")
         if editing is None:
             editing = getattr(self._scheduler.config, "editing_threshold", None)

@@ -87,7 +87,7 @@ class SamplerCall:
                 handle.remove()
         sequences = getattr(output, "sequences", output)
         steering = self._guidance.steering
-        if hook.used:
+        if hook.used and steering is not None:
             self._guidance.rewards = steering.score(sequences)
         return output
 

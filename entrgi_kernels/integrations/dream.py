@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.utils import ModelOutput
@@ -127,7 +127,7 @@ class DreamGeneration:
         tokens_hook: Any,
         logits_hook: Any,
     ) -> Any:
-        guidance, sampler = self._guidance, self._guidance.sampler
+        guidance, sampler = self._guidance, cast(GuidedSampler, self._guidance.sampler)
         mask_id, slots, width = sampler.model.mask_token_id, settings.max_new_tokens, inputs.shape[1]
         config = sampler.config.replace(
             seed=guidance.seed(),
@@ -244,7 +244,7 @@ class DreamHooks(Mapping[str, Any]):
         self.sampler = GuidedSampler(model, reward_model, tokenizer, reward_tokenizer, **settings)
         self.rewards: list[float] = []
         self._steering = Steering(self.sampler)
-        self._seed = seed
+        self._seed, self._start, self._scored = seed, 0, False
         self._hooks = {"generation_tokens_hook_func": self.on_tokens, "generation_logits_hook_func": self.on_logits}
 
     def __getitem__(self, name: str) -> Any:

@@ -99,7 +99,7 @@ def mend_generation_config(module: nn.Module) -> None:
         )
 
 
-def loadable_llada(cls: type) -> type:
+def loadable_llada(cls: Any) -> Any:
     """A subclass of LLaDA's remote ``LLaDAModelLM`` that transformers 5 can load.
 
     The remote code is left as it is; the subclass changes four things, each only in how the network is built:

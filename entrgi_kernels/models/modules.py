@@ -141,9 +141,10 @@ def module_dtype(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
-def input_embedding(module: nn.Module) -> nn.Module | None:
+def input_embedding(module: nn.Module) -> nn.Embedding | None:
     """The module's token embedding, or that of the network it is put around; None when none is exposed."""
-    for owner in (module, *module.children()):
+    owners: list[Any] = [module, *module.children()]
+    for owner in owners:
         try:
             found = owner.get_input_embeddings()
         except (AttributeError, NotImplementedError):
@@ -153,7 +154,7 @@ def input_embedding(module: nn.Module) -> nn.Module | None:
     return None
 
 
-def output_head(module: nn.Module) -> nn.Module | None:
+def output_head(module: Any) -> nn.Module | None:
     """The module's vocabulary projection, None when it exposes none."""
     try:
         head = module.get_output_embeddings()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.autograd import graph
@@ -50,10 +50,10 @@ class Operator:
         self,
         kernel: Callable[..., Any],
         mutates: tuple[str, ...] = (),
-        numbers: Mapping[str, Callable[[float], float]] | None = None,
+        numbers: Mapping[str, Callable[[Any], Any]] | None = None,
     ) -> None:
         name = kernel.__name__.removeprefix("_")
-        self._kernel, self._function = kernel, None
+        self._kernel, self._function = kernel, cast(Any, None)
         self._definition = torch.library.custom_op(f"{_NAMESPACE}::{name}", kernel, mutates_args=mutates)
         self._registered = getattr(getattr(torch.ops, _NAMESPACE), name).default
         arguments = [argument.name for argument in self._registered._schema.arguments]
@@ -166,7 +166,7 @@ class Operator:
 
 
 def operator(
-    mutates: tuple[str, ...] = (), numbers: Mapping[str, Callable[[float], float]] | None = None
+    mutates: tuple[str, ...] = (), numbers: Mapping[str, Callable[[Any], Any]] | None = None
 ) -> Callable[[Callable[..., Any]], Operator]:
     """The decorator that makes an :class:`Operator` of a kernel."""
     return lambda kernel: Operator(kernel, mutates, numbers)

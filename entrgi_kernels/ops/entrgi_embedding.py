@@ -293,4 +293,6 @@ def entrgi_embedding(
         out, *others = _entrgi_embedding(*arguments, backend)
     else:
         others = _entrgi_embedding_out(*arguments, out, index, backend)
-    return EntrgiEmbedding(out, *others[:3], ForwardState(*others[3:], _common.positive(temperature)))
+    drawn, share, entropy, soft, logsumexp, argmax = others
+    state = ForwardState(soft, logsumexp, argmax, _common.positive(temperature))
+    return EntrgiEmbedding(out, drawn, share, entropy, state)

@@ -11,6 +11,7 @@ Source: arXiv 2602.05000, the inner loop's gradient step.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -58,8 +59,9 @@ class AdamState:
         _common.check_logits(logits)
         if dtype is not None and dtype not in _common.FLOATS:
             raise TypeError(f"dtype={dtype!r}: expected None or one of {', '.join(map(str, _common.FLOATS))}")
-        size, dtype = tuple(logits.shape), moment_dtype(logits.dtype, dtype)
-        return cls(*(torch.zeros(size, dtype=dtype, device=logits.device) for _ in range(2)))
+        like: dict[str, Any] = dict(dtype=moment_dtype(logits.dtype, dtype), device=logits.device)
+        size = tuple(logits.shape)
+        return cls(torch.zeros(size, **like), torch.zeros(size, **like))
 
 
 _TOUCHED = ("logits", "adam.exp_avg", "adam.exp_avg_sq", "grad", "table", "state.soft", "state.logsumexp")
@@ -143,7 +145,8 @@ def guidance_update_(
     _common.check_vector(logits, state.logsumexp, "state.logsumexp", acc)
     tau = _common.positive(_common.check_temperature(state.temperature, "state.temperature"))
     lr, beta1, beta2, eps = hyperparameters(lr, betas, eps)
-    moments, step = (None, None), 1
+    moments: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
+    step = 1
     if adam is not None:
         moments, step = _check_adam(adam, logits)
     _guidance_update_(

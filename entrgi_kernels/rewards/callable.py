@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,9 @@ class CallableReward(EmbeddingReward):
         self._guides = False  # not seen yet to pass a gradient on
         if chat_template is None and not getattr(tokenizer, "chat_template", None):
             chat_template = PLAIN
-        super().__init__(_Holder(embedding), tokenizer, unmatched=unmatched, chat_template=chat_template)
+        super().__init__(
+            _Holder(cast(nn.Module, embedding)), tokenizer, unmatched=unmatched, chat_template=chat_template
+        )
 
     def __repr__(self) -> str:
         return f"CallableReward({getattr(self.function, '__name__', type(self.function).__name__)})"

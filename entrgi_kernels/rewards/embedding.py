@@ -66,7 +66,7 @@ class EmbeddingReward(Combinable):
         return self.embedding.weight.dtype if self.embedding.weight.is_floating_point() else module_dtype(self.module)
 
     @property
-    def embedding(self) -> nn.Module:
+    def embedding(self) -> nn.Embedding:
         """The network's input embedding."""
         embedding = input_embedding(self.module)
         assert embedding is not None  # checked at construction
@@ -93,7 +93,7 @@ class EmbeddingReward(Combinable):
         """
         return self._table("input", tokenizer, vocab_size, self.embedding)
 
-    def _table(self, role: str, tokenizer: Any, vocab_size: int, embedding: nn.Module) -> Tensor:
+    def _table(self, role: str, tokenizer: Any, vocab_size: int, embedding: nn.Embedding) -> Tensor:
         """A table [V, D] of the rows of an embedding that stand for a diffusion LM's tokens; cached by its role."""
         vocabulary = self.vocabulary_map(tokenizer, vocab_size)
         weight = embedding.weight

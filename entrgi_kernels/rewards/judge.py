@@ -107,7 +107,7 @@ class JudgeReward(PooledReward):
 
     def _check_place(self) -> None:
         """Refuse templates behind whose generation prompt comes a thought rather than an answer."""
-        chosen = {"chat_template": self.chat_template, "enable_thinking": False}
+        chosen: dict[str, Any] = {"chat_template": self.chat_template, "enable_thinking": False}
         asked, before = surroundings(self.tokenizer, **chosen)
         tag = open_tag(asked)
         if tag is not None:

@@ -294,7 +294,7 @@ class _Book:
             return targets
         tokens = targets.tokens.to(self.known.device)
         codes = (tokens + self.rows).masked_fill(~self.known[tokens], -1)
-        if targets.logits is None:
+        if targets.logits is None or targets.rows is None or targets.slots is None:
             return codes
         opened = torch.arange(len(targets.logits), device=codes.device) + self.open
         # One row more than there are responses, for rows of logits that belong to none.

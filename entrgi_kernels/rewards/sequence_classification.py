@@ -66,6 +66,7 @@ class SequenceClassifierReward(PooledReward):
                 "of your own that makes one number of its outputs"
             )
         backbone, self._heads = _backbone_and_heads(module) if isinstance(module, nn.Module) else (None, [])
+        self._score: nn.Module | None
         self._head_name, self._score = self._heads[0] if self._heads else ("", None)
         super().__init__(
             module,
@@ -178,6 +179,7 @@ def _backbone_and_heads(module: nn.Module) -> tuple[nn.Module | None, list[tuple
 
 def _numbers(module: nn.Module, output: Any, rows: int, places: int) -> Tensor:
     """The rewards [rows] in what a network returns for texts of ``places`` tokens."""
+    found: dict[str, Any]
     if isinstance(output, Tensor):
         found = {"a tensor": output}
     elif isinstance(output, (tuple, list)):
@@ -202,7 +204,7 @@ def _numbers(module: nn.Module, output: Any, rows: int, places: int) -> Tensor:
 @contextmanager
 def _padding_token(module: nn.Module) -> Iterator[None]:
     """Lend the config a padding token: without one, transformers scores no batch, padded or not."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if text is None or getattr(text, "pad_token_id", 0) is not None:
         yield

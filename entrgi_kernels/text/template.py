@@ -295,7 +295,7 @@ def _parts(tokenizer: Any, conversation: Conversation, **arguments: Any) -> list
         marked.append({**turn, "content": content})
     text = render(tokenizer, marked, **arguments)
     contents = dict(zip(marks, bodies, strict=True))
-    pieces = re.split("(" + "|".join(marks) + ")", text)
+    pieces: list[str] = re.split("(" + "|".join(marks) + ")", text)
     return [(contents.get(piece, piece), piece in contents) for piece in pieces if piece]
 
 
@@ -486,7 +486,7 @@ def _structure(
                 break
             text = read(list(tokenizer(text, add_special_tokens=False)["input_ids"]))
             # The pieces must come in the order of the turns, each once, or nothing can be learnt from this shape.
-            pieces = re.split("(" + "|".join(marks) + ")", text)
+            pieces: list[str] = re.split("(" + "|".join(marks) + ")", text)
             if pieces[1::2] != marks:
                 break
             structure = pieces[0::2]

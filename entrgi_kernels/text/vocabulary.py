@@ -138,7 +138,7 @@ class VocabularyMap:
         )
 
     @torch.no_grad()
-    def table(self, embedding: nn.Module) -> Tensor:
+    def table(self, embedding: nn.Embedding) -> Tensor:
         """The embedding table E [V, D] in the reward model's dtype and on its device.
 
         Args:

@@ -189,10 +189,10 @@ def _backward_kernel(
     parts = (acc,)
     for level in tl.static_range(4):
         if 1 << level < PARTS:
-            halves = ()  # type: ignore[assignment]
+            halves = ()
             for i in tl.static_range(1 << level):
                 halves = halves + _halves(parts[i], BLOCK_N, BLOCK_V >> level)
-            parts = halves
+            parts = halves  # type: ignore[assignment]
     COLUMNS: tl.constexpr = BLOCK_V // PARTS
     fetched = _fetch(
         rows, inside_n, first, v, logits_ptr, stride_n, exp_avg_ptr, stride_m, exp_avg_sq_ptr, stride_v, READS, COLUMNS

@@ -35,13 +35,13 @@ class CausalHead:
     def __init__(self, module: Any) -> None:
         self.module = module
         core = module.get_base_model() if hasattr(module, "get_base_model") else module  # PEFT wraps what it adapts
-        config = getattr(core, "config", None)
+        config: Any = getattr(core, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        projection = output_head(core)
+        projection: Any = output_head(core)
         backbone = getattr(core, getattr(core, "base_model_prefix", "") or "model", None)
         whole = not isinstance(backbone, nn.Module) or not isinstance(getattr(projection, "weight", None), Tensor)
         self.backbone: nn.Module | None = None if whole or backbone is core else backbone
-        self.projection: nn.Module | None = None if self.backbone is None else projection
+        self.projection: nn.Linear | None = None if self.backbone is None else projection
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)
         self.scale = 1.0
         for name in _FACTORS:

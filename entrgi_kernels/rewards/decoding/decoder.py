@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +122,7 @@ class CachedDecoder:
 
     def __init__(self, backbone: nn.Module) -> None:
         self.backbone = backbone
-        config = getattr(backbone, "config", None)
+        config: Any = getattr(backbone, "config", None)
         self.config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self._accepts = accepted_arguments(backbone)
         types = set(getattr(self.config, "layer_types", None) or ())
@@ -130,10 +130,9 @@ class CachedDecoder:
         # Without layer types, as in Mistral, a window is every layer's.
         self.window = window if isinstance(window, int) and (not types or "sliding_attention" in types) else None
         self._types = types
-        self._layers = self._decoder_layers()
+        self._layers: Any = self._decoder_layers()
         # The arguments by which the network and each of its layers take a cache; None where none was found.
-        self._cache: str | None = None
-        self._layer_cache: str | None = None
+        self._cache = self._layer_cache = ""  # the arguments that take a cache, once found
         self.why_not = self._why_not()
         self.why_no_last_layer = self._why_no_last_layer()
         self.why_no_prefix = self._why_no_prefix()
@@ -190,7 +189,7 @@ class CachedDecoder:
             arguments[self._cache] = past
         if "use_cache" in self._accepts:
             arguments["use_cache"] = past is not None
-        narrowed = nullcontext([True])
+        narrowed: AbstractContextManager[list[bool]] = nullcontext([True])
         if last_layer_at is not None:
             if self.why_no_last_layer is not None:
                 raise RuntimeError(self.why_no_last_layer)
@@ -259,13 +258,13 @@ class CachedDecoder:
         token = torch.zeros(1, 1, embedding.shape[1], dtype=embedding.dtype, device=embedding.device)
         place = torch.zeros(1, 1, dtype=torch.long, device=embedding.device)
         real = torch.ones_like(place, dtype=torch.bool)
-        arguments = {"inputs_embeds": token, "position_ids": place}
+        arguments: dict[str, Any] = {"inputs_embeds": token, "position_ids": place}
         arguments["attention_mask"] = self._masks(place, place, real, token.dtype)
         if "use_cache" in self._accepts:
             arguments["use_cache"] = True
-        names = self._accepts - arguments.keys() - {"input_ids", "**"}
+        others = self._accepts - arguments.keys() - {"input_ids", "**"}
         # The likely ones first. A forward that takes anything may hand it on under any name.
-        names = sorted(names, key=lambda name: ("cache" not in name and "past" not in name, name))
+        names = sorted(others, key=lambda name: ("cache" not in name and "past" not in name, name))
         names += [name for name in ("cache", "past_key_values") if "**" in self._accepts and name not in names]
         failure: Exception | None = None
         for name in names:
@@ -282,7 +281,7 @@ class CachedDecoder:
                 with torch.no_grad():
                     self.backbone(**arguments, **{name: witness})
             except _CaughtError:
-                self._cache, self._layer_cache = name, seen[0] if seen else None
+                self._cache, self._layer_cache = name, seen[0] if seen else ""
                 return None
             except Exception as error:  # whatever a network says to a cache where it wants something else
                 failure = failure or error
@@ -295,7 +294,7 @@ class CachedDecoder:
     def _why_no_last_layer(self) -> str | None:
         if self._layers is None:
             return "no list of decoder layers was found in the network"
-        return None if self._layer_cache is not None else "the decoder layers take no cache by name"
+        return None if self._layer_cache else "the decoder layers take no cache by name"
 
     def _why_no_products(self) -> str | None:
         implementation = getattr(self.config, "_attn_implementation", None)

@@ -23,6 +23,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,8 +81,8 @@ class _Committed:
     rows: Rows
     count: int = 0
     layers: KeyValues = field(default_factory=list)
-    response: Tensor | None = None
-    alive: Tensor | None = None
+    response: Any = None
+    alive: Any = None
     read: dict[str, Tensor] = field(default_factory=dict)
     given: Tensor | None = None
     version: int = -1
@@ -329,7 +330,7 @@ class ExactSavings:
         if not state.count:
             return torch.ones((), dtype=torch.long, device=response.device)
         now, live = response[:, : state.count], alive[:, : state.count]
-        same = (now.masked_fill(~live[..., None], 0) == state.response).all() & (live == state.alive).all()
+        same = torch.eq(now.masked_fill(~live[..., None], 0), state.response).all() & torch.eq(live, state.alive).all()
         return same.long()
 
     # ---- the probe

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ...text.template import Conversation
 
+# What a sum keeps no embeddings in place of; its parts have their own.
+_NOTHING: Any = None
+
 
 @dataclass
 class PreparedPrompts:
@@ -28,10 +31,10 @@ class PreparedPrompts:
     conversations: list[Conversation]
     prefix_ids: list[list[int]] = field(default_factory=list)
     suffix_ids: list[list[int]] = field(default_factory=list)
-    prefix: Tensor | None = None
-    prefix_valid: Tensor | None = None
-    suffix: Tensor | None = None
-    suffix_valid: Tensor | None = None
+    prefix: Tensor = _NOTHING
+    prefix_valid: Tensor = _NOTHING
+    suffix: Tensor = _NOTHING
+    suffix_valid: Tensor = _NOTHING
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
