@@ -55,7 +55,8 @@ class Rows:
             self.entropy = np.maximum(np.log(total[:, 0]) - (self.p * logs).sum(axis=1), 0)
             self.eps = EPS[acc]
             v = x.shape[1]
-            self.rounding = self.eps * (16 + 4 * math.sqrt(v))
+            # v / 4: beside a large term equal small ones lose the same bits each time.
+            self.rounding = self.eps * (16 + 4 * math.sqrt(v) + v / 4)
             self.relative = self.rounding + self.eps * 4 * (1 + np.minimum(np.abs(self.shift), 1000))
             # Shifts of very unlikely entries carry no weight: the reach is that of entries that have some.
             reach = np.abs(top[:, 0] / tau)
