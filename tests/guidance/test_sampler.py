@@ -210,15 +210,15 @@ def test_callers_under_inference_mode_are_served(sampler):
 def test_some_of_the_prompts_in_the_company_that_they_have_among_all(sampler, monkeypatch):
     """Who continues runs whole batches, and a repeated prompt keeps its number."""
     prompts = ["a", "b", "a", "b", "a"]
-    whole = dict(sampler.stream(prompts, batch_size=2))
+    whole = dict(sampler.stream(prompts, **SHORT, batch_size=2))
     seen, batch = [], sampler._batch
     monkeypatch.setattr(sampler, "_batch", lambda b, *rest: seen.append(b.prompts) or batch(b, *rest))
-    some = dict(sampler.stream(prompts, batch_size=2, only=[2, 4]))
+    some = dict(sampler.stream(prompts, **SHORT, batch_size=2, only=[2, 4]))
     assert sorted(some) == [2, 4] and all({2, 4} & set(prompts) for prompts in seen)
     assert [len(prompts) for prompts in seen] in ([2, 1], [2, 2], [2])
     for index, result in some.items():
         assert tokens_of([result]) == tokens_of([whole[index]]) and result.rewards == whole[index].rewards
-    assert not dict(sampler.stream(prompts, only=[]))
+    assert not dict(sampler.stream(prompts, **SHORT, only=[]))
 
 
 def test_callback_and_stream(sampler):
