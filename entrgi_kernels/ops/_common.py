@@ -82,10 +82,26 @@ def check_apart(names: Sequence[str], written: Sequence[torch.Tensor | None], *r
 
     For tensors with storage. `names` are those of the tensors, those of the written ones first.
     """
-    count, spans = len(written), []
+    count, spans, ends = len(written), [], []
     for name, tensor in zip(names, written, strict=False):
         if tensor is not None and tensor.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(f"{name} is an inference tensor: expected a clone, or a call under torch.inference_mode()")
+    # The usual call, fast: dense tensors, one behind the other.
+    for tensor in (*written, *read):
+        if tensor is not None:
+            if not tensor.is_contiguous():
+                break
+            first = tensor.data_ptr()
+            ends.append((first, first + tensor.nbytes))
+    else:
+        ends.sort()
+        reached = 0
+        for first, last in ends:
+            if first < reached:
+                break
+            reached = last
+        else:
+            return
     for tensor in (*written, *read):
         if tensor is None:
             spans.append((0, 0))
@@ -191,6 +207,8 @@ def check_scalar(value: Number, name: str, expected: str) -> Number:
 
 def check_temperature(temperature: Number, name: str = "temperature", zero: str = "draws the argmax") -> Number:
     """The temperature as a float (or a tensor yet to be read); raises unless it is 0 or in the range served."""
+    if type(temperature) is float and _LEAST <= temperature <= _MOST:
+        return temperature
     expected = f"a finite number >= 0: 0 ({zero}), or from {_LEAST:g} to {_MOST:g}"
     temperature = check_scalar(temperature, name, expected)
     # Comparisons alone: unlike math.isfinite they trace when torch.compile has made the number symbolic.
@@ -206,6 +224,8 @@ def distribution_temperature(temperature: Number) -> Number:
 
 def check_rate(lr: Number, name: str = "lr") -> Number:
     """The learning rate as a float (or a tensor yet to be read); raise ValueError where Adam cannot take it."""
+    if type(lr) is float and 0 <= lr <= _MOST:
+        return lr
     expected = f"a finite number >= 0, at most {_MOST:g}"
     lr = check_scalar(lr, name, expected)
     if type(lr) is float and not 0 <= lr <= _MOST:
@@ -219,6 +239,8 @@ def check_eps(eps: float) -> float:
     A gradient's square vanishes in float32 long before the gradient does: what is left then divides it by eps alone.
     At 0 an entry without gradient, as those of -inf are, would even become 0 / 0.
     """
+    if type(eps) is float and _LEAST <= eps <= _MOST:
+        return eps
     expected = f"a finite number > 0, from {_LEAST:g} to {_MOST:g}"
     eps = check_number(eps, "eps", expected)
     if not _LEAST <= eps <= _MOST:

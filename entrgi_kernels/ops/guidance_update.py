@@ -180,7 +180,10 @@ def _check_adam(adam: AdamState, logits: torch.Tensor) -> tuple[tuple[torch.Tens
         raise ValueError(f"adam.step={adam.step}: expected an integer >= 0 and < 2**63 - 1")
     moments = adam.exp_avg, adam.exp_avg_sq
     for name, moment in zip(("adam.exp_avg", "adam.exp_avg_sq"), moments, strict=True):
-        _common.check_matrix(moment, name, "[N, V], that of the logits")
+        if type(moment) is not torch.Tensor or moment.layout is not torch.strided or moment.dim() != 2:
+            _common.check_matrix(moment, name, "[N, V], that of the logits")
+        if moment.dtype is not logits.dtype:
+            _common.check_dtype(moment, name)
         if moment.dtype == torch.float16:
             raise TypeError(
                 f"{name} is {moment.dtype}, where squares underflow: expected float64, float32 or bfloat16, as "
