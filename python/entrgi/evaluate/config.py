@@ -24,6 +24,7 @@ from .specs import TINY, check_judges
 if TYPE_CHECKING:
     from entrgi_kernels.guidance.config import GuidanceConfig
 
+MAX_BEST_OF = 1024  # samples a prompt
 # Settings that are axes of the grid, or set elsewhere.
 _AXES = ("method", "weight", "temperature", "seed")
 # Without guidance these mean nothing: two configurations that differ in them alone are one.
@@ -210,13 +211,16 @@ def from_dict(content: Mapping[str, Any], where: str = "configuration") -> Evalu
             raise UsageError(f"{where}: settings.{axis} is an axis of the grid: use {home}")
     if "temperatures" in values:
         values["temperatures"] = tuple(_number(t, f"{where}: temperatures") for t in values["temperatures"])
-    if any(isinstance(seed, bool) or not isinstance(seed, int) for seed in values.get("seeds", ())):
-        raise UsageError(f"{where}: seeds={list(values['seeds'])!r}: expected integers")
+    seeds = values.get("seeds", ())
+    if not all(type(seed) is int and -(1 << 63) <= seed < 1 << 63 for seed in seeds):
+        raise UsageError(f"{where}: seeds={list(seeds)!r}: expected integers of 64 bits")
     if any(not isinstance(reward, str) for reward in values.get("rewards", ())):
         raise UsageError(f"{where}: rewards={list(values['rewards'])!r}: expected names or folders of models")
     best_of = values.get("best_of")
-    if not (best_of in (None, "auto") or (isinstance(best_of, int) and not isinstance(best_of, bool) and best_of > 0)):
-        raise UsageError(f"{where}: best_of={best_of!r}: expected a number of samples, auto, or null")
+    if not (best_of in (None, "auto") or (type(best_of) is int and 1 <= best_of <= MAX_BEST_OF)):
+        raise UsageError(
+            f"{where}: best_of={best_of!r}: expected a number of samples up to {MAX_BEST_OF}, auto, or null"
+        )
     if not isinstance(values.get("traces", 0), int) or values.get("traces", 0) < 0:
         raise UsageError(f"{where}: traces={values['traces']!r}: expected a number of prompts >= 0")
     config = EvaluationConfig(**values)

@@ -14,13 +14,11 @@ from .. import __version__
 from ..digests import digest, fingerprint
 from ..errors import UsageError
 from ..prompts import prompt_text
-from .config import Cell, EvaluationConfig, cells_of, methods_of
+from .config import MAX_BEST_OF, Cell, EvaluationConfig, cells_of, methods_of
 from .flops import Shape, sample_flops, total
 from .prompts import Item, PromptSets, fingerprints, load_prompts
 from .specs import TINY
 from .store import FORMAT, Store
-
-_MAX_BEST_OF = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +182,7 @@ def matched_best_of(config: EvaluationConfig, prompts: PromptSets, shapes: dict[
             wanted = max(wanted, math.ceil(max(costs[True]) / min(costs[False])))
     if not wanted:
         raise UsageError("best_of: auto needs an unguided and a guided method to match")
-    return min(wanted, _MAX_BEST_OF)
+    return min(wanted, MAX_BEST_OF)
 
 
 def prompt_length(prompts: PromptSets) -> float:

@@ -93,6 +93,8 @@ def test_overrides_reach_into_settings(tmp_path) -> None:
         ({"settings": {"eta": 1}}, "no setting 'eta'"),
         ({"settings": {"steps": 0}}, "steps=0"),
         ({"seeds": [1.5]}, "expected integers"),
+        ({"seeds": [10**30]}, "expected integers of 64 bits"),
+        ({"best_of": 10**30}, "expected a number of samples up to 1024"),
         ({"temperatures": ["hot"]}, "is no number"),
         ({"best_of": "most"}, "best_of='most'"),
         ({"traces": -1}, "traces=-1"),
