@@ -1,12 +1,13 @@
 """Reward guidance of diffusion language models: the sampler, and its parts for loops of one's own."""
 
-from .canvas import Canvas, NonFiniteLogitsError, NonFiniteRewardError, Statistics
+from .canvas import Canvas
 from .config import GuidanceConfig
 from .denoising import Denoiser
+from .errors import NonFiniteLogitsError, NonFiniteRewardError
 from .optimizer import LogitOptimizer
-from .results import GenerationResult, Sample, StepTrace
+from .results import GenerationResult, Sample, Stats, StepTrace
 from .sampler import GuidedSampler
-from .weights import Step, Threshold
+from .weights import StepWeight, ThresholdWeight
 
 __all__ = [
     "Canvas",
@@ -18,8 +19,8 @@ __all__ = [
     "NonFiniteLogitsError",
     "NonFiniteRewardError",
     "Sample",
-    "Statistics",
-    "Step",
+    "Stats",
     "StepTrace",
-    "Threshold",
+    "StepWeight",
+    "ThresholdWeight",
 ]

@@ -1,52 +1,11 @@
-"""State of a run: the trajectories, and what was done to them."""
+"""The trajectories of a run, and the slots that a step may fill."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-
-
-class NonFiniteLogitsError(ArithmeticError):
-    """Logits were NaN or infinite.
-
-    Attributes:
-        step: the first denoising step in which they were.
-        trajectory: the first trajectory of the batch that was hit in it.
-    """
-
-    def __init__(self, step: int, trajectory: int, where: str) -> None:
-        self.step, self.trajectory = step, trajectory
-        super().__init__(
-            f"logits are NaN or infinite at denoising step {step}, {where}: expected finite logits; check the "
-            "diffusion model's and the reward model's weights and dtype (float16 ends at 65504), and the learning rate"
-        )
-
-    def at(self, where: str) -> NonFiniteLogitsError:
-        """The same error with another name of the place."""
-        return NonFiniteLogitsError(self.step, self.trajectory, where)
-
-
-class NonFiniteRewardError(ArithmeticError):
-    """A reward that guides was NaN or infinite, or its gradient was; the diffusion model's logits were finite.
-
-    Attributes:
-        step, trajectory: as in :class:`NonFiniteLogitsError`.
-        reward: its value there; where that is finite the gradient is not.
-    """
-
-    def __init__(self, step: int, trajectory: int, where: str, reward: float) -> None:
-        self.step, self.trajectory, self.reward = step, trajectory, reward
-        finite = math.isfinite(reward)
-        said = "the gradient of the reward is NaN or infinite" if finite else f"the reward is {reward}"
-        said += f" at denoising step {step}, {where}"
-        said += f" (the reward is {reward:.6g}): expected a finite gradient" if finite else ": expected a finite number"
-        super().__init__(f"{said}; check the reward model's weights and dtype, or the reward function")
-
-    def at(self, where: str) -> NonFiniteRewardError:
-        """The same error with another name of the place."""
-        return NonFiniteRewardError(self.step, self.trajectory, where, self.reward)
 
 
 @dataclass
@@ -69,6 +28,40 @@ class Canvas:
     keys: torch.Tensor
     repeats: int = 1
 
+    @classmethod
+    def blank(
+        cls,
+        prompts: torch.Tensor,
+        attention: torch.Tensor,
+        mask_token_id: int,
+        keys: torch.Tensor,
+        repeats: int = 1,
+    ) -> Canvas:
+        """Prompts with a response of masks behind each.
+
+        Args:
+            prompts: [P, A] int64, left-padded.
+            attention: [P, A] bool, False on padding.
+            mask_token_id: fills the response.
+            keys: [R, L] int64 on the device of the run; R / P consecutive trajectories for each prompt.
+            repeats: see the class.
+        """
+        count, slots = keys.shape
+        samples = count // max(1, len(prompts))
+
+        def rows(prompt: torch.Tensor, filler: int | bool) -> torch.Tensor:
+            whole = torch.nn.functional.pad(prompt, (0, slots), value=filler)
+            return whole.repeat_interleave(samples, dim=0).to(keys.device)
+
+        return cls(
+            tokens=rows(prompts, mask_token_id),
+            attention=rows(attention, True),
+            start=prompts.shape[1],
+            masked=torch.ones(count, slots, dtype=torch.bool, device=keys.device),
+            keys=keys,
+            repeats=repeats,
+        )
+
     @property
     def response(self) -> torch.Tensor:
         """[R, L] view of the response's tokens."""
@@ -90,13 +83,13 @@ class OpenSlots:
     counts: list[int]
 
     @classmethod
-    def of(cls, canvas: Canvas, counts: list[int]) -> OpenSlots:
-        """The open slots of a canvas; their numbers being known, nothing waits for the device."""
-        width = canvas.masked.shape[1]
+    def of(cls, masked: torch.Tensor, keys: torch.Tensor, counts: list[int]) -> OpenSlots:
+        """The open slots of [R, L] ``masked``; their numbers being known, nothing waits for the device."""
+        width = masked.shape[1]
         # A stable sort puts the open slots first and leaves them in order.
-        flat = (~canvas.masked).flatten().to(torch.uint8).argsort(stable=True)[: sum(counts)]
+        flat = (~masked).flatten().to(torch.uint8).argsort(stable=True)[: sum(counts)]
         rows, slots = flat // width, flat % width
-        return cls(rows, slots, canvas.keys[rows, slots], counts)
+        return cls(rows, slots, keys[rows, slots], counts)
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -108,37 +101,10 @@ class OpenSlots:
         return index
 
 
-@dataclass
-class Statistics:
-    """What a run did.
-
-    Attributes:
-        steps: denoising steps taken (those that commit nothing are skipped).
-        model_forwards: forwards of the diffusion model, batches.
-        reward_evaluations: forwards and backwards of the reward model under guidance, batches.
-        mean_weight: mean share of the hard token over all rows and inner steps; None without guidance.
-        seconds: wall-clock time of the whole run, models included.
-    """
-
-    steps: int = 0
-    model_forwards: int = 0
-    reward_evaluations: int = 0
-    mean_weight: float | None = None
-    seconds: float = 0.0
-    _weights: list[torch.Tensor] = field(default_factory=list, repr=False)
-
-    def add_weights(self, weights: torch.Tensor) -> None:
-        """Note the weights [M, N] of a denoising step's inner steps, without waiting for the device."""
-        self._weights.append(weights.mean(dim=1))
-
-    def finish(self, seconds: float) -> None:
-        """Close the run: read what was gathered on the device."""
-        self.seconds = seconds
-        self.mean_weight = torch.cat(self._weights).mean().item() if self._weights else None
-
-    def to_dict(self) -> dict[str, float | int | None]:
-        """The figures as a JSON-safe dict."""
-        return {
-            name: getattr(self, name)
-            for name in ("steps", "model_forwards", "reward_evaluations", "mean_weight", "seconds")
-        }
+def left_padded(prompts: Sequence[Sequence[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of different lengths as ([P, A] int64, [P, A] bool, False on padding), on the CPU."""
+    width = max(map(len, prompts), default=0)
+    tokens = [[filler] * (width - len(ids)) + list(ids) for ids in prompts]
+    real = [[False] * (width - len(ids)) + [True] * len(ids) for ids in prompts]
+    shape = len(prompts), width
+    return torch.tensor(tokens, dtype=torch.int64).view(shape), torch.tensor(real, dtype=torch.bool).view(shape)

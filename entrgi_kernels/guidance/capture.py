@@ -17,20 +17,27 @@ from typing import Any
 
 import torch
 
-from .buffers import Buffers
-from .canvas import Canvas, OpenSlots
+from .canvas import OpenSlots
 from .config import GuidanceConfig
 from .inner import Guided, InnerLoop
-from .keys import step_key
+from .keys import draw_counter
+from .memory import Memory, Name
+from .scoring import takes
 
 SLOTS = 8  # rows of phi are padded to a multiple of this, a trajectory: one graph serves so many steps
 
-# Runs a function so that it can be repeated: (its result, whose tensors every repetition fills again, the repetition).
-Capture = Callable[[Callable[[], Guided]], "tuple[Guided, Callable[[], None]]"]
+
+def check_device(device: torch.device) -> None:
+    """Raise ValueError where there are no CUDA graphs."""
+    if device.type != "cuda":
+        raise ValueError(f"cuda_graphs=True: expected models on a CUDA device, they are on {device}")
 
 
 def cuda_capture(run: Callable[[], Guided]) -> tuple[Guided, Callable[[], None]]:
     """Capture what a function launches in a CUDA graph; nothing is computed yet.
+
+    Returns:
+        (The function's result, whose tensors every repetition fills again, the repetition).
 
     Raises:
         RuntimeError: something in it cannot be captured, such as a reward model that waits for the device.
@@ -52,71 +59,84 @@ class CapturedLoop:
     Args:
         loop: what is captured.
         config: its settings.
-        buffers: the batch's memory; phi must lie in its "phi", see :meth:`padded`.
+        memory: the batch's memory; phi must lie in its "phi", see :meth:`padded`.
         trajectories: R.
-        capture: how; :func:`cuda_capture`, but for tests.
+
+    Raises:
+        ValueError: not on a CUDA device, or a reward that looks at tokens, which padded rows have no place among.
     """
 
     def __init__(
         self,
         loop: InnerLoop,
         config: GuidanceConfig,
-        buffers: Buffers,
+        memory: Memory,
         trajectories: int,
-        capture: Capture = cuda_capture,
     ) -> None:
-        self._loop, self._config, self._buffers, self._capture = loop, config, buffers, capture
+        device = loop.table.device
+        if takes(loop.score.reward, "targets"):
+            raise ValueError(f"cuda_graphs=True: not for {type(loop.score.reward).__name__}, which looks at tokens")
+        check_device(device)
+        self._loop, self._config, self._memory = loop, config, memory
         self._multiple, self._trajectories = SLOTS * trajectories, trajectories
         self._key: tuple[int, bool] | None = None
         self._replay: Callable[[], None] | None = None
         self._guided: Guided | None = None
 
-    @property
-    def length(self) -> int:
-        """M."""
-        return self._loop.length
-
     def padded(self, rows: int) -> int:
-        """How many rows of phi are kept for that many open slots."""
+        """How many rows of memory phi is kept in for that many open slots."""
         return -(-rows // self._multiple) * self._multiple
 
     def __call__(
-        self, phi: torch.Tensor, opened: OpenSlots, canvas: Canvas, step: int, settled: int | None, defer: bool
+        self,
+        phi: torch.Tensor,
+        opened: OpenSlots,
+        response: torch.Tensor,
+        step: int,
+        settled: int | None = None,
+        defer: bool = False,
     ) -> Guided:
         """As the loop's own call; the result holds until the next."""
         key = self.padded(len(opened)), defer
-        fixed = self._inputs(phi, opened, step, key[0])
-        arguments: tuple[Any, ...] = (*fixed[:4], canvas.response, fixed[4], None, defer)
+        whole, slots, rngs = self._inputs(phi, opened, step, key[0])
+
+        def run() -> Guided:
+            return self._loop.run(whole, slots, response, rngs, None, defer)
+
         if key != self._key:  # the number of open slots only falls: a size left behind does not come back
             self._key, self._replay, self._guided = key, None, None
-            return self._own(self._loop.run(*arguments), len(opened))
+            return self._own(run(), len(opened))
         if self._replay is None:
-            self._guided, self._replay = self._capture(lambda: self._loop.run(*arguments))
+            self._guided, self._replay = cuda_capture(run)
         self._replay()
         assert self._guided is not None
         return self._own(self._guided, len(opened))
 
-    def _inputs(self, phi: torch.Tensor, opened: OpenSlots, step: int, size: int) -> tuple[torch.Tensor, ...]:
-        """(phi, rows, slots, keys, rngs) at fixed addresses, padded."""
-        count, device, take = len(opened), phi.device, self._buffers.take
+    def _inputs(
+        self, phi: torch.Tensor, opened: OpenSlots, step: int, size: int
+    ) -> tuple[torch.Tensor, OpenSlots, torch.Tensor]:
+        """(phi, its slots, rngs) at fixed addresses, padded."""
+        count, device, take = len(opened), phi.device, self._memory.take
+        inside = self._memory.holds("phi", phi)
         whole = take("phi", (size, phi.shape[1]), phi.dtype, device)
-        if whole.data_ptr() != phi.data_ptr():
+        if not inside:
             whole[:count].copy_(phi)
         whole[count:].zero_()
-        columns = []
-        for name, column, filler in (
-            ("rows", opened.rows, self._trajectories),
-            ("slots", opened.slots, 0),
-            ("keys", opened.keys, 0),
-        ):
-            fixed = take(f"graph {name}", (size,), torch.int64, device)
-            fixed[:count].copy_(column)
-            fixed[count:].fill_(filler)
-            columns.append(fixed)
-        rngs = take("graph rngs", (self.length, 2), torch.int64, device)
+
+        def fixed(name: Name, column: torch.Tensor, filler: int) -> torch.Tensor:
+            kept = take(name, (size,), torch.int64, device)
+            kept[:count].copy_(column)
+            kept[count:].fill_(filler)
+            return kept
+
+        rows = fixed("graph rows", opened.rows, self._trajectories)
+        slots = fixed("graph slots", opened.slots, 0)
+        keys = fixed("graph keys", opened.keys, 0)
+        steps = self._config.guidance_steps
+        rngs = take("graph rngs", (steps, 2), torch.int64, device)
         rngs[:, 0].fill_(self._config.seed)
-        rngs[:, 1].copy_(torch.arange(self.length, device=device) + step_key(step, 0))
-        return (whole, *columns, rngs)
+        rngs[:, 1].copy_(torch.arange(steps, device=device) + draw_counter(step, 0))
+        return whole, OpenSlots(rows, slots, keys, opened.counts), rngs
 
     @staticmethod
     def _own(guided: Guided, count: int) -> Guided:

@@ -13,6 +13,7 @@ import torch
 
 from ..backends import check_name
 from ..ops import _common
+from ..ops.guidance_update import MOMENT_DTYPES
 from . import schedules
 from .savings import check_savings
 from .weights import METHODS, WeightFunction, method_weight
@@ -30,13 +31,13 @@ class GuidanceConfig:
 
     Attributes:
         method: "entrgi", "aps", "expectation", or "none" (best of K without guidance).
-        weight: replaces EntRGi's linear weight: a schedule's name ("threshold(1.0, 0.5)", "step(1.0)") or a callable
+        weight: replaces EntRGi's linear weight: a name ("threshold(1.0, 0.5)", "step(1.0)") or a callable
             of (entropy [N] in nats, V).
         guidance_steps: M, Adam steps a denoising step; 0 is no guidance.
         learning_rate: eta, in logits: Adam's first step moves a logit by about that much.
         betas, eps: Adam's; eps from 1e-12 to 1e12.
-        state_dtype: dtype of Adam's moments: "float64", "float32" or "bfloat16"; None is the logits' own, but "float32"
-            for float16, where squares underflow.
+        state_dtype: dtype of Adam's moments, or its name: "float64", "float32" or "bfloat16"; None is the logits' own,
+            but "float32" for float16, where squares underflow.
         num_samples: K, trajectories a prompt.
         max_new_tokens: L, response slots.
         steps: T, denoising steps.
@@ -112,7 +113,9 @@ class GuidanceConfig:
         if len(self.betas) != 2 or 1 in self.betas:
             raise ValueError(f"betas={self.betas!r}: expected two numbers in [0, 1)")
         _common.check_eps(self.eps)
-        _one_of("state_dtype", self.state_dtype, (None, "float64", "float32", "bfloat16"))
+        if isinstance(self.state_dtype, torch.dtype):  # kept by its name, as JSON wants it
+            object.__setattr__(self, "state_dtype", str(self.state_dtype).removeprefix("torch."))
+        _one_of("state_dtype", self.state_dtype, (None, *MOMENT_DTYPES))
         _integer("num_samples", self.num_samples, 1, MAX_SAMPLES)
         _integer("max_new_tokens", self.max_new_tokens, 1, MAX_SLOTS)
         _integer("steps", self.steps, 1, MAX_STEPS)
@@ -174,10 +177,6 @@ class GuidanceConfig:
         if unknown:
             raise TypeError(f"no setting {', '.join(map(repr, unknown))}: expected one of {', '.join(names)}")
         return dataclasses.replace(self, **changes)
-
-    def resolved_state_dtype(self) -> torch.dtype | None:
-        """`state_dtype` as torch's."""
-        return None if self.state_dtype is None else getattr(torch, self.state_dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-safe values; a callable weight by its repr."""

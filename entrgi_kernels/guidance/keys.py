@@ -38,6 +38,6 @@ def row_keys(
     return (prompt | sample | slot).flatten(0, 1)
 
 
-def step_key(denoising_step: int, inner: int) -> int:
+def draw_counter(denoising_step: int, inner: int) -> int:
     """The 32-bit step of a draw: `inner` is the inner step, FINAL_DRAW or POSITIONS."""
     return denoising_step << _INNER_BITS | inner

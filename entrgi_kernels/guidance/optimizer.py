@@ -8,10 +8,10 @@ import torch
 
 from ..ops import AdamState, EntrgiEmbedding, ForwardState, _common, entrgi_embedding, guidance_update_
 from ..ops.guidance_update import hyperparameters, moment_dtype
-from .buffers import Buffers
+from .memory import Memory, Name
 from .weights import WeightFunction, resolve_weight
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTS: tuple[tuple[Name, Name], ...] = (("exp_avg", "moved exp_avg"), ("exp_avg_sq", "moved exp_avg_sq"))
 
 
 class LogitOptimizer:
@@ -35,16 +35,16 @@ class LogitOptimizer:
         lr: learning rate, eta. It, temperature and top_p may be 0-d tensors on the CPU, read at each call.
         temperature: tau of the soft embedding and of the draw, from 1e-12 to 1e12; 0 draws the argmax and blends at
             temperature 1.
-        weight: "entropy" (or "linear"), "one", "zero", another schedule's name, or a callable of (entropy [N], V).
+        weight: "entropy" (or "linear"), "one", "zero", another weight's name, or a callable of (entropy [N], V).
         top_k, top_p: filters of the draw; None keeps all.
         seed, counter, keys: of the draw, as in :func:`entrgi_kernels.ops.sample_tokens`; each :meth:`embed` adds one to
             `counter`. `seed` may also be an int64 tensor [M, 2], the (seed, counter) of each :meth:`embed` in turn: a
             CUDA graph replays with new numbers when its content is changed between replays.
         betas, eps: Adam's; eps from 1e-12 to 1e12.
-        state_dtype: dtype of Adam's moments, not float16; None takes that of phi, float32 for float16.
+        state_dtype: dtype of Adam's moments or its name, not float16; None takes that of phi, float32 for float16.
         keep_state: False when only one :meth:`step` will follow: the moments are then never formed (M = 1). With more,
             the last one is told by ``step(grad, last=True)``.
-        buffers: memory for the moments and for :meth:`moved_rows`, used again by the next optimiser that is given the
+        memory: memory for the moments and for :meth:`moved_rows`, used again by the next optimiser that is given the
             same; None takes fresh memory.
         backend: "auto" or the name of a backend.
 
@@ -68,9 +68,9 @@ class LogitOptimizer:
         keys: torch.Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
         keep_state: bool = True,
-        buffers: Buffers | None = None,
+        memory: Memory | None = None,
         backend: str = "auto",
     ) -> None:
         _common.check_logits(phi, "phi")
@@ -95,14 +95,11 @@ class LogitOptimizer:
             _common.check_vector(phi, keys, "keys", torch.int64, called="phi")
         if not _common.is_integer(counter) or counter < 0:
             raise ValueError(f"counter={counter!r}: expected an integer >= 0")
-        if state_dtype is not None and state_dtype not in _common.FLOATS:
-            raise TypeError(
-                f"state_dtype={state_dtype!r}: expected None or one of {', '.join(map(str, _common.FLOATS))}"
-            )
+        moments_in = moment_dtype(phi.dtype, state_dtype)
         if not isinstance(keep_state, bool):
             raise TypeError(f"keep_state={keep_state!r}: expected True or False")
-        if buffers is not None and not isinstance(buffers, Buffers):
-            raise TypeError(f"buffers is {type(buffers).__name__}: expected None or Buffers")
+        if memory is not None and not isinstance(memory, Memory):
+            raise TypeError(f"memory is {type(memory).__name__}: expected None or Memory")
         self.phi = phi.detach()
         self.table = table.detach()
         self._forward: dict[str, Any] = dict(
@@ -110,8 +107,8 @@ class LogitOptimizer:
         )
         self._update: dict[str, Any] = dict(lr=lr, betas=(beta1, beta2), eps=eps, backend=backend)
         self._seed, self._seeds, self._counter, self._draws = seed, seeds, counter, 0
-        self._buffers = Buffers() if buffers is None else buffers
-        self._state_dtype = moment_dtype(phi.dtype, state_dtype)
+        self.memory = Memory() if memory is None else memory
+        self._state_dtype = moments_in
         self._keep_state = keep_state
         self._adam: AdamState | None = None
         self._state: ForwardState | None = None
@@ -187,7 +184,7 @@ class LogitOptimizer:
         if keep and self._adam is None:
             # Not cleared: a first step takes the moments as zero.
             like = self.phi.shape, self._state_dtype, self.phi.device
-            first, second = (self._buffers.take(name, *like) for name in _MOMENTS)
+            first, second = (self.memory.take(name, *like) for name, _ in _MOMENTS)
             self._adam = AdamState(first, second)
         guidance_update_(self.phi, grad, self.table, state, adam=self._adam, keep=keep, **self._update)
         self._state = None
@@ -217,10 +214,10 @@ class LogitOptimizer:
             raise ValueError(f"grad has shape {list(grad.shape)}: expected [{n}, {d}], that of the embedding")
         if not isinstance(rows, torch.Tensor) or rows.dim() != 1 or rows.dtype != torch.int64:
             raise TypeError(f"rows={rows!r}: expected an int64 tensor [n]")
-        moved, adam = self._buffers.rows("moved phi", self.phi, rows), None
+        moved, adam = self.memory.rows("moved phi", self.phi, rows), None
         if self._adam is not None:
             moments = zip(_MOMENTS, (self._adam.exp_avg, self._adam.exp_avg_sq), strict=True)
-            first, second = (self._buffers.rows(f"moved {name}", moment, rows) for name, moment in moments)
+            first, second = (self.memory.rows(moved_name, moment, rows) for (_, moved_name), moment in moments)
             adam = AdamState(first, second, self._adam.step)
         guidance_update_(moved, grad[rows], self.table, state.rows(rows), adam=adam, keep=False, **self._update)
         return moved

@@ -7,8 +7,10 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from .config import GuidanceConfig
 
@@ -128,6 +130,42 @@ class GenerationResult(_Record):
     def to_dict(self) -> dict[str, Any]:
         """The content as JSON-safe dicts, with the summary figures."""
         return {**super().to_dict(), "top1": _plain(self.top1), "mean": _plain(self.mean)}
+
+
+@dataclass
+class Stats:
+    """What a run did.
+
+    Attributes:
+        steps: denoising steps taken (those that commit nothing are skipped).
+        model_forwards: forwards of the diffusion model, batches.
+        reward_evaluations: forwards and backwards of the reward model under guidance, batches.
+        mean_weight: mean share of the hard token over all rows and inner steps; None without guidance.
+        seconds: wall-clock time of the whole run, models included.
+    """
+
+    steps: int = 0
+    model_forwards: int = 0
+    reward_evaluations: int = 0
+    mean_weight: float | None = None
+    seconds: float = 0.0
+    _weights: list[torch.Tensor] = field(default_factory=list, repr=False)
+
+    def add_weights(self, weights: torch.Tensor) -> None:
+        """Note the weights [M, N] of a denoising step's inner steps, without waiting for the device."""
+        self._weights.append(weights.mean(dim=1))
+
+    def finish(self, seconds: float) -> None:
+        """Close the run: read what was gathered on the device."""
+        self.seconds = seconds
+        self.mean_weight = torch.cat(self._weights).mean().item() if self._weights else None
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """The figures as a JSON-safe dict."""
+        return {
+            name: getattr(self, name)
+            for name in ("steps", "model_forwards", "reward_evaluations", "mean_weight", "seconds")
+        }
 
 
 def named(prompt: str | Conversation) -> str:

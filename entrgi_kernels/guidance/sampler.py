@@ -20,16 +20,17 @@ from ..models.base import embedding_rows
 from ..rewards import EmbeddingReward, PreparedPrompts, Reward, WeightedSum
 from ..text.template import conversation_from, encode_prompt
 from ..text.vocabulary import check_rows
-from .batching import Batch, MemoryEstimate, is_out_of_memory, make_batches
-from .buffers import Buffers
-from .canvas import Canvas, NonFiniteLogitsError, NonFiniteRewardError, Statistics
+from .batching import Batch, is_out_of_memory, make_batches
+from .canvas import Canvas, left_padded
 from .capture import compiled
 from .config import GuidanceConfig
 from .denoising import Denoiser, OnStep
-from .inner import Scorer
+from .errors import NonFiniteLogitsError, NonFiniteRewardError
 from .keys import prompt_keys, row_keys
-from .results import Conversation, GenerationResult, Sample, StepTrace, named, warn_of_missing
+from .memory import Memory, MemoryEstimate
+from .results import Conversation, GenerationResult, Sample, Stats, StepTrace, named, warn_of_missing
 from .savings import reward_savings
+from .scoring import Scorer
 
 logger = logging.getLogger("entrgi_kernels")
 
@@ -56,7 +57,7 @@ class GuidedSampler:
 
     Attributes:
         config: the settings that calls start from.
-        statistics: what the last call did.
+        stats: what the last call did.
 
     Raises:
         ValueError, TypeError: models, tokenizers or settings that cannot serve; the message says what is accepted.
@@ -80,7 +81,7 @@ class GuidedSampler:
         self.reward: Reward = rewards.wrap(reward_model, reward_tokenizer or tokenizer, unmatched=unmatched)
         if hasattr(self.reward, "savings"):  # also in `reward.savings` and `reward.savings_off`
             logger.info("%r", self.reward)
-        self.statistics = Statistics()
+        self.stats = Stats()
         module = getattr(self.model, "module", None)
         rows = embedding_rows(module) if isinstance(module, torch.nn.Module) else None
         if rows is not None:
@@ -163,7 +164,7 @@ class GuidedSampler:
         def advance(step: int, tokens: torch.Tensor) -> None:
             bar.update()
 
-        self.statistics = statistics = Statistics()
+        self.stats = stats = Stats()
         start = time.perf_counter()
         longest = max(range(len(given)), key=lambda i: len(encoded[i]), default=0)
 
@@ -171,17 +172,19 @@ class GuidedSampler:
             with self.running(config.replace(torch_compile=False)):
                 table, _ = self.table(config, self.model.device)  # made once and kept: no part of a batch
 
-                def scorer(prepared: PreparedPrompts, index: torch.Tensor) -> Scorer:
-                    own = (config, self.tokenizer, table.shape[0])
-                    return Scorer(self.reward, prepared, index, self._eos, self._pad, *own)
+                prepared = self.reward.prepare([conversations[longest]])
+
+                def scorer(rows: int) -> Scorer:
+                    index = torch.zeros(rows, dtype=torch.int64, device=self.model.device)
+                    return self.scorer(prepared, index, config)
 
                 turns, ids = conversations[longest], encoded[longest]
-                return MemoryEstimate.measure(self.model, self.reward, config, turns, ids, self.decode, scorer, table)
+                return MemoryEstimate.measure(self.model, config, turns, ids, self.decode, scorer, table)
 
         batches = make_batches([len(ids) for ids in encoded], config, estimate, self.model.device)
         if only is not None:
             batches = deque(batch for batch in batches if not set(only).isdisjoint(batch.prompts))
-        buffers = Buffers()
+        memory = Memory()
         waiting: dict[int, list[Sample]] = {}
         with tqdm(
             total=len(batches) * config.steps, desc=config.method, unit="step", disable=_hide(progress), leave=False
@@ -189,21 +192,19 @@ class GuidedSampler:
             while batches:
                 batch, begin, finished = batches.popleft(), bar.n, None
                 try:
-                    finished = self._batch(
-                        batch, encoded, conversations, keys, config, statistics, buffers, trace, advance
-                    )
+                    finished = self._batch(batch, encoded, conversations, keys, config, stats, memory, trace, advance)
                 except Exception as error:
                     if not is_out_of_memory(error) or batch.halves() is None:
                         raise
                 if finished is None:  # outside of the except clause, which keeps the failed call's tensors alive
-                    buffers = Buffers()
+                    memory = Memory()
                     batches.extendleft(reversed(self._halved(batch)))
                     bar.total += config.steps
                     bar.update(begin - bar.n)
                     continue
                 # The even schedule drops steps: a batch counts in full all the same.
                 bar.update(begin + config.steps - bar.n)
-                statistics.finish(time.perf_counter() - start)
+                stats.finish(time.perf_counter() - start)
                 for index, samples in zip(batch.prompts, finished, strict=True):
                     # Samples of one prompt are apart only where a batch was halved down to it: in order, then.
                     gathered = [*waiting.pop(index, []), *samples]
@@ -246,12 +247,12 @@ class GuidedSampler:
         index: torch.Tensor,
         config: GuidanceConfig,
         *,
-        statistics: Statistics | None = None,
+        stats: Stats | None = None,
         traces: list[list[StepTrace]] | None = None,
         on_step: OnStep | None = None,
         model: DiffusionModel | None = None,
         every_step: bool = False,
-        buffers: Buffers | None = None,
+        memory: Memory | None = None,
         first_sample: int = 0,
     ) -> torch.Tensor:
         """Fill the masked slots of a canvas of one's own, in place: what loops with tokens in hand call.
@@ -261,9 +262,9 @@ class GuidedSampler:
             conversations: the prompts as the reward model is to see them.
             index: int64 [R], each trajectory's place in `conversations`.
             config: settings.
-            statistics, traces, on_step, every_step: as in :meth:`Denoiser.run`.
+            stats, traces, on_step, every_step: as in :meth:`Denoiser.run`.
             model: takes the place of the sampler's own adapter (to put something between forward and guidance).
-            buffers: memory to use again from one call to the next.
+            memory: memory to use again from one call to the next.
             first_sample: number of each prompt's first trajectory, as errors name it.
 
         Returns:
@@ -276,18 +277,13 @@ class GuidedSampler:
             table, undrawable = self.table(config, canvas.tokens.device)
             denoiser = Denoiser(
                 model=model or self.model,
-                reward=self.reward,
+                score=self.scorer(self.reward.prepare(conversations), index, config),
                 table=table,
                 config=config,
                 undrawable=undrawable,
-                eos_token_id=self._eos,
-                pad_token_id=self._pad,
                 canvas=canvas,
-                prepared=self.reward.prepare(conversations),
-                index=index,
-                statistics=statistics or Statistics(),
-                buffers=Buffers() if buffers is None else buffers,
-                tokenizer=self.tokenizer,
+                stats=stats or Stats(),
+                memory=Memory() if memory is None else memory,
             )
             try:
                 return denoiser.run(traces=traces, on_step=on_step, every_step=every_step)
@@ -295,6 +291,20 @@ class GuidedSampler:
                 places, row = index.tolist(), error.trajectory
                 number = first_sample + places[:row].count(places[row])
                 raise error.at(f"sample {number} of {named(conversations[places[row]])}") from error
+
+    def scorer(
+        self, prepared: PreparedPrompts, index: torch.Tensor, config: GuidanceConfig, ends: tuple[int, ...] = ()
+    ) -> Scorer:
+        """The reward of a batch's trajectories.
+
+        Args:
+            prepared: the prompts, by the reward's ``prepare``.
+            index: int64 [R], each trajectory's place among them.
+            config: settings.
+            ends: ids that end a response beside :attr:`eos_token_id`.
+        """
+        of_model = self._eos, self._pad, self.tokenizer, self.model.vocab_size
+        return Scorer(self.reward, prepared, index, config, *of_model, ends)
 
     @property
     def eos_token_id(self) -> int:
@@ -327,20 +337,9 @@ class GuidedSampler:
         first_sample: int = 0,
     ) -> Canvas:
         """All-masked trajectories for encoded prompts: `num_samples` contiguous rows a prompt, left-padded."""
-        width = max(map(len, prompts), default=0)
-        tokens = torch.full((len(prompts), width + slots), self.model.mask_token_id, dtype=torch.int64)
-        attention = torch.ones_like(tokens, dtype=torch.bool)
-        for row, ids in enumerate(prompts):
-            tokens[row, : width - len(ids)] = self._pad
-            attention[row, : width - len(ids)] = False
-            tokens[row, width - len(ids) : width] = torch.tensor(ids, dtype=torch.int64)
-        return Canvas(
-            tokens=tokens.repeat_interleave(num_samples, dim=0).to(device),
-            attention=attention.repeat_interleave(num_samples, dim=0).to(device),
-            start=width,
-            masked=torch.ones(len(prompts) * num_samples, slots, dtype=torch.bool, device=device),
-            keys=row_keys(keys, num_samples, slots, device, first_sample),
-            repeats=num_samples,
+        keys_of_rows = row_keys(keys, num_samples, slots, device, first_sample)
+        return Canvas.blank(
+            *left_padded(prompts, self._pad), self.model.mask_token_id, keys_of_rows, repeats=num_samples
         )
 
     def _batch(
@@ -350,8 +349,8 @@ class GuidedSampler:
         conversations: list[Conversation],
         keys: list[int],
         config: GuidanceConfig,
-        statistics: Statistics,
-        buffers: Buffers,
+        stats: Stats,
+        memory: Memory,
         trace: bool,
         on_step: OnStep,
     ) -> list[list[Sample]]:
@@ -374,10 +373,10 @@ class GuidedSampler:
                 conversations,
                 index,
                 config,
-                statistics=statistics,
+                stats=stats,
                 traces=traces,
                 on_step=on_step,
-                buffers=buffers,
+                memory=memory,
                 first_sample=batch.first,
             ).tolist()
         # All at once: as many rows went through the reward model forward and backward a moment ago.

@@ -1,7 +1,7 @@
 """Interpolation weights: the hard token's share as a function of the row's entropy.
 
-The method is linear, w = H / log V: uncertain positions lean on a hard token, confident ones stay soft. The other
-schedules exist for ablation. To add one, write a class with ``__call__(entropy, V)`` and enter it in `SCHEDULES`.
+The method is linear, w = H / log V: uncertain positions lean on a hard token, confident ones stay soft. The others
+exist for ablation. To add one, write a class with ``__call__(entropy, V)`` and enter it in `WEIGHTS`.
 
 Source: arXiv 2602.05000; one public commentary states the weight the other way round, while the paper, its project page
 and its code agree on this form.
@@ -22,7 +22,7 @@ METHODS: dict[str, str | None] = {"entrgi": "linear", "aps": "one", "expectation
 
 
 @dataclass(frozen=True)
-class Threshold:
+class ThresholdWeight:
     """w = clamp((H - theta) / width, 0, 1), rising with the entropy.
 
     Attributes:
@@ -35,14 +35,14 @@ class Threshold:
 
     def __post_init__(self) -> None:
         if not self.width > 0:
-            raise ValueError(f"width={self.width}: expected a number of nats > 0 (for a jump use the schedule 'step')")
+            raise ValueError(f"width={self.width}: expected a number of nats > 0 (for a jump use the weight 'step')")
 
     def __call__(self, entropy: torch.Tensor, vocab_size: int) -> torch.Tensor:
         return ((entropy - self.theta) / self.width).clamp(0, 1)
 
 
 @dataclass(frozen=True)
-class Step:
+class StepWeight:
     """w = 1 where H >= theta, else 0.
 
     Attributes:
@@ -57,13 +57,13 @@ class Step:
 
 
 # Name -> the operators' own mode, or a class whose arguments may follow the name, as in "threshold(0.5, 1.0)".
-SCHEDULES: dict[str, str | type] = {
+WEIGHTS: dict[str, str | type] = {
     "linear": "entropy",
     "entropy": "entropy",
     "one": "one",
     "zero": "zero",
-    "threshold": Threshold,
-    "step": Step,
+    "threshold": ThresholdWeight,
+    "step": StepWeight,
 }
 
 _CALL = re.compile(r"^\s*(\w+)\s*(?:\(([^()]*)\))?\s*$")
@@ -73,32 +73,32 @@ def resolve_weight(weight: str | WeightFunction) -> str | WeightFunction:
     """The operators' form of a weight: one of their modes, or a callable of (entropy [N] in nats, V).
 
     Args:
-        weight: a schedule's name, with numbers in parentheses where it takes any ("step(0.5)"), or a callable.
+        weight: a name, with numbers in parentheses where it takes any ("step(0.5)"), or a callable.
 
     Raises:
-        ValueError: no such schedule, or arguments that it does not take.
+        ValueError: no such weight, or arguments that it does not take.
         TypeError: neither a name nor a callable.
     """
     if not isinstance(weight, str):
         if not callable(weight):
-            raise TypeError(f"weight is {type(weight).__name__}: expected a schedule's name or a callable")
+            raise TypeError(f"weight is {type(weight).__name__}: expected a weight's name or a callable")
         return weight
     match = _CALL.match(weight)
-    schedule = SCHEDULES.get(match.group(1)) if match else None
-    if match is None or schedule is None:
-        raise ValueError(f"weight={weight!r}: expected a callable or one of {', '.join(map(repr, SCHEDULES))}")
+    found = WEIGHTS.get(match.group(1)) if match else None
+    if match is None or found is None:
+        raise ValueError(f"weight={weight!r}: expected a callable or one of {', '.join(map(repr, WEIGHTS))}")
     try:
         numbers = [float(number) for number in (match.group(2) or "").split(",") if number.strip()]
     except ValueError:
         raise ValueError(f"weight={weight!r}: expected numbers in parentheses, as in 'threshold(1.0, 0.5)'") from None
     try:
-        if isinstance(schedule, type):
-            return schedule(*numbers)
+        if isinstance(found, type):
+            return found(*numbers)
     except (TypeError, ValueError) as error:
         raise ValueError(f"weight={weight!r}: {error}") from error
     if numbers:
-        raise ValueError(f"weight={weight!r}: the schedule {match.group(1)!r} takes no numbers")
-    return schedule
+        raise ValueError(f"weight={weight!r}: the weight {match.group(1)!r} takes no numbers")
+    return found
 
 
 def method_weight(method: str, weight: str | WeightFunction | None = None) -> str | WeightFunction | None:

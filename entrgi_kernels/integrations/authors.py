@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from .. import rewards
-from ..guidance.buffers import Buffers
-from ..guidance.canvas import Canvas, OpenSlots, Statistics
+from ..guidance.canvas import Canvas, OpenSlots, left_padded
 from ..guidance.config import GuidanceConfig
-from ..guidance.inner import InnerLoop, Scorer
+from ..guidance.inner import InnerLoop
 from ..guidance.keys import prompt_keys, row_keys
+from ..guidance.memory import Memory
+from ..guidance.results import Stats
 from ..guidance.sampler import GuidedSampler, evaluating
+from ..guidance.scoring import Scorer
 from ..rewards import PreparedPrompts, SequenceClassifierReward
 from ..text.template import conversation_from_ids
 from .base import Guidance, Integration, Parts
@@ -54,7 +56,7 @@ class OptimizeLogits:
     def __init__(self, own: Any, guidance: Guidance, settings: dict[str, Any]) -> None:
         self._own, self._guidance = own, guidance
         self._settings = GuidanceConfig().replace(**settings)
-        self._buffers = Buffers()
+        self._memory = Memory()
         self._reward: SequenceClassifierReward | None = None
         self._caches: Any = None
 
@@ -124,16 +126,14 @@ class OptimizeLogits:
             inside = phi if bool(response.all()) else phi[response]
             tokens = trajectories[:, max_prompt_len:].clone()
             opened = masked[:, max_prompt_len:]
-            canvas = Canvas(tokens, torch.ones_like(opened), 0, opened, self._keys)
             pad = eos_token_id if pad_token_id is None else pad_token_id
             # A classifier looks at no tokens, so nobody asks for the tokenizer.
-            score = Scorer(
-                self._reward, self._prepared, self._index, eos_token_id, pad, config, None, mapped_embeds.shape[0]
-            )
-            slots = OpenSlots.of(canvas, opened.sum(dim=1).tolist())
+            of_model = eos_token_id, pad, None, mapped_embeds.shape[0]
+            score = Scorer(self._reward, self._prepared, self._index, config, *of_model)
+            slots = OpenSlots.of(opened, self._keys, opened.sum(dim=1).tolist())
             with evaluating(self._reward):
-                loop = InnerLoop(score, mapped_embeds.detach(), config, self._buffers)
-                guided = loop(inside, slots, canvas, self._step, None, defer=False)
+                loop = InnerLoop(score, mapped_embeds.detach(), config, self._memory)
+                guided = loop(inside, slots, tokens, self._step)
             if inside is not phi:
                 phi[response] = inside
             self._guidance.stats.steps += 1
@@ -165,7 +165,7 @@ class OptimizeLogits:
         keys = prompt_keys(trajectories[::samples, :start].tolist())
         self._keys = row_keys(keys, samples, trajectories.shape[1] - start, device)
         self._caches, self._step, self._seed = caches, 0, self._guidance.seed()
-        self._guidance.stats = Statistics()
+        self._guidance.stats = Stats()
 
 
 def _right_aligned(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,12 +250,12 @@ class TrainingSample:
             },
         )
         with torch.inference_mode(False):
-            sampler.statistics = Statistics()
+            sampler.stats = Stats()
             canvas, index = self._canvas(sampler, prompts, samples, settings.max_new_tokens)
             conversations = [conversation_from_ids(self._target.tokenizer, ids) for ids in prompts[::samples]]
-            responses = sampler.denoise(canvas, conversations, index, settings, statistics=sampler.statistics)
-        sampler.statistics.finish(0.0)
-        self._target._last_entropy_weight_mean = sampler.statistics.mean_weight
+            responses = sampler.denoise(canvas, conversations, index, settings, stats=sampler.stats)
+        sampler.stats.finish(0.0)
+        self._target._last_entropy_weight_mean = sampler.stats.mean_weight
         self._guidance.rewards = sampler.score([conversations[i] for i in index.tolist()], responses.tolist())
         if not given["return_dict"]:
             return canvas.tokens
@@ -275,19 +275,11 @@ class TrainingSample:
     ) -> tuple[Canvas, torch.Tensor]:
         # The published sampler pads with the end-of-sequence token.
         device, eos = sampler.model.device, self._target.tokenizer.eos_token_id
-        width = max(map(len, prompts))
-        tokens = torch.tensor([[eos] * (width - len(ids)) + ids for ids in prompts], device=device)
-        real = torch.tensor([[False] * (width - len(ids)) + [True] * len(ids) for ids in prompts], device=device)
         first = prompts[::samples]
         same = all(ids == first[row // samples] for row, ids in enumerate(prompts))
-        canvas = Canvas(
-            tokens=torch.nn.functional.pad(tokens, (0, slots), value=sampler.model.mask_token_id),
-            attention=torch.nn.functional.pad(real, (0, slots), value=True),
-            start=width,
-            masked=torch.ones(len(prompts), slots, dtype=torch.bool, device=device),
-            keys=row_keys(prompt_keys(first), samples, slots, device),
-            repeats=samples if same else 1,
-        )
+        keys = row_keys(prompt_keys(first), samples, slots, device)
+        repeats = samples if same else 1
+        canvas = Canvas.blank(*left_padded(prompts, eos), sampler.model.mask_token_id, keys, repeats=repeats)
         return canvas, torch.arange(len(first), device=device).repeat_interleave(samples)
 
 

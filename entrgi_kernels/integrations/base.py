@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..guidance.canvas import Statistics
-from ..guidance.results import GenerationResult
+from ..guidance.results import GenerationResult, Stats
 from ..guidance.sampler import GuidedSampler
 from ..models.modules import module_device, module_dtype, output_head
 from .steering import Steering
@@ -123,8 +122,7 @@ class Guidance:
         integration: the name of the way in, as in the table of docs/integrations.md.
         sampler: the :class:`GuidedSampler` that holds models and settings; None where the target brings all of them.
         steering: what moves logits inside a loop of the target's own; None where its call is replaced as a whole.
-        rewards: final rewards of the last guided call: a list a prompt for :meth:`generate`, a list of one number a
-            sequence for the target's own call or :meth:`score`.
+        rewards: final rewards of the last guided call, one number a sequence, a prompt's samples together.
         results: what the last :meth:`generate` returned.
     """
 
@@ -132,27 +130,27 @@ class Guidance:
         self.integration = integration
         self.sampler: GuidedSampler | None = None
         self.steering: Steering | None = None
-        self.rewards: list[Any] = []
+        self.rewards: list[float] = []
         self.results: list[GenerationResult] = []
         self._target = target
         self._seed = seed
-        self._statistics = Statistics()
+        self._stats = Stats()
         self._undo: list[Callable[[], Any]] = []
         self._pauses = 0
 
     # ---- what users call
 
     @property
-    def stats(self) -> Statistics:
+    def stats(self) -> Stats:
         """What the last guided call did."""
-        return self._statistics if self.sampler is None else self.sampler.statistics
+        return self._stats if self.sampler is None else self.sampler.stats
 
     @stats.setter
-    def stats(self, statistics: Statistics) -> None:
+    def stats(self, stats: Stats) -> None:
         if self.sampler is None:
-            self._statistics = statistics
+            self._stats = stats
         else:
-            self.sampler.statistics = statistics
+            self.sampler.stats = stats
 
     def generate(self, prompts: Any, **settings: Any) -> list[GenerationResult]:
         """From text: see :meth:`GuidedSampler.generate`. Without a seed, one is drawn from torch's own generator.
@@ -167,7 +165,7 @@ class Guidance:
         settings.setdefault("seed", self.seed())
         with self.paused():
             self.results = self.sampler.generate(prompts, **settings)
-        self.rewards = [result.rewards for result in self.results]
+        self.rewards = [reward for result in self.results for reward in result.rewards]
         return self.results
 
     def score(self, sequences: torch.Tensor) -> list[float]:

@@ -12,8 +12,9 @@ from typing import Any, cast
 import torch
 from transformers.utils import ModelOutput
 
-from ..guidance.canvas import Canvas, Statistics
+from ..guidance.canvas import Canvas
 from ..guidance.keys import prompt_keys, row_keys
+from ..guidance.results import Stats
 from ..guidance.sampler import GuidedSampler
 from ..models import DiffusionModel
 from ..text.template import conversation_from_ids
@@ -128,7 +129,7 @@ class DreamGeneration:
         logits_hook: Any,
     ) -> Any:
         guidance, sampler = self._guidance, cast(GuidedSampler, self._guidance.sampler)
-        mask_id, slots, width = sampler.model.mask_token_id, settings.max_new_tokens, inputs.shape[1]
+        mask_id, slots = sampler.model.mask_token_id, settings.max_new_tokens
         config = sampler.config.replace(
             seed=guidance.seed(),
             num_samples=settings.num_return_sequences,
@@ -141,13 +142,8 @@ class DreamGeneration:
         if any(mask_id in ids for ids in prompts):
             logger.warning("a prompt holds the mask token: it is kept as it is, guidance fills the response alone")
         k = settings.num_return_sequences
-        canvas = Canvas(
-            tokens=torch.nn.functional.pad(inputs, (0, slots), value=mask_id).repeat_interleave(k, dim=0),
-            attention=torch.nn.functional.pad(attention, (0, slots), value=True).repeat_interleave(k, dim=0),
-            start=width,
-            masked=torch.ones(len(prompts) * k, slots, dtype=torch.bool, device=inputs.device),
-            keys=row_keys(prompt_keys(prompts), k, slots, inputs.device),
-        )
+        keys = row_keys(prompt_keys(prompts), k, slots, inputs.device)
+        canvas = Canvas.blank(inputs, attention, mask_id, keys)
         if tokens_hook is not None:
             canvas.tokens = tokens_hook(None, canvas.tokens, None)
             canvas.masked = canvas.response == mask_id
@@ -163,7 +159,7 @@ class DreamGeneration:
                 history.append(tokens.clone())
             return None if tokens_hook is None else tokens
 
-        sampler.statistics = Statistics()
+        sampler.stats = Stats()
         conversations = [conversation_from_ids(sampler.tokenizer, ids) for ids in prompts]
         index = torch.arange(len(prompts), device=inputs.device).repeat_interleave(k)
         responses = sampler.denoise(
@@ -171,7 +167,7 @@ class DreamGeneration:
             conversations,
             index,
             config,
-            statistics=sampler.statistics,
+            stats=sampler.stats,
             on_step=on_step,
             model=hooked if hooks else None,
             every_step=hooks,

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
-from ..guidance.buffers import Buffers
-from ..guidance.canvas import Canvas, NonFiniteLogitsError, NonFiniteRewardError, OpenSlots, Statistics
+from ..guidance.canvas import OpenSlots
 from ..guidance.config import GuidanceConfig
-from ..guidance.inner import InnerLoop, Scorer
+from ..guidance.errors import NonFiniteLogitsError, NonFiniteRewardError
+from ..guidance.inner import InnerLoop
 from ..guidance.keys import prompt_keys, row_keys
-from ..guidance.results import Conversation, named, warn_of_missing
+from ..guidance.memory import Memory
+from ..guidance.results import Conversation, Stats, named, warn_of_missing
 from ..guidance.sampler import GuidedSampler
+from ..guidance.scoring import Scorer
 from ..rewards import PreparedPrompts
 from ..text.template import conversation_from_ids
 
@@ -38,7 +40,7 @@ class Steering:
         self.started = False
         self._step = 0
         self._prepared: PreparedPrompts | None = None
-        self._buffers = Buffers()
+        self._memory = Memory()
         self._starts: list[int] = []
 
     def begin(
@@ -71,7 +73,7 @@ class Steering:
         self._ends = tuple(set(ends) - {self.sampler.eos_token_id})
         self._prepared, self._step, self.started = None, 0, True
         self._kept = 0, torch.empty(0)
-        self.sampler.statistics = Statistics()
+        self.sampler.stats = Stats()
 
     @property
     def conversations(self) -> list[Conversation]:
@@ -97,9 +99,9 @@ class Steering:
             NonFiniteRewardError: a NaN or infinite reward, or its gradient.
         """
         config = self.config if temperature is None else self.config.replace(temperature=temperature)
-        statistics, sampler = self.sampler.statistics, self.sampler
-        statistics.steps += 1
-        statistics.model_forwards += 1
+        stats, sampler = self.sampler.stats, self.sampler
+        stats.steps += 1
+        stats.model_forwards += 1
         self._step += 1
         with sampler.running(config):
             # Callers under torch.inference_mode() hand over tensors of that kind, which nothing may write to here.
@@ -113,31 +115,14 @@ class Steering:
             if self._prepared is None:
                 self._prepared = sampler.reward.prepare(self._conversations)
                 self._index = torch.tensor(self._rows, device=phi.device)
-            score = _Scorer(
-                sampler.reward,
-                self._prepared,
-                self._index,
-                sampler.eos_token_id,
-                sampler.pad_token_id,
-                config,
-                sampler.tokenizer,
-                sampler.model.vocab_size,
-            )
-            score.ends = self._ends
-            canvas = Canvas(
-                tokens=response,
-                attention=torch.ones_like(opened),
-                start=0,
-                masked=opened,
-                keys=row_keys(self._keys, 1, response.shape[1], phi.device),
-            )
-            opened_slots = OpenSlots.of(canvas, opened.sum(dim=1).tolist())
+            score = sampler.scorer(self._prepared, self._index, config, self._ends)
+            keys = row_keys(self._keys, 1, response.shape[1], phi.device)
+            opened_slots = OpenSlots.of(opened, keys, opened.sum(dim=1).tolist())
             settled = self._settled(score, response, opened) if score.takes_committed else None
-            guided = InnerLoop(score, table, config, self._buffers)(
-                phi, opened_slots, canvas, self._step - 1, settled, defer=False
-            )
-            statistics.reward_evaluations += config.guidance_steps
-            statistics.add_weights(guided.weights)
+            loop = InnerLoop(score, table, config, self._memory)
+            guided = loop(phi, opened_slots, response, self._step - 1, settled)
+            stats.reward_evaluations += config.guidance_steps
+            stats.add_weights(guided.weights)
             unreadable = torch.zeros_like(self._index).index_add_(0, opened_slots.rows, guided.unreadable.long()) > 0
             faulty, rewards = guided.faults(opened_slots.rows)
             if (unreadable | faulty).any():
@@ -171,20 +156,3 @@ class Steering:
         for row, (conversation, reward) in enumerate(zip(self.conversations, rewards, strict=True)):
             warn_of_missing(conversation, [reward], row)
         return rewards
-
-
-class _Scorer(Scorer):
-    """Of responses that several tokens may end."""
-
-    ends: tuple[int, ...] = ()
-
-    def alive(self, tokens: torch.Tensor) -> torch.Tensor:
-        return super().alive(self._ended(tokens))
-
-    def settled(self, tokens: torch.Tensor, open_slots: torch.Tensor) -> torch.Tensor:
-        return super().settled(self._ended(tokens), open_slots)
-
-    def _ended(self, tokens: torch.Tensor) -> torch.Tensor:
-        if not self.ends:
-            return tokens
-        return torch.where(torch.isin(tokens, torch.tensor(self.ends, device=tokens.device)), self.eos_token_id, tokens)

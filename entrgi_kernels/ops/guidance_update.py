@@ -20,19 +20,24 @@ from . import _common
 from ._operator import operator
 from .entrgi_embedding import ForwardState
 
+MOMENT_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
-def moment_dtype(logits: torch.dtype, wanted: torch.dtype | None = None) -> torch.dtype:
-    """What Adam's moments are kept in: `wanted`, else the logits' dtype, but float32 for float16.
+
+def moment_dtype(logits: torch.dtype, wanted: torch.dtype | str | None = None) -> torch.dtype:
+    """What Adam's moments are kept in: `wanted` or its name, else the logits' dtype, but float32 for float16.
 
     Raises:
-        TypeError: float16 is wanted. A gradient below 1e-2 has a second moment that becomes 0 there, and the step would
-            be the first moment over eps.
+        TypeError: another dtype, float16 among them. A gradient below 1e-2 has a second moment that becomes 0 there,
+            and the step would be the first moment over eps.
     """
-    if wanted == torch.float16:
+    if wanted is None:
+        return torch.float32 if logits == torch.float16 else logits
+    dtype = MOMENT_DTYPES.get(wanted) if isinstance(wanted, str) else wanted
+    if not isinstance(dtype, torch.dtype) or dtype not in MOMENT_DTYPES.values():
         raise TypeError(
-            f"Adam's moments in {wanted}: expected float64, float32 or bfloat16; squares underflow in float16"
+            f"Adam's moments in {wanted!r}: expected float64, float32 or bfloat16; squares underflow in float16"
         )
-    return wanted or (torch.float32 if logits == torch.float16 else logits)
+    return dtype
 
 
 @dataclass

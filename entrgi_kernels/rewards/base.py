@@ -20,7 +20,6 @@ class Targets:
         tokenizer: of the diffusion LM.
         vocab_size: V, the rows of its head.
         tokens: [B, L] int64, the tokens; at open slots the likeliest ones.
-        ended: [B, L] bool, slots whose token ends the response.
         rows, slots: [N] int64, the slots still open; None when none is. A row of B stands for none of the responses.
         logits: [N, V], their logits; p = softmax(logits / temperature). No gradient reaches them from here.
         temperature: 0 stands for 1, as in the soft embedding.
@@ -30,7 +29,6 @@ class Targets:
     tokenizer: Any
     vocab_size: int
     tokens: Tensor
-    ended: Tensor
     rows: Tensor | None = None
     slots: Tensor | None = None
     logits: Tensor | None = None
@@ -62,8 +60,10 @@ class Reward(Protocol):
                 their position ids.
 
         A reward with the attribute ``takes_committed`` also takes ``committed=``, how many leading slots of each row
-        are the same in all later calls; see :class:`NetworkReward`. One with ``takes_targets`` also takes
-        ``targets=``, the tokens themselves (:class:`Targets`): a likelihood is one of tokens.
+        are the same in all later calls; see :class:`NetworkReward`. One with ``takes_ended`` also takes ``ended=``,
+        [B, L] bool, the slots whose token ends the response: a template that closes it itself leaves them out. One
+        with ``takes_targets`` also takes ``targets=``, the tokens themselves (:class:`Targets`): a likelihood is one
+        of tokens.
         """
         ...
 

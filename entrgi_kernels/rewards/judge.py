@@ -57,7 +57,7 @@ class JudgeReward(PooledReward):
 
     Attributes:
         yes_ids, no_ids: the tokens that count.
-        takes_targets: True, to leave out a slot that ends the response: the question follows it.
+        takes_ended: True: a slot that ends the response is left out, the question follows it.
 
     Raises:
         TypeError: not a network, or no tokenizer.
@@ -65,7 +65,7 @@ class JudgeReward(PooledReward):
             a template whose generation prompt opens a thought all the same, and as for :class:`LikelihoodReward`.
     """
 
-    takes_targets = True
+    takes_ended = True
 
     def __init__(
         self,

@@ -54,6 +54,7 @@ class LikelihoodReward(NetworkReward):
             an unknown name of a saving.
     """
 
+    takes_ended = True
     takes_targets = True
 
     def __init__(

@@ -58,10 +58,11 @@ class NetworkReward(EmbeddingReward):
         last_savings: the names that the last :meth:`score_embeddings` was served with: fewer than ``savings`` when a
             template ends with the response, or when attention windows of an unknown kind are reached.
         takes_committed: True: :meth:`score_embeddings` takes ``committed=``.
-        takes_targets: whether it takes ``targets=``.
+        takes_ended, takes_targets: whether it takes ``ended=`` and ``targets=``.
     """
 
     takes_committed = True
+    takes_ended = False
     takes_targets = False
 
     def __init__(
@@ -179,6 +180,7 @@ class NetworkReward(EmbeddingReward):
         alive: Tensor,
         *,
         committed: Tensor | int | None = None,
+        ended: Tensor | None = None,
         targets: Targets | Tensor | None = None,
     ) -> Tensor:
         """Rewards [B] (float32, float64 for a float64 model), differentiable in ``response`` [B, L, D].
@@ -193,12 +195,13 @@ class NetworkReward(EmbeddingReward):
                 No gradient need reach them. Slots that did change are computed anew; on an accelerator that is
                 noticed when another tensor of counts is handed over (one synchronisation for each; none for an int,
                 which is taken at its word). None keeps nothing.
-            targets: the tokens themselves, for rewards with ``takes_targets``. To these, a slot whose token ends the
-                response is dead as well: their own template closes the response.
+            ended: [B, L] bool, slots whose token ends the response: dead as well, for rewards with ``takes_ended``,
+                whose own template closes it.
+            targets: the tokens themselves, for rewards with ``takes_targets``.
         """
         with plain_precision(self.device), evaluating(self.module), frozen(self.module):
-            if isinstance(targets, Targets):
-                alive = alive & ~targets.ended
+            if ended is not None:
+                alive = alive & ~ended
             if self.position_limit is not None:
                 fixed = (len(a) + len(z) for a, z in zip(prepared.prefix_ids, prepared.suffix_ids, strict=True))
                 self._check_fits(max(fixed) + response.shape[1], f"a prompt with {response.shape[1]} response slots")

@@ -20,7 +20,7 @@ from ..models.modules import (
 )
 from ..text.plain import plain_ids
 from ..text.template import Conversation, check_unicode
-from .base import Targets, check_texts
+from .base import check_texts
 from .decoding.sequences import PreparedPrompts, assemble, last_real, wide
 from .embedding import EmbeddingReward
 
@@ -60,7 +60,7 @@ class SimilarityReward(EmbeddingReward):
 
     Attributes:
         pooling, max_length: those in use.
-        takes_targets: True, to leave out a slot that ends the response.
+        takes_ended: True: a slot that ends the response is left out.
 
     Raises:
         TypeError: not a network, or no tokenizer.
@@ -69,7 +69,7 @@ class SimilarityReward(EmbeddingReward):
             or from a cache that holds config and weights alone.
     """
 
-    takes_targets = True
+    takes_ended = True
 
     def __init__(
         self,
@@ -130,14 +130,14 @@ class SimilarityReward(EmbeddingReward):
         response: Tensor,
         alive: Tensor,
         *,
-        targets: Targets | None = None,
+        ended: Tensor | None = None,
     ) -> Tensor:
         """Cosines [B] (float32, float64 for a float64 model), differentiable in ``response`` [B, L, D].
 
-        See :meth:`Reward.score_embeddings`; ``targets`` tells which slots end a response.
+        See :meth:`Reward.score_embeddings`; ``ended`` [B, L] tells which slots end a response.
         """
         with plain_precision(self.device), evaluating(self.module), frozen(self.module):
-            alive = alive if targets is None else alive & ~targets.ended
+            alive = alive if ended is None else alive & ~ended
             if self.max_length is not None:
                 fixed = prepared.prefix_valid.shape[1] + prepared.suffix_valid.shape[1]
                 room = max(0, self.max_length - fixed)

@@ -68,7 +68,7 @@ class WeightedSum(Combinable):
     """
 
     takes_committed = True
-    takes_targets = True
+    takes_ended = True
 
     def __init__(self, parts: Iterable[tuple[float, Reward]], *, names: Sequence[str] | None = None) -> None:
         self.weights: list[float] = []
@@ -101,6 +101,11 @@ class WeightedSum(Combinable):
     def __repr__(self) -> str:
         terms = (f"{weight:g} * {reward!r}" for weight, reward in zip(self.weights, self.rewards, strict=True))
         return f"WeightedSum({' + '.join(terms)})"
+
+    @property
+    def takes_targets(self) -> bool:
+        """Whether a part looks at tokens."""
+        return any(getattr(reward, "takes_targets", False) for reward in self.rewards)
 
     @property
     def exact_savings(self) -> tuple[Any, ...]:
@@ -149,22 +154,20 @@ class WeightedSum(Combinable):
         alive: Tensor,
         *,
         committed: Tensor | int | None = None,
+        ended: Tensor | None = None,
         targets: Targets | None = None,
     ) -> Tensor:
         """Weighted rewards [B], differentiable in ``response`` [B, L, D1 + D2 + ...].
 
-        See :meth:`Reward.score_embeddings`; ``committed`` and ``targets`` go to the parts that take them.
+        See :meth:`Reward.score_embeddings`; ``committed``, ``ended`` and ``targets`` go to the parts that take them.
         """
         total, start = None, 0
         self.last_components = {}
         parts = prepared.extra["parts"]
+        offered = {"committed": committed, "ended": ended, "targets": targets}
         for name, weight, reward, part in zip(self.names, self.weights, self.rewards, parts, strict=True):
             width = _width(part, reward)
-            given: dict[str, Any] = {}
-            if getattr(reward, "takes_committed", False):
-                given["committed"] = committed
-            if getattr(reward, "takes_targets", False):
-                given["targets"] = targets
+            given = {name: value for name, value in offered.items() if getattr(reward, f"takes_{name}", False)}
             value = reward.score_embeddings(part, index, response[..., start : start + width], alive, **given)
             start += width
             self.last_components[name] = value.detach()

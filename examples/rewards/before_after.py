@@ -33,7 +33,7 @@ def before_after(reward: Reward, prompts: Sequence[str] = PROMPTS, **settings: A
         results = sampler.generate(list(prompts), method=method)
         found[f"{method} mean"] = sum(result.mean for result in results) / len(results)
         found[f"{method} best"] = sum(result.top1 for result in results) / len(results)
-        print(f"\n{'unguided' if method == 'none' else 'guided'}, {sampler.statistics.seconds:.1f} s")
+        print(f"\n{'unguided' if method == 'none' else 'guided'}, {sampler.stats.seconds:.1f} s")
         for result in results:
             print(f"  {result.best.reward:+8.3f}  {result.prompt} -> {result.best.text}")
         if hasattr(reward, "score_components"):

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from entrgi import loading
-from entrgi_kernels.guidance.canvas import Statistics
 from entrgi_kernels.guidance.config import GuidanceConfig
-from entrgi_kernels.guidance.results import GenerationResult, Sample, StepTrace
+from entrgi_kernels.guidance.results import GenerationResult, Sample, Stats, StepTrace
 
 WORDS = [" the", " soup", " was", " very", " good", " bad", " cold", " </script><b>", ".", " I", " lov", "ed"]
 EOS, MASK = len(WORDS), len(WORDS) + 1
@@ -51,7 +50,7 @@ class FakeSampler:
     ) -> Iterator[tuple[int, Any]]:
         if settings:
             self.config = self.config.replace(**settings)
-        self.statistics = Statistics()
+        self.stats = Stats()
         seen: collections.Counter[str] = collections.Counter()
         for index, prompt in enumerate(prompts):
             if only is not None and index not in only:

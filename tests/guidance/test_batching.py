@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import logging
 from collections import deque
 
@@ -10,8 +12,8 @@ import torch
 
 from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler, batching
 from entrgi_kernels.guidance import sampler as sampler_module
-from entrgi_kernels.guidance.batching import Batch, Cost, LiveMemory, make_batches, peak_bytes
-from entrgi_kernels.guidance.denoising import Denoiser
+from entrgi_kernels.guidance.batching import Batch, make_batches
+from entrgi_kernels.guidance.memory import Cost, LiveMemory, free_memory, memory_budget, peak_bytes
 
 PROMPTS = ["Why?", "A rather longer question than that one was.", "Hm", "Tell me more about it", "So"]
 SHORT = dict(num_samples=3, max_new_tokens=6, steps=4, guidance_steps=2)
@@ -123,17 +125,19 @@ def test_a_parabola_through_three_points():
     assert Cost.through([16, 32, 64], [100, 200, 300])(128) == pytest.approx(500)
 
 
-def fails_beyond(rows, monkeypatch, error):
+def fails_beyond(sampler, rows, monkeypatch, error):
     """Make the loop run out of memory when it holds more trajectories than that, in the middle of a batch."""
-    original, sizes = Denoiser._step, []
+    forward, sizes, steps = sampler.model.masked_logits, [], collections.Counter()
 
-    def step(self, number, opened, *args, **kwargs):
-        sizes.append(len(self.canvas.tokens))
-        if number == 2 and len(self.canvas.tokens) > rows:
+    @functools.wraps(forward)
+    def fails(canvas, attention, masked, **given):  # the first step shows one of a prompt's samples, later ones all
+        sizes.append(len(canvas))
+        steps[len(canvas)] += 1
+        if len(canvas) > rows and steps[len(canvas)] == 2:
             raise error
-        return original(self, number, opened, *args, **kwargs)
+        return forward(canvas, attention, masked, **given)
 
-    monkeypatch.setattr(Denoiser, "_step", step)
+    monkeypatch.setattr(sampler.model, "masked_logits", fails)
     return sizes
 
 
@@ -146,7 +150,7 @@ ERRORS = [
 
 def test_out_of_memory_halves_and_loses_nothing(sampler, monkeypatch, caplog):
     expected = [(r.prompt, [(s.tokens, s.reward) for s in r.samples]) for r in sampler.generate(PROMPTS, batch_size=1)]
-    sizes = fails_beyond(2, monkeypatch, ERRORS[0])
+    sizes = fails_beyond(sampler, 2, monkeypatch, ERRORS[0])
     with caplog.at_level(logging.WARNING, logger="entrgi_kernels"):
         seen = []
         results = sampler.generate(PROMPTS, batch_size=5, trace=True, callback=lambda i, r: seen.append(i))
@@ -157,13 +161,13 @@ def test_out_of_memory_halves_and_loses_nothing(sampler, monkeypatch, caplog):
 
 
 def test_a_single_trajectory_that_does_not_fit_is_an_error(sampler, monkeypatch):
-    fails_beyond(0, monkeypatch, ERRORS[0])
+    fails_beyond(sampler, 0, monkeypatch, ERRORS[0])
     with pytest.raises(torch.OutOfMemoryError):
         sampler.generate(PROMPTS)
 
 
 def test_other_errors_are_not_swallowed(sampler, monkeypatch):
-    fails_beyond(0, monkeypatch, RuntimeError("shapes do not match"))
+    fails_beyond(sampler, 0, monkeypatch, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes"):
         sampler.generate(PROMPTS)
 
@@ -189,10 +193,10 @@ def test_bad_budgets_are_named(budget):
 
 def test_budgets():
     device = torch.device("cpu")
-    free = batching.free_memory(device)
+    free = free_memory(device)
     assert 1e7 < free < 1e14
-    assert batching.memory_budget(12345, device) == 12345
-    assert batching.memory_budget(0.5, device) == pytest.approx(free / 2, rel=0.2)
+    assert memory_budget(12345, device) == 12345
+    assert memory_budget(0.5, device) == pytest.approx(free / 2, rel=0.2)
     with pytest.raises(ValueError, match="batch_size='big'.*'auto'"):
         GuidanceConfig(batch_size="big")
 

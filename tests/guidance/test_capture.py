@@ -7,9 +7,10 @@ import shutil
 import pytest
 import torch
 
-from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler
-from entrgi_kernels.guidance.capture import CapturedLoop, compiled
-from entrgi_kernels.guidance.denoising import Denoiser
+from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler, capture
+from entrgi_kernels.guidance import sampler as sampler_module
+from entrgi_kernels.guidance.capture import compiled
+from entrgi_kernels.guidance.memory import Memory
 
 PROMPTS = ["Why?", "A rather longer question than that."]
 SETTINGS = dict(num_samples=2, max_new_tokens=12, steps=12, guidance_steps=2, temperature=1.0, seed=5)
@@ -34,31 +35,35 @@ def emulated(monkeypatch):
     """
     calls = {"captured": 0, "replayed": 0}
 
-    def captured(self, loop):
-        def capture(run):
-            calls["captured"] += 1
-            before = {name: tensor.clone() for name, tensor in self.buffers._held.items()}
-            result = run()
-            for name, tensor in before.items():
-                self.buffers._held[name].copy_(tensor)
+    held: list[dict[str, torch.Tensor]] = []
 
-            def replay():
-                calls["replayed"] += 1
-                again = run()
-                pairs = [
-                    (getattr(result, n), getattr(again, n))
-                    for n in ("weights", "unreadable", "rewards", "gradients", "pending")
-                ]
-                pairs += zip((result.optimizer._state or ())[:3], (again.optimizer._state or ())[:3], strict=True)
-                for mine, new in pairs:
-                    if mine is not None:
-                        mine.detach().copy_(new.detach())
+    class Watched(Memory):
+        def __init__(self):
+            super().__init__()
+            held.append(self.held)
 
-            return result, replay
+    def captured(run):
+        calls["captured"] += 1
+        before = [{name: tensor.clone() for name, tensor in one.items()} for one in held]
+        result = run()
+        for one, saved in zip(held, before, strict=True):
+            for name, tensor in saved.items():
+                one[name].copy_(tensor)
 
-        return CapturedLoop(loop, self.config, self.buffers, len(self.canvas.tokens), capture)
+        def replay():
+            calls["replayed"] += 1
+            again = run()
+            for name in ("weights", "unreadable", "rewards", "gradients", "pending"):
+                mine = getattr(result, name)
+                if mine is not None:
+                    mine.copy_(getattr(again, name))
+            result.optimizer = again.optimizer
 
-    monkeypatch.setattr(Denoiser, "captured", captured)
+        return result, replay
+
+    monkeypatch.setattr(sampler_module, "Memory", Watched)
+    monkeypatch.setattr(capture, "cuda_capture", captured)
+    monkeypatch.setattr(capture, "check_device", lambda device: None)
     return calls
 
 
@@ -83,24 +88,23 @@ def test_replayed_graphs_give_the_same_tokens(sampler, emulated, settings):
 def test_the_emulation_sees_what_bypasses_captured_memory(sampler, emulated, monkeypatch):
     """Seeds baked into a graph: its replays draw the same numbers at every step."""
     expected = tokens_of(sampler)
-    original = CapturedLoop._inputs
+    original = Memory.take
 
-    def stale(self, *args):
-        return tuple(
-            tensor.clone() if tensor.dim() == 2 and tensor.shape[1] == 2 else tensor for tensor in original(self, *args)
-        )
+    def stale(self, name, *args):
+        tensor = original(self, name, *args)
+        return tensor.clone() if name == "graph rngs" else tensor
 
-    monkeypatch.setattr(CapturedLoop, "_inputs", stale)
+    monkeypatch.setattr(Memory, "take", stale)
     assert tokens_of(sampler, cuda_graphs=True) != expected
 
 
-def test_traces_and_statistics_of_graphs(sampler, emulated):
+def test_traces_and_stats_of_graphs(sampler, emulated):
     plain = sampler.generate(PROMPTS, trace=True)
-    weight = sampler.statistics.mean_weight
+    weight = sampler.stats.mean_weight
     graphed = sampler.generate(PROMPTS, trace=True, cuda_graphs=True)
     for ours, theirs in zip(graphed, plain, strict=True):
         assert [s.trace for s in ours.samples] == [s.trace for s in theirs.samples]
-    assert sampler.statistics.mean_weight == pytest.approx(weight, rel=1e-12)
+    assert sampler.stats.mean_weight == pytest.approx(weight, rel=1e-12)
 
 
 def test_graphs_need_a_gpu(sampler):

@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from entrgi_kernels.guidance import GuidanceConfig, Threshold
+from entrgi_kernels.guidance import GuidanceConfig, ThresholdWeight
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,8 @@ def test_guided():
 
 
 def test_json():
-    content = GuidanceConfig(weight=Threshold(0.5, 1.0)).to_dict()
-    assert json.loads(json.dumps(content))["weight"] == "Threshold(theta=0.5, width=1.0)"
+    content = GuidanceConfig(weight=ThresholdWeight(0.5, 1.0)).to_dict()
+    assert json.loads(json.dumps(content))["weight"] == "ThresholdWeight(theta=0.5, width=1.0)"
     assert GuidanceConfig(weight="step(1)").to_dict()["weight"] == "step(1)"
 
 

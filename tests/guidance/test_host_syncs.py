@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
-from entrgi_kernels.guidance import GuidedSampler
-from entrgi_kernels.guidance import denoising as loop
+from entrgi_kernels.guidance import GuidedSampler, commits
 
 # pytest imports tests one by one (importmode=importlib), so that a helper beside them is loaded by its path.
 _spec = importlib.util.spec_from_file_location("simulated_device", Path(__file__).with_name("simulated_device.py"))
@@ -58,13 +58,14 @@ def samplers(make_diffusion, make_reward, tokenizer):
 @pytest.mark.parametrize("settings", VARIANTS, ids=lambda s: "-".join(f"{k}={v}" for k, v in s.items()) or "defaults")
 def test_one_wait_a_step_and_the_same_tokens(samplers, settings, monkeypatch):
     here, there, device = samplers
-    expected, waits, original = tokens_of(here, **settings), [], loop.Denoiser._step
+    expected, waits, forward = tokens_of(here, **settings), [], there.model.masked_logits
 
-    def counted(self, *args, **kwargs):
+    @functools.wraps(forward)
+    def counted(*args, **kwargs):  # a step begins
         waits.append(sum(device.waits.values()))
-        return original(self, *args, **kwargs)
+        return forward(*args, **kwargs)
 
-    monkeypatch.setattr(loop.Denoiser, "_step", counted)
+    monkeypatch.setattr(there.model, "masked_logits", counted)
     with device, device.counting():
         assert tokens_of(there, **settings) == expected
     between = [after - before for before, after in zip(waits, waits[1:], strict=False)]
@@ -74,15 +75,15 @@ def test_one_wait_a_step_and_the_same_tokens(samplers, settings, monkeypatch):
 
 def test_a_wait_too_many_is_seen(samplers, monkeypatch):
     _, there, device = samplers
-    original, totals = loop.Denoiser._draw, []
+    original, totals = commits.sample_tokens, []
 
-    def leaky(self, *args, **kwargs):
-        drawn = original(self, *args, **kwargs)
+    def leaky(*args, **kwargs):
+        drawn = original(*args, **kwargs)
         assert int(drawn.sum()) >= 0 and len(drawn[drawn >= 0]) == len(drawn)
         return drawn
 
     for draw in (original, leaky):
-        monkeypatch.setattr(loop.Denoiser, "_draw", draw)
+        monkeypatch.setattr(commits, "sample_tokens", draw)
         with device, device.counting() as found:
             tokens_of(there, deprioritize_eos=False)
         totals.append(sum(found.values()))

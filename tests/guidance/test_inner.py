@@ -7,12 +7,19 @@ import torch
 
 from entrgi_kernels import ops
 from entrgi_kernels.guidance import GuidanceConfig, LogitOptimizer, optimizer
-from entrgi_kernels.guidance.buffers import Buffers
-from entrgi_kernels.guidance.inner import InnerLoop, Scorer
+from entrgi_kernels.guidance.canvas import OpenSlots
+from entrgi_kernels.guidance.inner import InnerLoop
+from entrgi_kernels.guidance.memory import Memory
+from entrgi_kernels.guidance.scoring import Scorer
 from entrgi_kernels.guidance.weights import method_weight
 
 R, L, V, D, M = 3, 4, 41, 5, 3
 ROWS, SLOTS = torch.tensor([2, 0, 0, 1, 2, R, R]), torch.tensor([3, 1, 0, 2, 0, 0, 0])  # the last two reach no reward
+OPENED = OpenSlots(ROWS, SLOTS, torch.arange(len(ROWS)), [2, 1, 2])
+
+
+def scorer_of(reward, config) -> Scorer:
+    return Scorer(reward, None, None, config, V - 1, V - 2, None, V)
 
 
 class Curved:
@@ -33,14 +40,14 @@ def test_rows_in_place_are_rows_copied(method, backend):
     phi, table, probe = (torch.randn(*shape, generator=g) for shape in ((len(ROWS), V), (V, D), (R, L, D)))
     response, rngs = torch.randint(V, (R, L), generator=g), torch.tensor([[7, m] for m in range(M)])
     config = GuidanceConfig(method=method, guidance_steps=M, temperature=0.7, top_p=0.9, backend=backend)
-    reward, keys, real = Curved(probe), torch.arange(len(ROWS)), ROWS < R
-    loop = InnerLoop(Scorer(reward, None, None, V - 1, V - 2, config, None, V), table, config, Buffers())
+    reward, real = Curved(probe), ROWS < R
+    loop = InnerLoop(scorer_of(reward, config), table, config, Memory())
     moved = phi.clone()
-    guided = loop.run(moved, ROWS, SLOTS, keys, response, rngs, None, True)
+    guided = loop.run(moved, OPENED, response, rngs, None, True)
     assert len(set(reward.seen)) == 1  # nothing was copied for the reward
 
     weight, settings = method_weight(method, None), dict(lr=config.learning_rate, temperature=0.7, top_p=0.9)
-    plain = LogitOptimizer(phi, table, weight=weight, seed=rngs, keys=keys, backend=backend, **settings)
+    plain = LogitOptimizer(phi, table, weight=weight, seed=rngs, keys=OPENED.keys, backend=backend, **settings)
     values = []
     for inner in range(M):
         blend = plain.embed()
@@ -65,9 +72,9 @@ def test_rewards_that_lie_in_the_input_outlast_it():
     g, seen = torch.Generator().manual_seed(4), []
     phi, table = torch.randn(len(ROWS), V, generator=g), torch.randn(V, D, generator=g)
     config = GuidanceConfig(guidance_steps=2, backend="eager")
-    loop = InnerLoop(Scorer(Corner(), None, None, V - 1, V - 2, config, None, V), table, config, Buffers())
+    loop = InnerLoop(scorer_of(Corner(), config), table, config, Memory())
     rngs, response = torch.tensor([[7, 0], [7, 1]]), torch.zeros(R, L, dtype=torch.int64)
-    guided = loop.run(phi, ROWS, SLOTS, torch.arange(len(ROWS)), response, rngs, None, False)
+    guided = loop.run(phi, OPENED, response, rngs, None, False)
     assert torch.equal(guided.before, seen[0]) and torch.equal(guided.after, seen[1])
     assert not torch.equal(*seen)
 
@@ -83,9 +90,8 @@ def test_the_last_inner_step_leaves_no_moments(monkeypatch):
     rngs, response = torch.tensor([[7, m] for m in range(M)]), torch.zeros(R, L, dtype=torch.int64)
     for savings in ("none", ("adam_state",)):
         config = GuidanceConfig(guidance_steps=M, backend="eager", exact_savings=savings)
-        scorer = Scorer(Curved(probe), None, None, V - 1, V - 2, config, None, V)
+        scorer = scorer_of(Curved(probe), config)
         moved.append(phi.clone())
-        keys = torch.arange(len(ROWS))
-        InnerLoop(scorer, table, config, Buffers()).run(moved[-1], ROWS, SLOTS, keys, response, rngs, None, False)
+        InnerLoop(scorer, table, config, Memory()).run(moved[-1], OPENED, response, rngs, None, False)
     assert kept == [True] * M + [True] * (M - 1) + [False]
     assert torch.equal(moved[0][ROWS < R], moved[1][ROWS < R]) and not torch.equal(moved[0], phi)

@@ -2,7 +2,7 @@
 
 import torch
 
-from entrgi_kernels.guidance.keys import prompt_keys, row_keys, step_key
+from entrgi_kernels.guidance.keys import draw_counter, prompt_keys, row_keys
 
 
 def test_a_prompts_key_depends_on_its_tokens_and_its_repetition_alone():
@@ -20,5 +20,5 @@ def test_row_keys_are_distinct_positive_and_independent_of_the_batch():
 
 
 def test_step_keys_are_distinct():
-    assert len({step_key(t, m) for t in range(20) for m in (0, 1, 2, 254, 255)}) == 100
-    assert step_key(16777215, 255) < 1 << 32
+    assert len({draw_counter(t, m) for t in range(20) for m in (0, 1, 2, 254, 255)}) == 100
+    assert draw_counter(16777215, 255) < 1 << 32

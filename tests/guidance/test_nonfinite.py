@@ -18,8 +18,10 @@ from entrgi_kernels.guidance import (
     NonFiniteRewardError,
     Sample,
 )
-from entrgi_kernels.guidance.buffers import Buffers
-from entrgi_kernels.guidance.inner import InnerLoop, Scorer
+from entrgi_kernels.guidance.canvas import OpenSlots
+from entrgi_kernels.guidance.inner import InnerLoop
+from entrgi_kernels.guidance.memory import Memory
+from entrgi_kernels.guidance.scoring import Scorer
 from entrgi_kernels.integrations.steering import Steering
 
 PROMPTS = ["Why?", "A longer question."]
@@ -105,11 +107,11 @@ def test_other_trajectories_are_not_touched(fault, backend):
             bad = FAULTS[self.fault](value[1], response[1]) if self.fault else value[1]
             return torch.stack([value[0], bad, value[2]])
 
-    found = []
+    found, opened = [], OpenSlots(rows, slots, torch.arange(len(rows)), rows.bincount().tolist())
     for Curved.fault in (None, fault):
-        loop = InnerLoop(Scorer(Curved(), None, None, -1, -2, config, None, width), table, config, Buffers())
+        loop = InnerLoop(Scorer(Curved(), None, None, config, -1, -2, None, width), table, config, Memory())
         moved = phi.clone()
-        guided = loop.run(moved, rows, slots, torch.arange(len(rows)), response, rngs, None, False)
+        guided = loop.run(moved, opened, response, rngs, None, False)
         bad, rewards = guided.faults(rows)
         found.append((moved, guided.weights, guided.after, bad.tolist(), rewards))
     (clean, spoiled), others = found, rows != 1

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from entrgi_kernels.guidance import LogitOptimizer, Step
+from entrgi_kernels.guidance import LogitOptimizer, StepWeight
 
 TAU, LR, STEPS = 0.7, 0.5, 3
 
@@ -117,7 +117,7 @@ def test_draws_advance_and_are_reproducible():
 
 def test_callable_weight_and_argmax():
     phi, table, tokens, _ = problem()
-    optimizer = LogitOptimizer(phi, table, weight=Step(0.0))
+    optimizer = LogitOptimizer(phi, table, weight=StepWeight(0.0))
     with pytest.raises(RuntimeError, match="embed"):
         optimizer.argmax  # noqa: B018
     blend = optimizer.embed(tokens=tokens[0])
@@ -173,9 +173,9 @@ PHI, TABLE = torch.zeros(3, 7), torch.zeros(7, 4)
         ({"seed": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, r"seed is a torch.int64 tensor of shape \[2, 3\]"),
         ({"counter": None}, ValueError, "counter=None"),
         ({"keys": torch.zeros(2, dtype=torch.int64)}, ValueError, r"keys has shape \[2\]"),
-        ({"state_dtype": "float32"}, TypeError, "state_dtype='float32'"),
+        ({"state_dtype": "float8"}, TypeError, "moments in 'float8'"),
         ({"keep_state": 1}, TypeError, "keep_state=1"),
-        ({"buffers": {}}, TypeError, "buffers is dict"),
+        ({"memory": {}}, TypeError, "memory is dict"),
         ({"backend": "fast"}, ValueError, "backend='fast'"),
     ],
 )

@@ -37,8 +37,8 @@ def test_shapes_texts_and_rewards(sampler, tokenizer):
             assert len(sample.tokens) == 6 and tokenizer.mask_token_id not in sample.tokens
             assert sample.trace is None and math.isfinite(sample.reward)
     assert json.loads(results[0].to_json())["config"]["steps"] == 4
-    assert sampler.statistics.steps == sampler.statistics.model_forwards == 4
-    assert sampler.statistics.reward_evaluations == 12 and 0 < sampler.statistics.mean_weight < 1
+    assert sampler.stats.steps == sampler.stats.model_forwards == 4
+    assert sampler.stats.reward_evaluations == 12 and 0 < sampler.stats.mean_weight < 1
 
 
 def test_reward_is_that_of_the_text_scored_on_its_own(sampler):
@@ -114,7 +114,7 @@ def test_steps_that_commit_nothing_change_nothing(sampler):
     results = sampler.generate(["Why?"], **{**SHORT, "steps": 20}, trace=True)
     steps = [entry.step for entry in results[0].samples[0].trace]
     assert len(steps) < 20 and steps[-1] == 19
-    assert sampler.statistics.steps == len(steps) == sampler.statistics.model_forwards
+    assert sampler.stats.steps == len(steps) == sampler.stats.model_forwards
 
 
 def test_trace_tells_the_whole_story(sampler, tokenizer):

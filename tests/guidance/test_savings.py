@@ -106,9 +106,9 @@ def test_the_test_model_does_draw_eos(double, tokenizer):
 def test_savings_save(double, monkeypatch):
     """Rows of the vocabulary work and batches of forwards, counted."""
     rows = {"forward": 0, "drawn": 0, "moved": 0}
-    from entrgi_kernels.guidance import denoising, optimizer
+    from entrgi_kernels.guidance import commits, optimizer
 
-    sample, update, logits = denoising.sample_tokens, optimizer.guidance_update_, double.model.masked_logits
+    sample, update, logits = commits.sample_tokens, optimizer.guidance_update_, double.model.masked_logits
 
     def count(name, function, size):
         def counted(first, *args, **kwargs):
@@ -117,7 +117,7 @@ def test_savings_save(double, monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(denoising, "sample_tokens", count("drawn", sample, len))
+    monkeypatch.setattr(commits, "sample_tokens", count("drawn", sample, len))
     monkeypatch.setattr(optimizer, "guidance_update_", count("moved", update, len))
     original = type(double.model).masked_logits
 

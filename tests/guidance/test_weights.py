@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from entrgi_kernels.guidance import Step, Threshold
+from entrgi_kernels.guidance import StepWeight, ThresholdWeight
 from entrgi_kernels.guidance.weights import method_weight, resolve_weight
 
 ENTROPY = torch.tensor([0.0, 0.5, 1.0, 1.25, 4.0])
@@ -19,20 +19,20 @@ def test_names_of_the_operators_own_modes(name, mode):
 
 
 def test_threshold_rises_with_the_entropy():
-    torch.testing.assert_close(Threshold(1.0, 0.5)(ENTROPY, 100), torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0]))
+    torch.testing.assert_close(ThresholdWeight(1.0, 0.5)(ENTROPY, 100), torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0]))
 
 
 def test_step_jumps_at_theta_and_keeps_nan():
-    weights = Step(1.0)(torch.tensor([0.9, 1.0, math.nan]), 100)
+    weights = StepWeight(1.0)(torch.tensor([0.9, 1.0, math.nan]), 100)
     assert weights[:2].tolist() == [0.0, 1.0] and weights[2].isnan()
 
 
 @pytest.mark.parametrize(
     ("text", "schedule"),
     [
-        ("threshold", Threshold(1.0, 1.0)),
-        ("threshold(0.5, 2)", Threshold(0.5, 2.0)),
-        (" step( 1.5 ) ", Step(1.5)),
+        ("threshold", ThresholdWeight(1.0, 1.0)),
+        ("threshold(0.5, 2)", ThresholdWeight(0.5, 2.0)),
+        (" step( 1.5 ) ", StepWeight(1.5)),
     ],
 )
 def test_numbers_in_parentheses(text, schedule):
@@ -50,7 +50,7 @@ def test_methods():
     assert method_weight("aps") == "one"
     assert method_weight("expectation") == "zero"
     assert method_weight("none") is None
-    assert method_weight("entrgi", "step(2)") == Step(2.0)
+    assert method_weight("entrgi", "step(2)") == StepWeight(2.0)
     with pytest.raises(ValueError, match="only method 'entrgi'"):
         method_weight("aps", "step(2)")
     with pytest.raises(ValueError, match="'entrgi', 'aps', 'expectation', 'none'"):

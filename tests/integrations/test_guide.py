@@ -24,7 +24,7 @@ def test_guided_rewards_exceed_base_rewards_and_a_seed_reproduces(diffusion, rew
     )
     assert model is diffusion
     guided = model.entrgi.generate(prompts, temperature=1.0, top_p=None)
-    assert model.entrgi.rewards == [result.rewards for result in guided]
+    assert model.entrgi.rewards == [reward for result in guided for reward in result.rewards]
     assert model.entrgi.stats.reward_evaluations > 0
     again = model.entrgi.generate(prompts, temperature=1.0, top_p=None)
     assert [r.to_dict() for r in guided] == [r.to_dict() for r in again]

@@ -74,7 +74,7 @@ def open_targets(tokenizer, size: int, rows: int, seed: int = 0) -> Targets:
     logits = 3 * torch.randn(len(places), size, generator=generator, dtype=torch.float64)
     logits[:, 3] = -torch.inf
     tokens[where[0], where[1]] = logits.argmax(-1)
-    return Targets(tokenizer, size, tokens, tokens == tokenizer.eos_token_id, where[0], where[1], logits, 0.7)
+    return Targets(tokenizer, size, tokens, where[0], where[1], logits, 0.7)
 
 
 @pytest.mark.parametrize("unmatched", ["unk", "zero", "pieces"])
@@ -146,7 +146,7 @@ def test_savings_change_nothing(tokenizer, causal_lm, in_double, name):
         alive[0, 1] = alive[2, 0] = alive[1, 5] = False
         rows, slots = torch.arange(4).repeat_interleave(SLOTS - count), torch.arange(count, SLOTS).repeat(4)
         logits = torch.randn(len(rows), size, generator=generator, dtype=torch.float64)
-        targets = Targets(tokenizer, size, tokens, torch.zeros_like(alive), rows, slots, logits)
+        targets = Targets(tokenizer, size, tokens, rows, slots, logits)
         calls.append((count, response, alive, targets))
 
     def measure(names) -> list[torch.Tensor]:

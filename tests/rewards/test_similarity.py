@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from entrgi_kernels import rewards
-from entrgi_kernels.rewards import SimilarityReward, Targets
+from entrgi_kernels.rewards import SimilarityReward
 
 SHORT = [{"role": "user", "content": "Hello"}]
 TARGET = "The food was tasty."
@@ -63,10 +63,9 @@ def test_texts_and_embeddings_give_the_models_own_cosine(words, kind, pooling):
         places = [*range(len(ids))] if row else [1, 2, *range(5, 5 + len(ids) - 2)]
         tokens[row, places], alive[row, places] = torch.tensor(ids, dtype=torch.long), True
         alive[row, len(ids) + 3] = ended[row, len(ids) + 3] = True
-    targets = Targets(words, len(words), tokens, ended)
     given = table[tokens].clone().requires_grad_()
     index = torch.zeros(len(TEXTS), dtype=torch.long)
-    value = reward.score_embeddings(reward.prepare([SHORT]), index, given, alive, targets=targets)
+    value = reward.score_embeddings(reward.prepare([SHORT]), index, given, alive, ended=ended)
     assert value.tolist() == pytest.approx(found, abs=1e-9)
     value.sum().backward()
     live = alive & ~ended

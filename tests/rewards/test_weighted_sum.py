@@ -39,17 +39,17 @@ def test_a_sum_is_the_sum(parts, tokenizer):
     tokens = torch.randint(10, size, (3, SLOTS))
     ended = torch.zeros(3, SLOTS, dtype=torch.bool)
     ended[1, 3] = True
-    targets = Targets(tokenizer, size, tokens, ended)
+    targets = Targets(tokenizer, size, tokens)
     alive, index = torch.ones(3, SLOTS, dtype=torch.bool), torch.tensor([0, 1, 1])
     given = table[tokens].clone().requires_grad_()
     prepared = total.prepare([SHORT, LONG])
     assert len(prepared) == 2
-    value = total.score_embeddings(prepared, index, given, alive, committed=1, targets=targets)
+    value = total.score_embeddings(prepared, index, given, alive, committed=1, ended=ended, targets=targets)
     gradient = torch.autograd.grad(value.sum(), given)[0]
     separate, start = [], 0
     for weight, part in zip((0.7, 2, -1.5), parts, strict=True):
         alone = part.embedding_table(tokenizer, size)[tokens].clone().requires_grad_()
-        takes = {"targets": targets} if isinstance(part, LikelihoodReward) else {}
+        takes = {"ended": ended, "targets": targets} if isinstance(part, LikelihoodReward) else {}
         single = part.score_embeddings(part.prepare([SHORT, LONG]), index, alone, alive, **takes)
         width = alone.shape[-1]
         expected = weight * torch.autograd.grad(single.sum(), alone)[0]

@@ -75,7 +75,7 @@ class Worker:
         about = {"key": batch.key, "cell": batch.cell.key, "prompts": len(batch.items), "traced": batch.trace}
         about["prompt_tokens"] = sum(loading.prompt_tokens(sampler, prompt) for prompt in prompts)
         timed = {"device": self.device, "seconds": round(seconds, 4)}
-        lines["batches"] = [{**about, **sampler.statistics.to_dict(), **timed}]
+        lines["batches"] = [{**about, **sampler.stats.to_dict(), **timed}]
         return lines
 
     def sampler(self, reward: str) -> GuidedSampler:

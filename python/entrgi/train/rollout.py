@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from entrgi_kernels import GuidedSampler
-from entrgi_kernels.guidance.canvas import Statistics
 from entrgi_kernels.guidance.config import GuidanceConfig
 from entrgi_kernels.guidance.keys import prompt_keys
-from entrgi_kernels.guidance.results import warn_of_missing
+from entrgi_kernels.guidance.results import Stats, warn_of_missing
 from entrgi_kernels.text.template import conversation_from, encode_prompt
 
 from .objectives import completion_mask
@@ -100,14 +99,14 @@ def sample_rollout(
     start = max(map(len, encoded))
     # One canvas for all, so that every row has the same width; its parts are denoised in turn.
     whole = sampler.canvas(encoded, keys, k, slots, device)
-    statistics = Statistics()
+    stats = Stats()
     for first in range(0, len(prompts), config.batch_size):
         part = slice(first, first + config.batch_size)
         canvas = sampler.canvas(encoded[part], keys[part], k, slots, device)
         which = torch.arange(len(encoded[part]), device=device).repeat_interleave(k)
-        found = sampler.denoise(canvas, conversations[part], which, config, statistics=statistics)
+        found = sampler.denoise(canvas, conversations[part], which, config, stats=stats)
         whole.tokens[first * k : first * k + len(found), start:] = found
-    statistics.finish(0.0)
+    stats.finish(0.0)
     completions = whole.tokens[:, start:]
     values = sampler.score([c for c in conversations for _ in range(k)], completions.tolist())
     for number, conversation in enumerate(conversations):
@@ -123,7 +122,7 @@ def sample_rollout(
         keys=whole.keys[:, 0].clone(),
         rewards=torch.tensor(values, dtype=torch.float32, device=device),
         terminated=(completions == eos).any(dim=1),
-        entropy_weight=statistics.mean_weight,
+        entropy_weight=stats.mean_weight,
         seed=config.seed,
         mask_seeds=mask_seeds,
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from entrgi_kernels.guidance import GuidedSampler
-from entrgi_kernels.guidance.buffers import Buffers
-from entrgi_kernels.guidance.denoising import Denoiser
+from entrgi_kernels.guidance import sampler as sampler_module
+from entrgi_kernels.guidance.memory import Memory
 
 PROMPTS = ["Why?", "A rather longer question than that."]
 CPU = torch.device("cpu")
@@ -22,19 +24,19 @@ def sampler(diffusion, reward, tokenizer):
 
 
 def test_a_name_is_one_memory():
-    buffers = Buffers()
-    first = buffers.take("phi", (4, 6), torch.float32, CPU).fill_(7)
-    smaller = buffers.take("phi", (3, 5), torch.float32, CPU)
+    memory = Memory()
+    first = memory.take("phi", (4, 6), torch.float32, CPU).fill_(7)
+    smaller = memory.take("phi", (3, 5), torch.float32, CPU)
     assert smaller.data_ptr() == first.data_ptr() and smaller.is_contiguous() and bool((smaller == 7).all())
-    assert buffers.take("other", (4, 6), torch.float32, CPU).data_ptr() != first.data_ptr()
-    assert buffers.take("phi", (5, 6), torch.float32, CPU).shape == (5, 6)
-    assert buffers.take("phi", (2,), torch.float64, CPU).dtype == torch.float64
+    assert memory.take("other", (4, 6), torch.float32, CPU).data_ptr() != first.data_ptr()
+    assert memory.take("phi", (5, 6), torch.float32, CPU).shape == (5, 6)
+    assert memory.take("phi", (2,), torch.float64, CPU).dtype == torch.float64
 
 
 def test_rows_are_those_of_the_source():
     source = torch.randn(6, 3)
     index = torch.tensor([4, 0, 4])
-    assert torch.equal(Buffers().rows("a", source, index), source[index])
+    assert torch.equal(Memory().rows("a", source, index), source[index])
 
 
 class OverVocabulary(TorchDispatchMode):
@@ -53,38 +55,46 @@ class OverVocabulary(TorchDispatchMode):
         return out
 
 
-def test_no_step_after_the_first_makes_logits_or_moments_of_its_own(sampler, monkeypatch):
+class Watched(Memory):
+    """Notes where each name's memory lies."""
+
+    places: set[tuple[str, int]] = set()
+
+    def take(self, name, shape, dtype, device):
+        tensor = super().take(name, shape, dtype, device)
+        self.places.add((name, tensor.data_ptr()))
+        return tensor
+
+
+@pytest.fixture
+def places(monkeypatch):
+    monkeypatch.setattr(sampler_module, "Memory", Watched)
+    monkeypatch.setattr(Watched, "places", set())
+    return Watched
+
+
+def test_no_step_after_the_first_makes_logits_or_moments_of_its_own(sampler, places, monkeypatch):
     sampler.generate(PROMPTS)  # the table is made once
-    made, addresses = [], set()
-    original = Denoiser._step
+    places.places.clear()
+    made, forward = [], sampler.model.masked_logits
+    with OverVocabulary(sampler.model.vocab_size) as over:
 
-    def watched(self, step, *args, **kwargs):
-        with OverVocabulary(self.model.vocab_size) as over:
-            original(self, step, *args, **kwargs)
-        made.append(over.made)
-        addresses.add(
-            tuple(self.buffers._held[name].data_ptr() for name in ("phi", "exp_avg", "exp_avg_sq", "response"))
-        )
+        @functools.wraps(forward)
+        def counted(*args, **kwargs):  # a step begins
+            made.append(over.made)
+            return forward(*args, **kwargs)
 
-    monkeypatch.setattr(Denoiser, "_step", watched)
-    sampler.generate(PROMPTS)
+        monkeypatch.setattr(sampler.model, "masked_logits", counted)
+        sampler.generate(PROMPTS)
     # The first step makes the logits that the K samples share; the rest is views of what is kept.
-    assert made[0] == 1 and set(made[1:]) == {0}, made
-    assert len(addresses) == 1
+    assert made[1] - made[0] == 1 and len(set(made[1:])) == 1, made
+    at_first = [name for name, _ in places.places if name in ("phi", "exp_avg", "exp_avg_sq", "response")]
+    assert len(at_first) == len(set(at_first)) == 4
 
 
-def test_batches_share_the_memory(sampler, monkeypatch):
-    seen = set()
-    original = Denoiser.run
-
-    def watched(self, **kwargs):
-        result = original(self, **kwargs)
-        seen.add(self.buffers._held["phi"].data_ptr())
-        return result
-
-    monkeypatch.setattr(Denoiser, "run", watched)
+def test_batches_share_the_memory(sampler, places):
     sampler.generate([*PROMPTS, "So"], batch_size=1)
-    assert len(seen) == 1
+    assert len([name for name, _ in places.places if name == "phi"]) == 1
 
 
 @pytest.mark.parametrize("kind", ["plain", "bias", "wrapped"])
