@@ -32,7 +32,7 @@ def test_launches_cover_every_kernel_and_every_tile(target):
     for kernel, module, entries in (
         ("_forward_kernel", "soft_embedding", tables.forward),
         ("_backward_kernel", "guidance_update", tables.backward),
-        ("_table_kernel", "table_gradient", tables.table),
+        ("_table_kernel", "soft_embedding", tables.table),
     ):
         compiled = {
             (i.tile["BLOCK_N"], i.tile["BLOCK_V"], i.tile["BLOCK_D"], i.num_warps, i.num_stages)

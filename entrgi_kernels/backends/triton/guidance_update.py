@@ -18,7 +18,7 @@ from .. import eager
 from ..arguments import Adam
 from ..ranges import ranged
 from . import chunked, config, hopper
-from .chunked import NO_STEP, AdamStep, adam
+from .chunked import AdamStep, adam
 from .launch import aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
 
 _MOST_PARTS = 16  # the backward kernel halves its tile four times at most
@@ -216,7 +216,7 @@ def product_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
 
 
-def _backward(
+def backward(
     logits: torch.Tensor,
     grad: torch.Tensor,
     embedding: torch.Tensor,
@@ -227,7 +227,10 @@ def _backward(
     moments: tuple[torch.Tensor, torch.Tensor] | None,
     step: AdamStep,
 ) -> None:
-    """Both raw functions below; tensors of shape [N, V] have dense rows."""
+    """A step of Adam on `out` (the logits) and `moments`, or the logits' gradient into `out` [N, V].
+
+    Matrices over V have dense rows.
+    """
     (n, v), d = logits.shape, embedding.shape[1]
     if n == 0:
         return
@@ -295,23 +298,6 @@ def _backward(
 
 
 @ranged
-def soft_embedding_backward(
-    logits: torch.Tensor,
-    embedding: torch.Tensor,
-    grad: torch.Tensor,
-    soft: torch.Tensor,
-    lse: torch.Tensor,
-    temperature: float,
-) -> torch.Tensor:
-    """d loss/d logits [N, V] of the logits' dtype."""
-    if soft.dtype == torch.float64:  # of a float64 table
-        return eager.soft_embedding_backward(logits, embedding, grad, soft, lse, temperature)
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _backward(rows_of(logits), grad, embedding, soft, lse, temperature, out, None, NO_STEP)
-    return out
-
-
-@ranged
 def guidance_update_(
     logits: torch.Tensor,
     grad: torch.Tensor,
@@ -334,7 +320,7 @@ def guidance_update_(
         lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), beta1, beta2, eps, reads=reads, writes=writes
     )
     state = (dense[1], dense[2]) if reads or writes else None
-    _backward(dense[0], grad, embedding, soft, lse, temperature, dense[0], state, taken)
+    backward(dense[0], grad, embedding, soft, lse, temperature, dense[0], state, taken)
     for tensor, copy in zip(targets if writes else targets[:1], dense, strict=False):
         if copy is not tensor:
             tensor.copy_(copy)

@@ -1,7 +1,8 @@
-"""Unfiltered draws: one exponential race over the whole row, split over programs when rows are few.
+"""Hard tokens. Unfiltered: one exponential race over the whole row, split over programs when rows are few.
 
 An exponential variate is at least the uniform number that it is made of. So what an entry scores at most is known
-before a logarithm is taken, and only the few tiles that could hold a new best take any.
+before a logarithm is taken, and only the few tiles that could hold a new best take any. A filtered draw is a race of
+what :mod:`.filters` keeps.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
+from ..arguments import Draw
+from ..ranges import ranged
 from . import config
-from .launch import kernel, launch, vector
+from .filters import filtered, is_filtered
+from .launch import kernel, launch, rows_of, vector
 from .philox import log_exponential, words_of_pairs
+from .statistics import row_statistics
 
 
 @kernel("splits")
@@ -73,7 +78,7 @@ def _race_merge_kernel(maximum_ptr, scores_ptr, places_ptr, tokens_ptr, splits, 
     tl.store(tokens_ptr + row, tl.where(m == m, token, -1).to(tl.int64))
 
 
-def race(
+def _unfiltered(
     logits: torch.Tensor, maximum: torch.Tensor, rng: torch.Tensor, rows: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """Tokens [N] int64 from dense-rowed `logits` [N, V] with their `maximum` [N]; -1 where that is NaN."""
@@ -113,3 +118,23 @@ def race(
         BLOCK=config.MOST_SPLITS,
     )
     return tokens
+
+
+def drawn(logits: torch.Tensor, maximum: torch.Tensor, logsum: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """Tokens [N] int64 from dense-rowed `logits` whose maximum and logsum (at `temperature`) are known; -1 if bad."""
+    rng, rows, temperature, top_k, top_p = draw
+    rng = rng.contiguous()
+    if is_filtered(logits.shape[1], top_k, top_p):
+        return filtered(logits, maximum, logsum, temperature, top_k, top_p, rng, rows)
+    return _unfiltered(logits, maximum, rng, rows, temperature)
+
+
+@ranged
+def sample_tokens(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """Tokens [N] int64; see :func:`entrgi_kernels.backends.eager.sample_tokens`."""
+    logits = rows_of(logits)
+    if draw.temperature == 0:
+        statistics = row_statistics(logits, 1.0, argmax=True)
+        return torch.where(statistics.maximum.isnan(), -1, statistics.argmax)
+    statistics = row_statistics(logits, draw.temperature)
+    return drawn(logits, statistics.maximum, statistics.logsum, draw)

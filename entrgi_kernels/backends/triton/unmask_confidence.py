@@ -14,8 +14,8 @@ import triton.language as tl
 
 from ..ranges import ranged
 from . import config
+from .filters import KEY_SHIFT, filter_thresholds, is_filtered, ordered_key
 from .launch import aligned, kernel, launch, rows_of, vector
-from .sampling import _KEY_SHIFT, filter_thresholds, is_filtered, ordered_key
 from .statistics import FAR, row_statistics, sum_tile, tile_offsets
 
 _PART = 4  # floats a slice leaves: sum e, sum e * d (d = logit - maximum), largest and second largest kept logit
@@ -149,7 +149,7 @@ def unmask_confidence(
     parts = torch.empty((n, splits, _PART), dtype=torch.float32, device=logits.device)
     out = torch.empty(n, dtype=torch.float32, device=logits.device)
     read = logits, logits.stride(0), statistics.maximum, thresholds
-    flags: Any = dict(ALG=alg, FILTERED=filtered, SHIFT=_KEY_SHIFT[logits.dtype], PART=_PART)
+    flags: Any = dict(ALG=alg, FILTERED=filtered, SHIFT=KEY_SHIFT[logits.dtype], PART=_PART)
     if alg != "anchor":
         launch(
             _confidence_kernel,

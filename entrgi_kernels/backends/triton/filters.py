@@ -1,4 +1,6 @@
-"""Filtered draws without a sort: gather the few entries that can matter, find the threshold among them, race them.
+"""What top-k and top-p keep, and a draw from it, without a sort.
+
+The few entries that can matter are gathered, the threshold is found among them, and they are raced.
 
 1. cut. Entries below probability (1 - top_p) / (2 V) weigh less than 1 - top_p together, so none of them is kept. Where
    a sample of the row says that more entries than its list holds lie above that cut-off, it is raised.
@@ -13,7 +15,7 @@ for then the threshold lies inside. Where it does not, all of it is kept, and th
 code, between the first cut-off and the raised one. A row whose list overflows is searched up to its maximum.
 
 Masses are summed in a fixed order, so the kept set does not change from run to run. Noise depends on (seed, step, row
-key, index) alone. An unfiltered draw is another kernel's (`race.py`).
+key, index) alone. An unfiltered draw is another kernel's (:mod:`.sample_tokens`).
 """
 
 from __future__ import annotations
@@ -25,16 +27,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..arguments import Draw
-from ..ranges import ranged
 from . import config
-from .launch import aligned, cdiv, kernel, launch, rows_of, vector
+from .launch import aligned, cdiv, kernel, launch, vector
 from .philox import log_exponential_of
-from .race import race
-from .statistics import RowStatistics, row_statistics, tile_offsets
+from .statistics import RowStatistics, tile_offsets
 
 # A float32 that came from a narrower type ends in zeros: those bits of the key need no search.
-_KEY_SHIFT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+KEY_SHIFT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 # A cut-off that leaves too many candidates is raised by factors of sqrt 2 in probability: 2^_DOUBLINGS - 1 of them at
 # most.
 _RAISE = tl.constexpr(0.34657359027997264)
@@ -447,7 +446,7 @@ def is_filtered(v: int, top_k: int, top_p: float) -> bool:
     return top_p < 1.0 or 0 < top_k < v
 
 
-def _filtered(
+def filtered(
     logits: torch.Tensor,
     maximum: torch.Tensor,
     logsum: torch.Tensor,
@@ -488,7 +487,7 @@ def _filtered(
         log_cut,
         capacity * splits * entry.use if v > capacity else float(v),
         num_warps=entry.cut_warps,
-        SHIFT=_KEY_SHIFT[logits.dtype],
+        SHIFT=KEY_SHIFT[logits.dtype],
         CHUNKS=entry.sample // 32,
         DOUBLINGS=_DOUBLINGS,
     )
@@ -538,7 +537,7 @@ def _filtered(
         num_warps=entry.num_warps,
         DRAW=draw,
         SPLITS=config.MOST_SPLITS,
-        SHIFT=_KEY_SHIFT[logits.dtype],
+        SHIFT=KEY_SHIFT[logits.dtype],
         PIVOTS=entry.pivots,
         LANES=32 * entry.num_warps,
         BLOCK=entry.block,
@@ -550,24 +549,4 @@ def filter_thresholds(
     logits: torch.Tensor, statistics: RowStatistics, temperature: float, top_k: int, top_p: float
 ) -> torch.Tensor:
     """Each row's threshold as an ordered key, int32 [N]: an entry is kept iff its key is at least that."""
-    return _filtered(logits, statistics.maximum, statistics.logsum, temperature, top_k, top_p, None, None)
-
-
-def drawn(logits: torch.Tensor, maximum: torch.Tensor, logsum: torch.Tensor, draw: Draw) -> torch.Tensor:
-    """Tokens [N] int64 from dense-rowed `logits` whose maximum and logsum (at `temperature`) are known; -1 if bad."""
-    rng, rows, temperature, top_k, top_p = draw
-    rng = rng.contiguous()
-    if is_filtered(logits.shape[1], top_k, top_p):
-        return _filtered(logits, maximum, logsum, temperature, top_k, top_p, rng, rows)
-    return race(logits, maximum, rng, rows, temperature)
-
-
-@ranged
-def sample_tokens(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
-    """Tokens [N] int64; see :func:`entrgi_kernels.backends.eager.sample_tokens`."""
-    logits = rows_of(logits)
-    if draw.temperature == 0:
-        statistics = row_statistics(logits, 1.0, argmax=True)
-        return torch.where(statistics.maximum.isnan(), -1, statistics.argmax)
-    statistics = row_statistics(logits, draw.temperature)
-    return drawn(logits, statistics.maximum, statistics.logsum, draw)
+    return filtered(logits, statistics.maximum, statistics.logsum, temperature, top_k, top_p, None, None)
