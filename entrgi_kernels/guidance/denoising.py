@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from ..backends import ranges
 from ..models import DiffusionModel
 from ..ops import make_rng, sample_tokens, softmax_entropy, unmask_confidence
 from ..rewards import PreparedPrompts, Reward
-from . import selection
+from . import ranges, selection
 from .buffers import Buffers
 from .canvas import Canvas, NonFiniteLogitsError, NonFiniteRewardError, OpenSlots, Statistics
 from .capture import CapturedLoop

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ..backends import ranges
 from ..ops import make_rng
 from ..rewards import PreparedPrompts, Reward, Targets
 from ..rewards.base import reward_gradient
+from . import ranges
 from .buffers import Buffers
 from .canvas import Canvas, OpenSlots
 from .config import GuidanceConfig
