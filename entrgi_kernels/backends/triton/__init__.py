@@ -27,6 +27,7 @@ from .softmax_entropy import softmax_entropy, softmax_entropy_backward
 from .unmask_confidence import unmask_confidence
 
 __all__ = [
+    "NAME",
     "entrgi_embedding",
     "guidance_update_",
     "sample_tokens",
@@ -39,6 +40,7 @@ __all__ = [
     "why_not",
 ]
 
+NAME = "triton"
 # Fixed at import, as it is for the kernels: triton.jit looks at the variable when it decorates.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
