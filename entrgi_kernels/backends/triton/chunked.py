@@ -16,16 +16,16 @@ import triton
 import triton.language as tl
 
 from . import config
-from .launch import cdiv, kernel, launch
+from .launch import Matrix, Vector, cdiv, kernel, launch
 
 
 @kernel()
 def _probability_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    maximum_ptr,
-    logsum_ptr,
-    out_ptr,
+    maximum_ptr: Vector,
+    logsum_ptr: Vector,
+    out_ptr: Matrix,
     first,
     length,
     inverse,
@@ -82,16 +82,16 @@ def adam(x, p, product, delta, m, v, inverse, step_size, root_correction, beta1,
 
 @kernel()
 def _update_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    product_ptr,
-    delta_ptr,
-    lse_ptr,
-    exp_avg_ptr,
+    product_ptr: Matrix,
+    delta_ptr: Vector,
+    lse_ptr: Vector,
+    exp_avg_ptr: Matrix,
     stride_m,
-    exp_avg_sq_ptr,
+    exp_avg_sq_ptr: Matrix,
     stride_v,
-    out_ptr,
+    out_ptr: Matrix,
     stride_o,
     first,
     length,

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from . import config
-from .launch import aligned, cdiv, kernel, launch, vector
+from .launch import Matrix, Vector, aligned, cdiv, kernel, launch, vector
 from .philox import log_exponential_of
 from .statistics import RowStatistics, tile_offsets
 
@@ -63,12 +63,12 @@ def _first_cut(m, logsum, temperature, log_cut):
 
 @kernel()
 def _cut_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    maximum_ptr,
-    logsum_ptr,
-    raises_ptr,
-    cuts_ptr,
+    maximum_ptr: Vector,
+    logsum_ptr: Vector,
+    raises_ptr: Matrix,
+    cuts_ptr: Matrix,
     v,
     temperature,
     log_cut,
@@ -106,12 +106,12 @@ def _cut_kernel(
 
 @kernel("splits")
 def _collect_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    cuts_ptr,
-    values_ptr,
-    index_ptr,
-    counts_ptr,
+    cuts_ptr: Matrix,
+    values_ptr: Matrix,
+    index_ptr: Vector,
+    counts_ptr: Matrix,
     v,
     slice_length,
     splits,
@@ -352,19 +352,19 @@ def _race(
 
 @kernel("splits", "top_k")
 def _pick_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    maximum_ptr,
-    logsum_ptr,
-    values_ptr,
-    index_ptr,
-    counts_ptr,
-    raises_ptr,
-    cuts_ptr,
-    rng_ptr,
-    rows_ptr,
-    tokens_ptr,
-    thresholds_ptr,
+    maximum_ptr: Vector,
+    logsum_ptr: Vector,
+    values_ptr: Matrix,
+    index_ptr: Vector,
+    counts_ptr: Matrix,
+    raises_ptr: Matrix,
+    cuts_ptr: Matrix,
+    rng_ptr: Vector,
+    rows_ptr: Vector,
+    tokens_ptr: Vector,
+    thresholds_ptr: Vector,
     v,
     splits,
     inverse,

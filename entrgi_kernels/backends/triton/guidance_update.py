@@ -19,13 +19,13 @@ from ..arguments import Adam
 from ..ranges import ranged
 from . import chunked, config, hopper
 from .chunked import AdamStep, adam
-from .launch import aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
+from .launch import Matrix, Vector, aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
 
 _MOST_PARTS = 16  # the backward kernel halves its tile four times at most
 
 
 @kernel()
-def _rowdot_kernel(grad_ptr, soft_ptr, out_ptr, d, stride_g, stride_s, BLOCK: tl.constexpr):
+def _rowdot_kernel(grad_ptr: Matrix, soft_ptr: Matrix, out_ptr: Matrix, d, stride_g, stride_s, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
@@ -125,19 +125,19 @@ def _finish(
 
 @kernel("n")
 def _backward_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    grad,
+    grad: Matrix,
     stride_g,
-    table,
+    table: Matrix,
     stride_e,
-    delta_ptr,
-    lse_ptr,
-    exp_avg_ptr,
+    delta_ptr: Vector,
+    lse_ptr: Vector,
+    exp_avg_ptr: Matrix,
     stride_m,
-    exp_avg_sq_ptr,
+    exp_avg_sq_ptr: Matrix,
     stride_v,
-    out_ptr,
+    out_ptr: Matrix,
     stride_o,
     n,
     v,

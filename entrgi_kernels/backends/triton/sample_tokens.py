@@ -14,20 +14,20 @@ from ..arguments import Draw
 from ..ranges import ranged
 from . import config
 from .filters import filtered, is_filtered
-from .launch import kernel, launch, rows_of, vector
+from .launch import Matrix, Vector, kernel, launch, rows_of, vector
 from .philox import log_exponential, words_of_pairs
 from .statistics import row_statistics
 
 
 @kernel("splits")
 def _race_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    maximum_ptr,
-    rng_ptr,
-    rows_ptr,
-    scores_ptr,
-    places_ptr,
+    maximum_ptr: Vector,
+    rng_ptr: Vector,
+    rows_ptr: Vector,
+    scores_ptr: Matrix,
+    places_ptr: Matrix,
     v,
     slice_length,
     splits,
@@ -67,7 +67,9 @@ def _race_kernel(
 
 
 @kernel("splits")
-def _race_merge_kernel(maximum_ptr, scores_ptr, places_ptr, tokens_ptr, splits, BLOCK: tl.constexpr):
+def _race_merge_kernel(
+    maximum_ptr: Vector, scores_ptr: Matrix, places_ptr: Matrix, tokens_ptr: Vector, splits, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < splits

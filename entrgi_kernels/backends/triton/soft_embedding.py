@@ -26,7 +26,7 @@ from ..ranges import ranged
 from . import chunked, config, hopper
 from .chunked import NO_STEP
 from .guidance_update import backward, product_dtype
-from .launch import aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
+from .launch import Matrix, Vector, aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
 from .statistics import row_statistics
 
 _EMPTY_SPLIT_WASTE = 0.1
@@ -53,14 +53,14 @@ def ended(acc):
 
 @kernel("n")
 def _forward_kernel(
-    logits,
+    logits: Matrix,
     stride_n,
-    table,
+    table: Matrix,
     stride_e,
-    maximum_ptr,
-    logsum_ptr,
-    soft_ptr,
-    parts_ptr,
+    maximum_ptr: Vector,
+    logsum_ptr: Vector,
+    soft_ptr: Matrix,
+    parts_ptr: Matrix,
     n,
     v,
     d,
@@ -136,15 +136,15 @@ def _forward_kernel(
 
 @kernel("n", "splits", "places")
 def _merge_kernel(
-    parts_ptr,
-    table_ptr,
+    parts_ptr: Matrix,
+    table_ptr: Matrix,
     stride_e,
-    tokens_ptr,
-    weight_ptr,
-    soft_ptr,
-    out_ptr,
+    tokens_ptr: Vector,
+    weight_ptr: Vector,
+    soft_ptr: Matrix,
+    out_ptr: Matrix,
     stride_o,
-    index_ptr,
+    index_ptr: Vector,
     places,
     n,
     v,
@@ -177,12 +177,12 @@ def _merge_kernel(
 
 @kernel("n")
 def _table_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    grad_ptr,
+    grad_ptr: Matrix,
     stride_g,
-    lse_ptr,
-    out_ptr,
+    lse_ptr: Vector,
+    out_ptr: Matrix,
     n,
     v,
     d,

@@ -7,19 +7,19 @@ import triton.language as tl
 
 from ..ranges import ranged
 from . import config
-from .launch import cdiv, kernel, launch, rows_of, vector
+from .launch import Matrix, Vector, cdiv, kernel, launch, rows_of, vector
 from .statistics import row_statistics
 
 
 @kernel()
 def _backward_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    lse_ptr,
-    entropy_ptr,
-    grad_lse_ptr,
-    grad_entropy_ptr,
-    out_ptr,
+    lse_ptr: Vector,
+    entropy_ptr: Vector,
+    grad_lse_ptr: Vector,
+    grad_entropy_ptr: Vector,
+    out_ptr: Matrix,
     v,
     inverse,
     BLOCK: tl.constexpr,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import config
-from .launch import aligned, kernel, launch, rows_of
+from .launch import Matrix, Vector, aligned, kernel, launch, rows_of
 
 FAR = tl.constexpr(-1e30)
 _PART = 5  # floats a slice leaves: maximum, sum e, sum e * d, sum e at the second temperature, largest key of argmax
@@ -80,10 +80,10 @@ def _add_tile(x, number, m, s, t, s2, place, c, c2, SECOND: tl.constexpr, ARGMAX
 
 @kernel("splits")
 def _statistics_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    parts_ptr,
-    index_ptr,
+    parts_ptr: Matrix,
+    index_ptr: Vector,
     v,
     slice_length,
     splits,
@@ -149,16 +149,16 @@ def _statistics_kernel(
 
 @kernel("splits")
 def _merge_kernel(
-    parts_ptr,
-    index_ptr,
-    maximum_ptr,
-    logsum_ptr,
-    logsum2_ptr,
-    lse_ptr,
-    lse2_ptr,
-    entropy_ptr,
-    share_ptr,
-    argmax_ptr,
+    parts_ptr: Matrix,
+    index_ptr: Vector,
+    maximum_ptr: Vector,
+    logsum_ptr: Vector,
+    logsum2_ptr: Vector,
+    lse_ptr: Vector,
+    lse2_ptr: Vector,
+    entropy_ptr: Vector,
+    share_ptr: Vector,
+    argmax_ptr: Matrix,
     splits,
     inverse,
     inverse2,

@@ -15,7 +15,7 @@ import triton.language as tl
 from ..ranges import ranged
 from . import config
 from .filters import KEY_SHIFT, filter_thresholds, is_filtered, ordered_key
-from .launch import aligned, kernel, launch, rows_of, vector
+from .launch import Matrix, Vector, aligned, kernel, launch, rows_of, vector
 from .statistics import FAR, row_statistics, sum_tile, tile_offsets
 
 _PART = 4  # floats a slice leaves: sum e, sum e * d (d = logit - maximum), largest and second largest kept logit
@@ -23,11 +23,11 @@ _PART = 4  # floats a slice leaves: sum e, sum e * d (d = logit - maximum), larg
 
 @kernel("splits")
 def _confidence_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    maximum_ptr,
-    thresholds_ptr,
-    parts_ptr,
+    maximum_ptr: Vector,
+    thresholds_ptr: Vector,
+    parts_ptr: Matrix,
     v,
     slice_length,
     splits,
@@ -86,13 +86,13 @@ def _two_largest(first, second, LANES: tl.constexpr):
 
 @kernel("splits")
 def _confidence_merge_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    maximum_ptr,
-    thresholds_ptr,
-    tokens_ptr,
-    parts_ptr,
-    out_ptr,
+    maximum_ptr: Vector,
+    thresholds_ptr: Vector,
+    tokens_ptr: Vector,
+    parts_ptr: Matrix,
+    out_ptr: Matrix,
     v,
     splits,
     inverse,
