@@ -30,12 +30,12 @@ def _probability_kernel(
     length,
     inverse,
     log2_scale,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = index < length
-    x = tl.load(logits_ptr + row * stride_n + first + index, mask=mask, other=float("-inf")).to(tl.float32)
+    x = tl.load(logits_ptr + row * stride_n + first + index, mask=mask, other=float("-inf")).to(tl.float32)  # [BV]
     offset = log2_scale - tl.load(logsum_ptr + row) * 1.4426950408889634
     p = tl.exp2((x - tl.load(maximum_ptr + row)) * (inverse * 1.4426950408889634) + offset)
     tl.store(out_ptr + row * length + index, p.to(out_ptr.dtype.element_ty), mask=mask)
@@ -104,19 +104,19 @@ def _update_kernel(
     ADAM: tl.constexpr,
     READS: tl.constexpr,
     WRITES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = index < length
-    x = tl.load(logits_ptr + row * stride_n + first + index, mask=mask, other=float("-inf")).to(tl.float32)
-    product = tl.load(product_ptr + row * length + index, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(logits_ptr + row * stride_n + first + index, mask=mask, other=float("-inf")).to(tl.float32)  # [BV]
+    product = tl.load(product_ptr + row * length + index, mask=mask, other=0.0).to(tl.float32)  # [BV]
     p = tl.exp(x * inverse - tl.load(lse_ptr + row))
     delta = tl.load(delta_ptr + row)
     out = out_ptr + row * stride_o + first + index
     if ADAM:
-        m = tl.zeros([BLOCK], tl.float32)
-        s = tl.zeros([BLOCK], tl.float32)
+        m = tl.zeros([BLOCK_V], tl.float32)  # [BV]
+        s = tl.zeros([BLOCK_V], tl.float32)
         m_ptrs = exp_avg_ptr + row * stride_m + first + index
         s_ptrs = exp_avg_sq_ptr + row * stride_v + first + index
         if READS:
@@ -181,7 +181,7 @@ def forward(
             1.0 / temperature,
             log2_scale,
             num_warps=block.num_warps,
-            BLOCK=block.block,
+            BLOCK_V=block.block,
         )
         _product(p, embedding[first : first + length], soft, add=first > 0)
     return soft.mul_(2.0**-log2_scale) if log2_scale else soft
@@ -232,5 +232,5 @@ def backward(
             *step.scalars,
             num_warps=block.num_warps,
             **step.flags,
-            BLOCK=block.block,
+            BLOCK_V=block.block,
         )

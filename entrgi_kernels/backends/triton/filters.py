@@ -89,7 +89,7 @@ def _cut_kernel(
     chunk = tl.arange(0, CHUNKS)
     shift = (((chunk * 40503 + 20000) & 0xFFFF) >> 4) * (apart - 32) >> 12
     place = (chunk * apart + shift // 16 * 16)[:, None] + tl.arange(0, 32)[None, :]
-    x = tl.load(logits_ptr + row * stride_n + place, mask=place < v, other=float("-inf")).to(tl.float32)
+    x = tl.load(logits_ptr + row * stride_n + place, mask=place < v, other=float("-inf")).to(tl.float32)  # [CHUNKS, 32]
     allowed = most * (tl.minimum(v, CHUNKS * 32).to(tl.float32) / v)
     raises = 0
     if tl.sum(tl.sum((x >= first).to(tl.int32), axis=1), axis=0) > allowed:
@@ -119,7 +119,7 @@ def _collect_kernel(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
     WORDS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """The entries of one slice of one row that reach the cut-off, in a fixed order.
 
@@ -129,7 +129,7 @@ def _collect_kernel(
     A thread marks the entries that pass in a word of bits for each tile. Only after WORDS tiles do threads wait for
     each other, to learn where in the list each word's entries go.
     """
-    tl.static_assert(BLOCK <= 32 * LANES, "a thread marks at most 32 entries of a tile")
+    tl.static_assert(BLOCK_V <= 32 * LANES, "a thread marks at most 32 entries of a tile")
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     base = logits_ptr + row * stride_n
@@ -137,8 +137,8 @@ def _collect_kernel(
     segment = row * splits + split
     out = segment * capacity
     STRETCH: tl.constexpr = LANES * WIDTH
-    STEPS: tl.constexpr = BLOCK // STRETCH
-    tiles = slice_length // BLOCK
+    STEPS: tl.constexpr = BLOCK_V // STRETCH
+    tiles = slice_length // BLOCK_V
     apart = splits * STRETCH
     offsets = tile_offsets(1, LANES, WIDTH) + tl.arange(0, STEPS)[:, None, None] * apart
     bits = 1 << (tl.arange(0, STEPS)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :])
@@ -148,10 +148,10 @@ def _collect_kernel(
     count = 0
     for first in range(0, tiles, WORDS):
         start = first * STEPS * apart + split * STRETCH
-        marks = tl.zeros([WORDS, LANES], tl.int32)
+        marks = tl.zeros([WORDS, LANES], tl.int32)  # [WORDS, L]
         for word in range(0, tl.minimum(WORDS, tiles - first)):
             index = start + word * (STEPS * apart) + offsets
-            x = tl.load(base + index, mask=index < v, other=float("-inf")).to(tl.float32)
+            x = tl.load(base + index, mask=index < v, other=float("-inf")).to(tl.float32)  # [S, L, W]
             # Entries of -inf carry no mass; the cut-off is finite but for bad rows, where nothing passes.
             marked = tl.sum(tl.sum(tl.where(x >= cut, bits, 0), axis=2), axis=0)
             marks = tl.where(words == word, marked[None, :], marks)
@@ -198,11 +198,11 @@ def _entries(base, numbers, length, counts_ptr, room, capacity, LISTED: tl.const
 
 @triton.jit
 def _tile(
-    base, first, length, counts_ptr, room, capacity, LANES: tl.constexpr, BLOCK: tl.constexpr, LISTED: tl.constexpr
+    base, first, length, counts_ptr, room, capacity, LANES: tl.constexpr, BLOCK_V: tl.constexpr, LISTED: tl.constexpr
 ):
-    """:func:`_entries` number `first` and the next, [BLOCK / LANES, LANES]: a lane (a thread) has a column."""
-    x, _ = _entries(base, first + tl.arange(0, BLOCK), length, counts_ptr, room, capacity, LISTED)
-    return x.reshape([BLOCK // LANES, LANES])
+    """:func:`_entries` number `first` and the next, [BLOCK_V / LANES, LANES]: a lane (a thread) has a column."""
+    x, _ = _entries(base, first + tl.arange(0, BLOCK_V), length, counts_ptr, room, capacity, LISTED)
+    return x.reshape([BLOCK_V // LANES, LANES])
 
 
 @triton.jit
@@ -247,20 +247,20 @@ def _search(
     SHIFT: tl.constexpr,
     PIVOTS: tl.constexpr,
     LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     LISTED: tl.constexpr,
 ):
     """A key that keeps what the smallest one does whose strictly larger entries weigh <= `limit` and number < top_k.
 
     Invariant: `hi` satisfies that, `lo` does not. Above them lie `beyond` and at most `below` entries: once one entry
-    is left between, it is the smallest that is kept. `x` are the first BLOCK entries: they are read once.
+    is left between, it is the smallest that is kept. `x` are the first BLOCK_V entries: they are read once.
     """
     while (hi != lo + 1) & (below - beyond > 1):
-        masses = tl.zeros([PIVOTS, LANES], tl.float32)
+        masses = tl.zeros([PIVOTS, LANES], tl.float32)  # [PIVOTS, L]
         totals = tl.zeros([PIVOTS, LANES], tl.int32)
         masses, totals = _weigh(masses, totals, x, m, c, lo, hi, SHIFT, PIVOTS)
-        for tile in range(BLOCK, length, BLOCK):
-            more = _tile(base, tile, length, counts_ptr, room, capacity, LANES, BLOCK, LISTED)
+        for tile in range(BLOCK_V, length, BLOCK_V):
+            more = _tile(base, tile, length, counts_ptr, room, capacity, LANES, BLOCK_V, LISTED)
             masses, totals = _weigh(masses, totals, more, m, c, lo, hi, SHIFT, PIVOTS)
         pivots = _pivot(lo, hi, tl.arange(0, PIVOTS), PIVOTS)
         mass = tl.sum(masses, axis=1)
@@ -289,23 +289,23 @@ def _among_listed(
     SHIFT: tl.constexpr,
     PIVOTS: tl.constexpr,
     LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """:func:`_search` among a row's listed entries, all above `lo`; and whether all of them are kept.
 
     There are `number` of them under `length` numbers of :func:`_entries`.
     """
-    x = _tile(base, 0, length, counts_ptr, room, capacity, LANES, BLOCK, True)
+    x = _tile(base, 0, length, counts_ptr, room, capacity, LANES, BLOCK_V, True)  # [R, L], R a lane
     masses = tl.sum(tl.exp2((x - m) * c), axis=0)
-    for tile in range(BLOCK, length, BLOCK):
-        more = _tile(base, tile, length, counts_ptr, room, capacity, LANES, BLOCK, True)
+    for tile in range(BLOCK_V, length, BLOCK_V):
+        more = _tile(base, tile, length, counts_ptr, room, capacity, LANES, BLOCK_V, True)
         masses += tl.sum(tl.exp2((more - m) * c), axis=0)
     everything = (tl.sum(masses, axis=0) <= limit) & (number < top_k)
     threshold = lo + 1
     if everything == 0:
         threshold = _search(
             *(x, base, length, counts_ptr, room, capacity, m, c, limit, top_k, lo, hi, number, number * 0),
-            *(SHIFT, PIVOTS, LANES, BLOCK, True),
+            *(SHIFT, PIVOTS, LANES, BLOCK_V, True),
         )
     return threshold, everything
 
@@ -324,17 +324,17 @@ def _race(
     rng_ptr,
     row_key,
     SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     LISTED: tl.constexpr,
 ):
     """Index of the best score among entries whose key reaches `threshold`; the lowest index of ties.
 
     The index of a LISTED entry is at `index_ptr`, that of another its place.
     """
-    lanes = tl.arange(0, BLOCK)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    token = tl.full([BLOCK], 2147483647, tl.int32)
-    for tile in range(0, length, BLOCK):
+    lanes = tl.arange(0, BLOCK_V)
+    best = tl.full([BLOCK_V], float("-inf"), tl.float32)  # [BV]
+    token = tl.full([BLOCK_V], 2147483647, tl.int32)
+    for tile in range(0, length, BLOCK_V):
         x, index = _entries(base, tile + lanes, length, counts_ptr, room, capacity, LISTED)
         kept = (ordered_key(x, SHIFT) >= threshold) & (x > float("-inf"))
         if tl.max(kept.to(tl.int32), axis=0) > 0:
@@ -378,7 +378,7 @@ def _pick_kernel(
     SHIFT: tl.constexpr,
     PIVOTS: tl.constexpr,
     LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     m = tl.load(maximum_ptr + row)
@@ -404,7 +404,7 @@ def _pick_kernel(
         if whole == 0:
             reached, everything = _among_listed(
                 *(values, length, number, counts, room, capacity, m, c, limit, top_k, lo, hi),
-                *(SHIFT, PIVOTS, LANES, BLOCK),
+                *(SHIFT, PIVOTS, LANES, BLOCK_V),
             )
             # The first cut-off of top-p is low enough. Under any other more may be kept than is listed, unless that
             # weighs more than top_p or numbers top_k.
@@ -416,10 +416,10 @@ def _pick_kernel(
             if top_p < 1.0:
                 first = ordered_key(_first_cut(m, logsum, temperature, log_cut), SHIFT)
                 lo = tl.minimum(first, hi) - 1
-            x = _tile(base, 0, v, counts, room, capacity, LANES, BLOCK, False)
+            x = _tile(base, 0, v, counts, room, capacity, LANES, BLOCK_V, False)
             reached = _search(
                 *(x, base, v, counts, room, capacity, m, c, limit, top_k, lo, hi, v, beyond),
-                *(SHIFT, PIVOTS, LANES, BLOCK, False),
+                *(SHIFT, PIVOTS, LANES, BLOCK_V, False),
             )
         threshold = reached
         if DRAW:
@@ -428,12 +428,12 @@ def _pick_kernel(
             if whole:
                 token = _race(
                     *(base, indices, v, counts, room, capacity, m, inverse, threshold, rng_ptr, key),
-                    *(SHIFT, BLOCK // 2, False),
+                    *(SHIFT, BLOCK_V // 2, False),
                 )
             else:
                 token = _race(
                     *(values, indices, length, counts, room, capacity, m, inverse, threshold, rng_ptr, key),
-                    *(SHIFT, BLOCK // 2, True),
+                    *(SHIFT, BLOCK_V // 2, True),
                 )
     if DRAW:
         tl.store(tokens_ptr + row, token.to(tl.int64))  # type: ignore[attr-defined]
@@ -506,7 +506,7 @@ def filtered(
         capacity,
         num_warps=entry.collect.num_warps,
         WORDS=entry.words,
-        BLOCK=entry.collect.block,
+        BLOCK_V=entry.collect.block,
         **entry.collect.lanes(logits.element_size(), aligned(logits)),
     )
     unused: Any = counts
@@ -540,7 +540,7 @@ def filtered(
         SHIFT=KEY_SHIFT[logits.dtype],
         PIVOTS=entry.pivots,
         LANES=32 * entry.num_warps,
-        BLOCK=entry.block,
+        BLOCK_V=entry.block,
     )
     return out
 

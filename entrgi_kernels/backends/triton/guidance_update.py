@@ -25,11 +25,11 @@ _MOST_PARTS = 16  # the backward kernel halves its tile four times at most
 
 
 @kernel()
-def _rowdot_kernel(grad_ptr: Matrix, soft_ptr: Matrix, out_ptr: Matrix, d, stride_g, stride_s, BLOCK: tl.constexpr):
+def _rowdot_kernel(grad_ptr: Matrix, soft_ptr: Matrix, out_ptr: Matrix, d, stride_g, stride_s, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK)
-    acc = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, d, BLOCK):
+    lanes = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_D], tl.float32)  # [BD]
+    for start in range(0, d, BLOCK_D):
         index = start + lanes
         g = tl.load(grad_ptr + row * stride_g + index, mask=index < d, other=0.0).to(tl.float32)
         acc += g * tl.load(soft_ptr + row * stride_s + index, mask=index < d, other=0.0).to(tl.float32)
@@ -60,7 +60,7 @@ def _fetch(
     """Logits and both moments of one part of the tile, in their own types; without moments the logits thrice."""
     columns = first + tl.arange(0, COLUMNS)
     mask = inside_n[:, None] & (columns < v)[None, :]
-    x = tl.load(logits_ptr + rows[:, None] * stride_n + columns[None, :], mask=mask, other=float("-inf"))
+    x = tl.load(logits_ptr + rows[:, None] * stride_n + columns[None, :], mask=mask, other=float("-inf"))  # [BN, C]
     if READS:
         m = tl.load(exp_avg_ptr + rows[:, None] * stride_m + columns[None, :], mask=mask, other=0.0)
         s = tl.load(exp_avg_sq_ptr + rows[:, None] * stride_v + columns[None, :], mask=mask, other=0.0)
@@ -103,7 +103,7 @@ def _finish(
     mask = inside_n[:, None] & (columns < v)[None, :]
     x = fetched[0].to(tl.float32)
     # exp2 flushes what is below 2^-126 to zero: three instructions less than exp, of forty.
-    p = tl.exp2((x * inverse - tl.load(lse_ptr + rows)[:, None]) * 1.4426950408889634)
+    p = tl.exp2((x * inverse - tl.load(lse_ptr + rows)[:, None]) * 1.4426950408889634)  # [BN, C], C columns of a part
     delta = tl.load(delta_ptr + rows)[:, None]
     out = out_ptr + rows[:, None] * stride_o + columns[None, :]
     if ADAM:
@@ -171,11 +171,11 @@ def _backward_kernel(
     if not DESCRIPTORS:
         g_ptrs = grad + rows[:, None] * stride_g + lanes[None, :]
         e_ptrs = table + tl.minimum(columns, v - 1).to(tl.int64)[None, :] * stride_e + lanes[:, None]
-    acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)  # [BN, BV]
     for d0 in range(0, d, BLOCK_D):
         if DESCRIPTORS:
-            g = grad.load([(pid % blocks_n) * BLOCK_N, d0])
-            e = table.load([first, d0]).T
+            g = grad.load([(pid % blocks_n) * BLOCK_N, d0])  # [BN, BD]
+            e = table.load([first, d0]).T  # [BD, BV]
         elif EVEN_D:
             g = tl.load(g_ptrs + d0)
             e = tl.load(e_ptrs + d0)
@@ -186,7 +186,7 @@ def _backward_kernel(
     # Part by part, so that logits and both moments of the whole tile never are in registers at once, the next part's
     # being read while one is worked on. The halves of an accumulator lie in the same threads: taking them apart moves
     # nothing.
-    parts = (acc,)
+    parts = (acc,)  # each [BN, BV / parts]
     for level in tl.static_range(4):
         if 1 << level < PARTS:
             halves = ()
@@ -238,7 +238,7 @@ def backward(
     embedding, soft, lse = rows_of(embedding), rows_of(soft), vector(lse.float())
     grad = rows_of(grad.to(product_dtype(grad.dtype, embedding.dtype)))
     delta = torch.empty(n, dtype=torch.float32, device=logits.device)
-    launch(_rowdot_kernel, (n,), grad, soft, delta, d, grad.stride(0), soft.stride(0), num_warps=4, BLOCK=512)
+    launch(_rowdot_kernel, (n,), grad, soft, delta, d, grad.stride(0), soft.stride(0), num_warps=4, BLOCK_D=512)
     if (
         target.compiled
         and step.moves

@@ -32,7 +32,7 @@ def _race_kernel(
     slice_length,
     splits,
     inverse,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """Unfiltered race over one slice of one row; a Philox call serves two neighbouring entries."""
     row = tl.program_id(0).to(tl.int64)
@@ -42,11 +42,11 @@ def _race_kernel(
     end = tl.minimum(start + slice_length, v)
     m = tl.load(maximum_ptr + row)
     key = tl.load(rows_ptr + row)
-    pairs = tl.arange(0, BLOCK // 2)
+    pairs = tl.arange(0, BLOCK_V // 2)  # [BV / 2], as all that is made of it
     c = inverse * 1.4426950408889634
     top = float("-inf")
     place = 2147483647
-    for tile in range(start, end, BLOCK):
+    for tile in range(start, end, BLOCK_V):
         even = tile + 2 * pairs
         x0 = tl.load(base + even, mask=even < end, other=float("-inf")).to(tl.float32) - m
         x1 = tl.load(base + even + 1, mask=even + 1 < end, other=float("-inf")).to(tl.float32) - m
@@ -68,12 +68,12 @@ def _race_kernel(
 
 @kernel("splits")
 def _race_merge_kernel(
-    maximum_ptr: Vector, scores_ptr: Matrix, places_ptr: Matrix, tokens_ptr: Vector, splits, BLOCK: tl.constexpr
+    maximum_ptr: Vector, scores_ptr: Matrix, places_ptr: Matrix, tokens_ptr: Vector, splits, SPLITS: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK)
+    lanes = tl.arange(0, SPLITS)
     mask = lanes < splits
-    scores = tl.load(scores_ptr + row * splits + lanes, mask=mask, other=float("-inf"))
+    scores = tl.load(scores_ptr + row * splits + lanes, mask=mask, other=float("-inf"))  # [SPLITS]
     places = tl.load(places_ptr + row * splits + lanes, mask=mask, other=2147483647)
     token = tl.min(tl.where(scores == tl.max(scores, axis=0), places, 2147483647), axis=0)
     m = tl.load(maximum_ptr + row)
@@ -106,7 +106,7 @@ def _unfiltered(
         splits,
         1.0 / temperature,
         num_warps=entry.num_warps,
-        BLOCK=entry.block,
+        BLOCK_V=entry.block,
     )
     launch(
         _race_merge_kernel,
@@ -117,7 +117,7 @@ def _unfiltered(
         tokens,
         splits,
         num_warps=1,
-        BLOCK=config.MOST_SPLITS,
+        SPLITS=config.MOST_SPLITS,
     )
     return tokens
 

@@ -36,6 +36,7 @@ _EMPTY_SPLIT_WASTE = 0.1
 def blend(soft, table_ptr, stride_e, tokens_ptr, weight_ptr, rows, columns, mask, v):
     """soft + weight (E[token] - soft) by the formula of torch.lerp, which returns E[token] exactly at weight 1."""
     token = tl.minimum(tl.maximum(tl.load(tokens_ptr + rows), 0), v - 1).to(tl.int64)
+    # [BN, BD]
     hard = tl.load(table_ptr + token[:, None] * stride_e + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     w = tl.load(weight_ptr + rows)[:, None]
     shift = hard - soft
@@ -90,7 +91,7 @@ def _forward_kernel(
     columns = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
     inside_d = columns < d
     lanes = tl.arange(0, BLOCK_V)
-    m = tl.load(maximum_ptr + rows)
+    m = tl.load(maximum_ptr + rows)  # [BN]
     # A tile of logits goes from shared memory straight into the layout of a left operand if all that p is formed of
     # has been loaded; else p's tile passes through shared memory once more, behind a barrier. So the scalars become
     # vectors by way of loads that are masked off.
@@ -101,14 +102,14 @@ def _forward_kernel(
     if not DESCRIPTORS:
         x_ptrs = logits + rows[:, None] * stride_n + lanes[None, :]
         e_ptrs = table + lanes.to(tl.int64)[:, None] * stride_e + columns[None, :]
-    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [BN, BD]
     start = split * slice_length
     end = tl.minimum(start + slice_length, v)
     for v0 in range(start, end, BLOCK_V):
         far = tl.cast(v0, tl.int64)
         if DESCRIPTORS:
-            x = logits.load([block_n * BLOCK_N, v0])
-            e = table.load([v0, block_d * BLOCK_D])
+            x = logits.load([block_n * BLOCK_N, v0])  # [BN, BV]
+            e = table.load([v0, block_d * BLOCK_D])  # [BV, BD]
         else:
             if EVEN_V:
                 x = tl.load(x_ptrs + far)
@@ -121,7 +122,7 @@ def _forward_kernel(
         below = x.to(tl.float32) - m[:, None]
         if DESCRIPTORS and not EVEN_V:
             below = tl.minimum(below, 0.0)  # beyond the row x is 0, and so is E: a finite p adds nothing there
-        p = tl.exp2(below * c[:, None] + offset[:, None])
+        p = tl.exp2(below * c[:, None] + offset[:, None])  # [BN, BV]
         acc = tl.dot(p.to(e.dtype), e, acc, input_precision=PRECISION)
         if WAITS:
             acc = ended(acc)
@@ -161,7 +162,7 @@ def _merge_kernel(
     mask = (rows < n)[:, None] & (columns < d)[None, :]
     rows = tl.minimum(rows, n - 1)
     place = rows[:, None] * d + columns[None, :]
-    acc = tl.load(soft_ptr + place, mask=mask, other=0.0)
+    acc = tl.load(soft_ptr + place, mask=mask, other=0.0)  # [BN, BD]
     stride = tl.cast(n, tl.int64) * d
     for part in range(0, splits - 1):
         acc += tl.load(parts_ptr + part * stride + place, mask=mask, other=0.0)
@@ -203,7 +204,7 @@ def _table_kernel(
     inside_d = columns < d
     inside_v = entries < v
     lanes = tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)  # [BV, BD]
     for n0 in range(0, n, BLOCK_N):
         rows = tl.cast(n0 + lanes, tl.int64)
         inside_n = rows < n
@@ -212,14 +213,14 @@ def _table_kernel(
             logits_ptr + rows[None, :] * stride_n + entries[:, None],
             mask=inside_n[None, :] & inside_v[:, None],
             other=float("-inf"),
-        ).to(tl.float32)
+        ).to(tl.float32)  # [BV, BN]
         g = tl.load(
             grad_ptr + rows[:, None] * stride_g + columns[None, :],
             mask=inside_n[:, None] & inside_d[None, :],
             other=0.0,
-        )
+        )  # [BN, BD]
         lse = tl.load(lse_ptr + rows, mask=inside_n, other=0.0)
-        p = tl.exp2((x * inverse - lse[None, :]) * 1.4426950408889634 + log2_scale)
+        p = tl.exp2((x * inverse - lse[None, :]) * 1.4426950408889634 + log2_scale)  # [BV, BN]
         acc = tl.dot(p.to(g.dtype), g, acc, input_precision=PRECISION)
         if WAITS:
             acc = ended(acc)

@@ -22,12 +22,12 @@ def _backward_kernel(
     out_ptr: Matrix,
     v,
     inverse,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = index < v
-    x = tl.load(logits_ptr + row * stride_n + index, mask=mask, other=float("-inf")).to(tl.float32)
+    x = tl.load(logits_ptr + row * stride_n + index, mask=mask, other=float("-inf")).to(tl.float32)  # [BV]
     log_p = x * inverse - tl.load(lse_ptr + row)
     p = tl.exp(log_p)
     surprise = tl.where(p > 0, log_p, 0.0) + tl.load(entropy_ptr + row)
@@ -67,6 +67,6 @@ def softmax_entropy_backward(
         v,
         1.0 / temperature,
         num_warps=entry.num_warps,
-        BLOCK=entry.block,
+        BLOCK_V=entry.block,
     )
     return out

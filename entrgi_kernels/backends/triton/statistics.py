@@ -94,28 +94,28 @@ def _statistics_kernel(
     PART: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     start = split * slice_length
     length = tl.minimum(slice_length, v - start)
     base = logits_ptr + row * stride_n + start
-    offsets = tile_offsets(BLOCK // (LANES * WIDTH), LANES, WIDTH)
+    offsets = tile_offsets(BLOCK_V // (LANES * WIDTH), LANES, WIDTH)
     c = inverse * 1.4426950408889634
     c2 = inverse2 * 1.4426950408889634
-    m = tl.full([LANES], float("-inf"), tl.float32)
+    m = tl.full([LANES], float("-inf"), tl.float32)  # [L], as all that follow: a lane (a thread) has its own
     s = tl.zeros([LANES], tl.float32)
     t = tl.zeros([LANES], tl.float32)
     s2 = tl.zeros([LANES], tl.float32)
     place = tl.zeros([LANES], tl.int32)
-    full = length // BLOCK
+    full = length // BLOCK_V
     for number in range(0, full):
-        x = tl.load(base + number * BLOCK + offsets).to(tl.float32)
+        x = tl.load(base + number * BLOCK_V + offsets).to(tl.float32)  # [S, L, W], S steps of W neighbours a lane
         m, s, t, s2, place = _add_tile(x, number, m, s, t, s2, place, c, c2, SECOND, ARGMAX)
-    if full * BLOCK < length:
-        index = full * BLOCK + offsets
-        x = tl.load(base + index, mask=index < length, other=float("-inf")).to(tl.float32)
+    if full * BLOCK_V < length:
+        index = full * BLOCK_V + offsets
+        x = tl.load(base + index, mask=index < length, other=float("-inf")).to(tl.float32)  # [S, L, W]
         m, s, t, s2, place = _add_tile(x, full, m, s, t, s2, place, c, c2, SECOND, ARGMAX)
     top = tl.max(m, axis=0)
     moved = m - tl.where(top == float("-inf"), 0.0, top)
@@ -131,16 +131,16 @@ def _statistics_kernel(
         # Tiles lie one after the other, so the first that reached the maximum holds its first place: it is read again.
         best = m == top
         number = tl.min(tl.where(best, place, 2147483647), axis=0)
-        index = number * BLOCK + offsets
+        index = number * BLOCK_V + offsets
         again = best[None, :, None] & (index < length)
         x = tl.load(base + index, mask=again, other=float("-inf")).to(tl.float32)
-        first = tl.min(tl.where(again & (x == top), index, 2147483647).reshape([BLOCK]), axis=0)
+        first = tl.min(tl.where(again & (x == top), index, 2147483647).reshape([BLOCK_V]), axis=0)
         if total != total:
             # NaN or +inf: the first of them.
             top = float("inf")
             first = 2147483647
-            lanes = tl.arange(0, BLOCK)
-            for tile in range(0, length, BLOCK):
+            lanes = tl.arange(0, BLOCK_V)
+            for tile in range(0, length, BLOCK_V):
                 bad = tl.load(base + tile + lanes, mask=tile + lanes < length, other=0.0).to(tl.float32)
                 first = tl.minimum(first, tl.min(tl.where(bad < float("inf"), 2147483647, tile + lanes), axis=0))
         tl.store(part + 4, top)
@@ -166,13 +166,13 @@ def _merge_kernel(
     SECOND: tl.constexpr,
     ARGMAX: tl.constexpr,
     PART: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK)
+    lanes = tl.arange(0, SPLITS)
     mask = lanes < splits
     part = parts_ptr + (row * splits + lanes) * PART
-    ms = tl.load(part, mask=mask, other=float("-inf"))
+    ms = tl.load(part, mask=mask, other=float("-inf"))  # [SPLITS]
     ss = tl.load(part + 1, mask=mask, other=0.0)
     ts = tl.load(part + 2, mask=mask, other=0.0)
     m = tl.max(ms, axis=0)
@@ -234,7 +234,7 @@ def row_statistics(
         splits,
         *inverses,
         num_warps=row.num_warps,
-        BLOCK=row.block,
+        BLOCK_V=row.block,
         **row.lanes(logits.element_size(), aligned(logits)),
         **flags,
     )
@@ -255,7 +255,7 @@ def row_statistics(
         *inverses,
         math.log(max(v, 2)),
         num_warps=1,
-        BLOCK=config.MOST_SPLITS,
+        SPLITS=config.MOST_SPLITS,
         **flags,
     )
     if second is None:
