@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from entrgi_kernels.backends.ranges import PHASES
+from entrgi_kernels.guidance.phases import PHASES
 
 # What is between the phases: Python, launches, small tensors, tokenizers.
 REST = "host and rest"

@@ -22,7 +22,8 @@ from benchmarks.harness.measure import Candidate, Group
 from benchmarks.harness.models import World
 from benchmarks.harness.phases import REST, FlopCounter, PhaseTimer
 from benchmarks.suites.generation import FLOOR, PRESETS, Size, candidates, check_ours, sampler, tokens_of
-from entrgi_kernels.backends.ranges import PHASES, listening
+from entrgi_kernels.backends.ranges import listening
+from entrgi_kernels.guidance.phases import PHASES
 
 OP, PLAIN = "generation", "no savings"
 

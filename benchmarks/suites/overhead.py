@@ -75,7 +75,9 @@ def pairs(device: str, backend: str) -> dict[str, Pair]:
     entropy, sample, soft = raw("softmax_entropy"), raw("sample_tokens"), raw("soft_embedding")
     confidence = raw("unmask_confidence")
     kernels = backends.resolve(backend, phi, "soft_embedding")
-    log_prob = getattr(kernels, "token_log_prob", partial(_vocabulary_head.token_log_prob, kernels))
+    log_prob = getattr(
+        kernels, "token_log_prob", partial(_vocabulary_head.token_log_prob, entropy, kernels.soft_embedding)
+    )
     return {
         "softmax_entropy": Pair(lambda: ops.softmax_entropy(phi, TAU, backend=backend), lambda: entropy(phi, TAU)),
         "sample_tokens": Pair(lambda: ops.sample_tokens(phi, **draw), lambda: sample(phi, how)),

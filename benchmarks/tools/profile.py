@@ -23,6 +23,7 @@ from benchmarks.suites.generation import PRESETS, sampler
 from benchmarks.suites.ops import OPS
 from benchmarks.suites.step import Problem, maker
 from entrgi_kernels.backends import ranges
+from entrgi_kernels.guidance.phases import MODEL
 
 
 def call(
@@ -59,7 +60,7 @@ class OneStep:
         self._seen, self.running = 0, False
 
     def begin(self, name: str) -> None:
-        if name == ranges.MODEL:  # a step's first phase
+        if name == MODEL:  # a step's first phase
             self.close()
             if self._seen == self._number:
                 self._start()

@@ -105,7 +105,7 @@ def rows(target: str, only: str, clock: float, bandwidth: float) -> Iterator[str
         threads = 32 * item.num_warps
         programs = 65_536 // (-(-registers // 8) * 8 * threads)
         yield f"{item.label}: {registers} registers, {threads} threads, {programs} programs a multiprocessor"
-        entries = item.tile.get("BLOCK", threads) / threads
+        entries = item.tile.get("BLOCK_V", threads) / threads
         width = 4 if item.dtypes.startswith("fp32") else 2
         arriving = bandwidth * 1e3 / (machine.sms * clock * width)  # entries a clock of a multiprocessor
         for loop in loops(disassemble(aot.build(machine.gpu, item).asm["cubin"])):

@@ -1,8 +1,9 @@
 """Engines that compute the operators, and the choice among them.
 
 A backend is a module of raw functions on tensors (no autograd, no validation), with the names and the signatures of
-:mod:`entrgi_kernels.backends.eager`, the oracle. (``token_log_prob`` is eager's alone: for the others the operator is
-written once, on their passes.) What several of them take together is one argument of :mod:`.arguments`.
+:mod:`entrgi_kernels.backends.eager`, the oracle. It states its ``NAME``, and says by ``why_not`` what it cannot serve.
+(``token_log_prob`` is eager's alone: for the others the operator is written once, on their passes.) What several of
+them take together is one argument of :mod:`.arguments`.
 
 :func:`resolve` picks a backend; an explicit choice that cannot serve raises, only ``"auto"`` falls back. A backend that
 has some of the functions alone says why in ``LACKING``. What is picked on a GPU stands behind :mod:`.proof`: kernels

@@ -18,6 +18,7 @@ from . import extension
 from .arguments import Draw
 from .ranges import ranged
 
+NAME = "cuda"
 _MODULE = "entrgi_kernels._C_cuda"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

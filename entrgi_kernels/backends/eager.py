@@ -20,6 +20,7 @@ import torch
 from . import philox
 from .arguments import Adam, Draw, Placement
 
+NAME = "eager"
 # Elements of a temporary that a chunk may hold: 2^22 float32 are 16 MiB.
 _CHUNK_ELEMENTS = 1 << 22
 

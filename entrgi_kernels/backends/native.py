@@ -14,6 +14,7 @@ import torch
 from . import extension
 from .arguments import Adam, Draw, Placement
 
+NAME = "native"
 _MODULE = "entrgi_kernels._C"
 _INTERFACE = 2  # that of csrc/bindings.cpp; a checkout may be newer than what was built from it
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

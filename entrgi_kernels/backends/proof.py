@@ -329,11 +329,11 @@ class Proven:
     def __init__(self, engines: Sequence[tuple[str, ModuleType]], strict: bool) -> None:
         self._engines, self._strict = tuple(engines), strict
         self._functions: dict[str, _Function] = {}
-        self.__name__ = engines[0][1].__name__
+        self.NAME = engines[0][0]
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
         if op not in trials.READERS:
-            raise AttributeError(f"{self.__name__} has no {op}")
+            raise AttributeError(f"backend {self.NAME!r} has no {op}")
         function = self._functions[op] = _Function(op, self._engines, self._strict)
         setattr(self, op, function)
         return function

@@ -1,10 +1,10 @@
-"""Named ranges of what runs: phases of the denoising loop, and the raw functions of the Triton backend.
+"""Named ranges of what runs: raw functions of the GPU backends, and whatever else a caller names.
 
 Nobody listens by default, and a range then costs one look at an empty tuple. :func:`enable_nvtx` shows them to Nsight
 Systems and Nsight Compute; anything with ``begin(name)`` and ``end(name)`` may be put into :data:`listeners` by
 :func:`listening` (``benchmarks/harness/phases.py`` takes times and counts FLOPs that way).
 
-Phases do not overlap; the functions' ranges, whose names begin with ``entrgi::``, lie inside them.
+A function's range has its name behind ``entrgi::``.
 """
 
 from __future__ import annotations
@@ -16,16 +16,6 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-# The denoising loop's phases, in the order of a step.
-PHASES = MODEL, EMBED, REWARD, REWARD_BACKWARD, UPDATE, DRAW, SELECT = (
-    "model forward",
-    "embed",
-    "reward forward",
-    "reward backward",
-    "update",
-    "draw",
-    "select",
-)
 OPERATOR = "entrgi::"
 
 

@@ -180,7 +180,7 @@ class MemoryEstimate:
         size = torch.empty((), dtype=model.dtype).element_size()
         state = moment_dtype(model.dtype, config.state_dtype)
         keeps = config.guided and (config.guidance_steps > 1 or not config.saves("adam_state"))
-        engine = resolve(config.backend, torch.empty(0, dtype=model.dtype, device=device)).__name__
+        engine = resolve(config.backend, torch.empty(0, dtype=model.dtype, device=device)).NAME
         counts = plan(config.schedule, [config.max_new_tokens], config.steps, config.schedule_eps).counts
         return cls(
             forward=Cost.through(probed, forward),
@@ -189,7 +189,7 @@ class MemoryEstimate:
             slots=config.max_new_tokens,
             logit_bytes=size,
             moment_bytes=2 * state.itemsize if keeps else 0,
-            workspace_bytes=_EAGER_WORKSPACE if engine.endswith("eager") else _FUSED_WORKSPACE,
+            workspace_bytes=_EAGER_WORKSPACE if engine == "eager" else _FUSED_WORKSPACE,
             committed=max((row[0] for row in counts), default=0),
         )
 

@@ -1,8 +1,10 @@
-"""The denoising loop's phases, as profilers and the benchmarks see them."""
+"""Phases of the denoising loop, as :mod:`..backends.ranges` tells its listeners of them. They do not overlap."""
 
-from ..backends.ranges import scope
+from __future__ import annotations
 
-# In the order of a step; they do not overlap.
+from ..backends.ranges import scope as scope
+
+# In the order of a step.
 PHASES = MODEL, EMBED, REWARD, REWARD_BACKWARD, UPDATE, DRAW, SELECT = (
     "model forward",
     "embed",
@@ -12,5 +14,3 @@ PHASES = MODEL, EMBED, REWARD, REWARD_BACKWARD, UPDATE, DRAW, SELECT = (
     "draw",
     "select",
 )
-
-__all__ = ["DRAW", "EMBED", "MODEL", "PHASES", "REWARD", "REWARD_BACKWARD", "SELECT", "UPDATE", "scope"]

@@ -12,8 +12,8 @@ near-certain token, where 1 - p is far below the rounding of 16-bit sums with p 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from types import ModuleType
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -62,14 +62,15 @@ def _without_mass(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tens
 
 
 def token_log_prob(
-    kernels: ModuleType,
+    softmax_entropy: Callable[..., Any],
+    soft_embedding: Callable[..., Any],
     hidden: torch.Tensor,
     head: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     slope: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As :func:`entrgi_kernels.backends.eager.token_log_prob`, on the passes of `kernels`."""
+    """As :func:`entrgi_kernels.backends.eager.token_log_prob`, on two passes of a backend."""
     acc = accumulation_dtype(hidden, head)
     n, d = hidden.shape
     others = torch.full((n,), -math.inf, dtype=acc, device=hidden.device)  # log-sum-exp without the target
@@ -79,9 +80,9 @@ def token_log_prob(
         inside, column = places(targets, part)
         picked = torch.where(inside, _without_targets(logits, inside, column).to(acc), picked)
         if slope:
-            soft, found = kernels.soft_embedding(logits, rows, 1.0)
+            soft, found = soft_embedding(logits, rows, 1.0)
         else:
-            soft, found = None, kernels.softmax_entropy(logits, 1.0)[0]
+            soft, found = None, softmax_entropy(logits, 1.0)[0]
         empty = _without_mass(logits, bias)
         if empty is not None:
             found = found.masked_fill(empty, -math.inf)
@@ -101,7 +102,8 @@ def token_log_prob(
 
 
 def token_log_prob_backward(
-    kernels: ModuleType,
+    soft_embedding: Callable[..., Any],
+    soft_embedding_grad_table: Callable[..., Any],
     hidden: torch.Tensor,
     head: torch.Tensor,
     bias: torch.Tensor | None,
@@ -109,7 +111,7 @@ def token_log_prob_backward(
     lse: torch.Tensor,
     grad: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As :func:`entrgi_kernels.backends.eager.token_log_prob_backward`, on the passes of `kernels`."""
+    """As :func:`entrgi_kernels.backends.eager.token_log_prob_backward`, on two passes of a backend."""
     acc, v = lse.dtype, head.shape[0]
     g = grad.to(acc)[:, None]
     dtype = torch.promote_types(hidden.dtype, head.dtype)
@@ -122,14 +124,14 @@ def token_log_prob_backward(
     pulled = torch.empty(v, weighted.shape[1], dtype=dtype, device=head.device)
     for part, rows, logits in _chunks(hidden, head, bias):
         _without_targets(logits, *places(targets, part))
-        soft, found = kernels.soft_embedding(logits, rows, 1.0)
+        soft, found = soft_embedding(logits, rows, 1.0)
         empty = _without_mass(logits, bias)
         share = (found - lse).exp()
         if empty is not None:
             share, soft = share.masked_fill(empty, 0), soft.masked_fill(empty[:, None], 0)
         mean.add_(soft * share[:, None])
         rest += share
-        pulled[part] = kernels.soft_embedding_grad_table(logits, weighted.to(dtype), lse, 1.0, dtype)
+        pulled[part] = soft_embedding_grad_table(logits, weighted.to(dtype), lse, 1.0, dtype)
     legal = legal_targets(targets, v)[0]
     grad_hidden = g * (rest[:, None] * head[legal].to(acc) - mean)
     # Rows of one target are summed at the first of them, in the wide dtype; duplicates then write the same. Not by

@@ -31,7 +31,7 @@ def _kernels(hidden: torch.Tensor, head: torch.Tensor, backend: str) -> ModuleTy
     """The backend whose passes over a chunk's logits serve; None for eager, which has the whole, in one walk."""
     module = backends.resolve(backend, hidden, "soft_embedding")
     wide = head.dtype == torch.float64 and hidden.dtype != torch.float64  # sums wider than hidden's backend may have
-    return None if module is eager or wide else module
+    return None if module.NAME == backends.EAGER or wide else module
 
 
 @operator()
@@ -46,7 +46,8 @@ def _token_log_prob(
     kernels = _kernels(hidden, head, backend)
     if kernels is None:
         return eager.token_log_prob(hidden, head, bias, targets, slope)
-    return _vocabulary_head.token_log_prob(kernels, hidden, head, bias, targets, slope)
+    passes = kernels.softmax_entropy, kernels.soft_embedding
+    return _vocabulary_head.token_log_prob(*passes, hidden, head, bias, targets, slope)
 
 
 @_token_log_prob.register_fake
@@ -73,7 +74,8 @@ def _token_log_prob_backward(
     kernels = _kernels(hidden, head, backend)
     if kernels is None:
         return eager.token_log_prob_backward(hidden, head, bias, targets, lse, grad)
-    return _vocabulary_head.token_log_prob_backward(kernels, hidden, head, bias, targets, lse, grad)
+    passes = kernels.soft_embedding, kernels.soft_embedding_grad_table
+    return _vocabulary_head.token_log_prob_backward(*passes, hidden, head, bias, targets, lse, grad)
 
 
 @_token_log_prob_backward.register_fake

@@ -44,15 +44,15 @@ ADAM = (0.5, 0.9, 0.999, 1e-8)
 # (family, raw function, rows, module and kernel that is spoiled, its argument)
 FAMILIES = [
     ("statistics", "softmax_entropy", 3, "statistics", "_merge_kernel", "lse_ptr"),
-    ("race", "sample_tokens", 3, "race", "_race_merge_kernel", "tokens_ptr"),
+    ("race", "sample_tokens", 3, "sample_tokens", "_race_merge_kernel", "tokens_ptr"),
     ("product", "soft_embedding", 3, "soft_embedding", "_forward_kernel", "soft_ptr"),
     ("chunked", "soft_embedding", 22, "chunked", "_probability_kernel", "out_ptr"),
     ("forward", "entrgi_embedding", 3, "soft_embedding", "_merge_kernel", "out_ptr"),
     ("update", "guidance_update_", 3, "guidance_update", "_backward_kernel", "out_ptr"),
     ("chunked update", "guidance_update_", 22, "chunked", "_update_kernel", "out_ptr"),
     ("gradient", "soft_embedding_backward", 3, "guidance_update", "_backward_kernel", "out_ptr"),
-    ("table", "soft_embedding_grad_table", 3, "table_gradient", "_table_kernel", "out_ptr"),
-    ("confidence", "unmask_confidence", 3, "confidence", "_confidence_merge_kernel", "out_ptr"),
+    ("table", "soft_embedding_grad_table", 3, "soft_embedding", "_table_kernel", "out_ptr"),
+    ("confidence", "unmask_confidence", 3, "unmask_confidence", "_confidence_merge_kernel", "out_ptr"),
 ]
 
 

@@ -130,7 +130,13 @@ def test_a_backend_that_cannot_be_imported_takes_no_other_down(monkeypatch, erro
 def test_the_real_ones():
     for name, info in backends.backends().items():
         assert info.available == bool(info.devices) == (info.reason is None) and info.name == name
-    assert backends.resolve("eager", X).__name__ == "entrgi_kernels.backends.eager"
+    assert backends.resolve("eager", X).NAME == "eager"
+
+
+def test_each_backend_states_its_own_name():
+    modules = {name: backends._load(name) for name in backends.NAMES}
+    stated = {name: module.NAME for name, module in modules.items() if not isinstance(module, str)}
+    assert "eager" in stated and all(name == own for name, own in stated.items())
 
 
 def test_an_extension_that_could_have_been_built_is_warned_of_once(monkeypatch, caplog):

@@ -52,7 +52,7 @@ if INTERPRETED:
     from entrgi_kernels.backends import philox as reference
     from entrgi_kernels.backends import triton as kernels
     from entrgi_kernels.backends.arguments import Adam, Draw, Placement
-    from entrgi_kernels.backends.triton import config, launch, philox, sampling, statistics
+    from entrgi_kernels.backends.triton import config, filters, launch, philox, statistics
     from entrgi_kernels.ops import _vocabulary_head
 
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's opinion of inf - inf
@@ -227,7 +227,7 @@ def test_rows_masked_with_the_least_finite_number(dtype):
 def kept_by(keys, logits):
     """Which entries thresholds as ordered keys keep."""
     bits = torch.where(logits == 0, 0.0, logits.float()).view(torch.int32)
-    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> sampling._KEY_SHIFT[logits.dtype]) >= keys[:, None]
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> filters.KEY_SHIFT[logits.dtype]) >= keys[:, None]
 
 
 def oracle_keeps(logits, temperature, top_k, top_p):
@@ -242,7 +242,7 @@ def test_top_k_below_the_cut_off(dtype):
     logits[2, 40:] = -math.inf  # fewer finite entries than k
     found = statistics.row_statistics(logits, 1.0)
     for top_k in (60, 200, 299):
-        keys = sampling.filter_thresholds(logits, found, 1.0, top_k, 1.0)
+        keys = filters.filter_thresholds(logits, found, 1.0, top_k, 1.0)
         assert torch.equal(kept_by(keys, logits), oracle_keeps(logits, 1.0, top_k, 1.0))
 
 
@@ -274,9 +274,9 @@ def spy_on_lists(launched):
 
     def spy(function, grid, *args, **options):
         launch.launch(function, grid, *args, **options)
-        if function is sampling._cut_kernel:
+        if function is filters._cut_kernel:
             launched.append((args[4].tolist(),))
-        if function is sampling._collect_kernel:
+        if function is filters._collect_kernel:
             launched[-1] += args[5].tolist(), args[9]
 
     return spy
@@ -291,9 +291,9 @@ def test_a_list_that_overflows_is_not_believed(monkeypatch):
         logits[1, start : start + 32] = logits[0, start : start + 32]
     logits, launched = logits.half(), []
 
-    monkeypatch.setattr(sampling, "launch", spy_on_lists(launched))
+    monkeypatch.setattr(filters, "launch", spy_on_lists(launched))
     for top_k, top_p in ((0, 0.6), (70, 1.0)):
-        keys = sampling.filter_thresholds(logits, statistics.row_statistics(logits, 1.0), 1.0, top_k, top_p)
+        keys = filters.filter_thresholds(logits, statistics.row_statistics(logits, 1.0), 1.0, top_k, top_p)
         assert torch.equal(kept_by(keys, logits), oracle_keeps(logits, 1.0, top_k, top_p))
     assert launched == [([0, 0], [[96, 80], [96, 0]], 64)] * 2  # raised never; in each slice; room for
 
@@ -306,7 +306,7 @@ def test_a_raised_cut_off_serves_or_is_found_out(dtype, together, monkeypatch):
     logits[:, ::10] += torch.tensor([9.0, 4.5, 3.0, 0.5, 5.0])[:, None]
     logits, launched = logits.to(dtype), []
 
-    monkeypatch.setattr(sampling, "launch", spy_on_lists(launched))
+    monkeypatch.setattr(filters, "launch", spy_on_lists(launched))
     rng = torch.tensor([3, 4])
     for top_k, top_p in ((0, 0.9), (25, 1.0)):
         launched.clear()
@@ -314,7 +314,7 @@ def test_a_raised_cut_off_serves_or_is_found_out(dtype, together, monkeypatch):
             ours = kernels.sample_tokens(logits[rows], Draw(rng, rows, 1.0, top_k, top_p))
             assert torch.equal(ours, eager.sample_tokens(logits[rows], Draw(rng, rows, 1.0, top_k, top_p)))
             found = statistics.row_statistics(logits[rows], 1.0)
-            keys = sampling.filter_thresholds(logits[rows], found, 1.0, top_k, top_p)
+            keys = filters.filter_thresholds(logits[rows], found, 1.0, top_k, top_p)
             assert torch.equal(kept_by(keys, logits[rows]), oracle_keeps(logits[rows], 1.0, top_k, top_p))
         if together and top_p < 1.0:
             raises, counts, _ = launched[0]
@@ -326,7 +326,7 @@ def test_a_cut_off_between_two_values_of_the_dtype_keeps_neither_more_nor_less()
     """One entry reaches the cut-off 1.3513; 299 lie at the value of bfloat16 just below it, and share its key."""
     logits = torch.full((1, 300), 1.34375, dtype=torch.bfloat16)
     logits[0, 7] = 10.0
-    keys = sampling.filter_thresholds(logits, statistics.row_statistics(logits, 1.0), 1.0, 0, 0.9)
+    keys = filters.filter_thresholds(logits, statistics.row_statistics(logits, 1.0), 1.0, 0, 0.9)
     assert kept_by(keys, logits).nonzero().tolist() == [[0, 7]]
 
 
@@ -336,7 +336,7 @@ def test_the_cut_off_is_never_raised_above_the_maximum():
     logits = torch.tensor([5.0, 4.96875], dtype=torch.bfloat16).repeat(1, 150)
     found = statistics.row_statistics(logits, 1.0)
     for top_k, top_p, kept in ((0, 0.4, 150), (20, 1.0, 150), (0, 0.6, 300)):
-        assert kept_by(sampling.filter_thresholds(logits, found, 1.0, top_k, top_p), logits).sum() == kept
+        assert kept_by(filters.filter_thresholds(logits, found, 1.0, top_k, top_p), logits).sum() == kept
 
 
 @inner
@@ -353,7 +353,7 @@ def test_the_threshold_keeps_exactly_the_oracles_set():
     logits = torch.randn(5, 140, generator=torch.Generator().manual_seed(4)).mul(2).round()  # ties, and -0.0
     for top_k, top_p in ((0, 0.7), (9, 1.0), (20, 0.9), (0, 0.999)):
         found = statistics.row_statistics(logits, 0.8)
-        keys = sampling.filter_thresholds(logits, found, 0.8, top_k, top_p)
+        keys = filters.filter_thresholds(logits, found, 0.8, top_k, top_p)
         assert torch.equal(kept_by(keys, logits), oracle_keeps(logits, 0.8, top_k, top_p))
 
 
@@ -588,9 +588,10 @@ def test_token_log_prob(dtype, bias, monkeypatch):
         b[256:512] = -math.inf
     targets, grad = torch.tensor([0, 599, 255, 512, 7]), torch.randn(5, generator=g)
     bounds = {"rtol": TOLERANCE[dtype] * 4, "atol": TOLERANCE[dtype] * 16}
+    passes = kernels.softmax_entropy, kernels.soft_embedding, kernels.soft_embedding_grad_table
     for slope in (True, False):
-        ours = _vocabulary_head.token_log_prob(kernels, hidden, head, b, targets, slope)
+        ours = _vocabulary_head.token_log_prob(*passes[:2], hidden, head, b, targets, slope)
         torch.testing.assert_close(ours, eager.token_log_prob(hidden, head, b, targets, slope), **bounds)
     args = hidden, head, b, targets, ours[1], grad
     theirs = eager.token_log_prob_backward(*args)
-    torch.testing.assert_close(_vocabulary_head.token_log_prob_backward(kernels, *args), theirs, **bounds)
+    torch.testing.assert_close(_vocabulary_head.token_log_prob_backward(*passes[1:], *args), theirs, **bounds)

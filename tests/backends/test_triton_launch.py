@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process: nothing is dispatched", allow_module_level=True)
 
 from entrgi_kernels.backends.triton import aot, launch  # noqa: E402
+from entrgi_kernels.backends.triton.launch import Matrix  # noqa: E402
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CASES = [
@@ -74,10 +75,37 @@ def test_a_new_number_of_rows_is_no_new_key(split):
     assert kinds[290] == kinds[303] == kinds[320]
 
 
+def test_every_pointer_of_every_kernel_is_marked():
+    """A vector over rows that is not would be compiled again whenever N moves it to another place."""
+    found = []
+    with aot.recording(aot.MACHINES["sm_90"], lambda _: None):
+        triton_records = launch.recorder
+
+        def record(kernel, args, options):
+            triton_records(kernel, args, options)
+            found.extend(
+                (kernel.fn.__annotations__.get(name), kernel.fn.__name__, name)
+                for name, arg in zip(kernel.arg_names, args, strict=False)
+                if not isinstance(arg, int | float)
+            )
+
+        launch.recorder = record
+        for case in CASES[:3]:
+            for _ in aot._calls(*case):
+                pass
+    assert {mark for mark, *_ in found} == {"Vector", "Matrix"}, [one for one in found if one[0] is None]
+    with pytest.raises(TypeError, match="_new_kernel: lse_ptr not marked: expected Vector or Matrix"):
+
+        @launch.kernel("n")
+        def _new_kernel(logits_ptr: Matrix, lse_ptr, n):
+            pass
+
+
 class Kernel:
     """Stands for a kernel that Triton compiles at its first launch of a kind."""
 
     do_not_specialize = ("n",)
+    do_not_specialize_on_alignment = ("maximum_ptr",)
     arg_names = ("logits_ptr", "maximum_ptr", "n", "v", "scale", "BLOCK", "SECOND")
 
     def __init__(self):

@@ -15,7 +15,8 @@ from benchmarks.suites.end_to_end import PLAIN, measure_end_to_end
 from benchmarks.suites.generation import FLOOR, Recording, Size, sampler
 from benchmarks.tools.profile import OneStep
 from entrgi_kernels import ops
-from entrgi_kernels.backends.ranges import EMBED, MODEL, PHASES, REWARD, REWARD_BACKWARD, UPDATE, listening, scope
+from entrgi_kernels.backends.ranges import listening, scope
+from entrgi_kernels.guidance.phases import EMBED, MODEL, PHASES, REWARD, REWARD_BACKWARD, UPDATE
 from entrgi_kernels.rewards.decoding import savings
 
 SIZE = Size(

@@ -1,5 +1,9 @@
 """GPU kernels in Triton, with the raw functions of :mod:`entrgi_kernels.backends.eager`.
 
+A file goes by the operator that it serves. What several share: :mod:`.statistics` of rows, :mod:`.filters` (top-k and
+top-p), :mod:`.chunked` and :mod:`.hopper` (other engines of the products), :mod:`.philox`, :mod:`.config` and
+:mod:`.launch`. ``token_log_prob`` has no kernel of its own.
+
 Serves float32, bfloat16 and float16 logits on CUDA (and ROCm) devices; sums are float32. Under ``TRITON_INTERPRET=1``,
 set before the first import, it also serves CPU tensors, for tests: float32 and float16 only in products, since Triton's
 interpreter computes a bfloat16 ``tl.dot`` wrongly and says nothing.
@@ -15,14 +19,15 @@ import os
 import torch
 import triton  # noqa: F401  a missing triton has to show here, as the registry expects, not at the first call
 
-from .confidence import unmask_confidence
-from .guidance_update import guidance_update_, soft_embedding_backward
-from .sampling import sample_tokens
-from .soft_embedding import entrgi_embedding, soft_embedding
-from .statistics import softmax_entropy, softmax_entropy_backward
-from .table_gradient import soft_embedding_grad_table
+from .entrgi_embedding import entrgi_embedding
+from .guidance_update import guidance_update_
+from .sample_tokens import sample_tokens
+from .soft_embedding import soft_embedding, soft_embedding_backward, soft_embedding_grad_table
+from .softmax_entropy import softmax_entropy, softmax_entropy_backward
+from .unmask_confidence import unmask_confidence
 
 __all__ = [
+    "NAME",
     "entrgi_embedding",
     "guidance_update_",
     "sample_tokens",
@@ -35,6 +40,7 @@ __all__ = [
     "why_not",
 ]
 
+NAME = "triton"
 # Fixed at import, as it is for the kernels: triton.jit looks at the variable when it decorates.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -16,26 +16,26 @@ import triton
 import triton.language as tl
 
 from . import config
-from .launch import cdiv, kernel, launch
+from .launch import Matrix, Vector, cdiv, kernel, launch
 
 
 @kernel()
 def _probability_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    maximum_ptr,
-    logsum_ptr,
-    out_ptr,
+    maximum_ptr: Vector,
+    logsum_ptr: Vector,
+    out_ptr: Matrix,
     first,
     length,
     inverse,
     log2_scale,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = index < length
-    x = tl.load(logits_ptr + row * stride_n + first + index, mask=mask, other=float("-inf")).to(tl.float32)
+    x = tl.load(logits_ptr + row * stride_n + first + index, mask=mask, other=float("-inf")).to(tl.float32)  # [BV]
     offset = log2_scale - tl.load(logsum_ptr + row) * 1.4426950408889634
     p = tl.exp2((x - tl.load(maximum_ptr + row)) * (inverse * 1.4426950408889634) + offset)
     tl.store(out_ptr + row * length + index, p.to(out_ptr.dtype.element_ty), mask=mask)
@@ -82,16 +82,16 @@ def adam(x, p, product, delta, m, v, inverse, step_size, root_correction, beta1,
 
 @kernel()
 def _update_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    product_ptr,
-    delta_ptr,
-    lse_ptr,
-    exp_avg_ptr,
+    product_ptr: Matrix,
+    delta_ptr: Vector,
+    lse_ptr: Vector,
+    exp_avg_ptr: Matrix,
     stride_m,
-    exp_avg_sq_ptr,
+    exp_avg_sq_ptr: Matrix,
     stride_v,
-    out_ptr,
+    out_ptr: Matrix,
     stride_o,
     first,
     length,
@@ -104,19 +104,19 @@ def _update_kernel(
     ADAM: tl.constexpr,
     READS: tl.constexpr,
     WRITES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = index < length
-    x = tl.load(logits_ptr + row * stride_n + first + index, mask=mask, other=float("-inf")).to(tl.float32)
-    product = tl.load(product_ptr + row * length + index, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(logits_ptr + row * stride_n + first + index, mask=mask, other=float("-inf")).to(tl.float32)  # [BV]
+    product = tl.load(product_ptr + row * length + index, mask=mask, other=0.0).to(tl.float32)  # [BV]
     p = tl.exp(x * inverse - tl.load(lse_ptr + row))
     delta = tl.load(delta_ptr + row)
     out = out_ptr + row * stride_o + first + index
     if ADAM:
-        m = tl.zeros([BLOCK], tl.float32)
-        s = tl.zeros([BLOCK], tl.float32)
+        m = tl.zeros([BLOCK_V], tl.float32)  # [BV]
+        s = tl.zeros([BLOCK_V], tl.float32)
         m_ptrs = exp_avg_ptr + row * stride_m + first + index
         s_ptrs = exp_avg_sq_ptr + row * stride_v + first + index
         if READS:
@@ -181,7 +181,7 @@ def forward(
             1.0 / temperature,
             log2_scale,
             num_warps=block.num_warps,
-            BLOCK=block.block,
+            BLOCK_V=block.block,
         )
         _product(p, embedding[first : first + length], soft, add=first > 0)
     return soft.mul_(2.0**-log2_scale) if log2_scale else soft
@@ -232,5 +232,5 @@ def backward(
             *step.scalars,
             num_warps=block.num_warps,
             **step.flags,
-            BLOCK=block.block,
+            BLOCK_V=block.block,
         )

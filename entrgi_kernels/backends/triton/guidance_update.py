@@ -18,18 +18,18 @@ from .. import eager
 from ..arguments import Adam
 from ..ranges import ranged
 from . import chunked, config, hopper
-from .chunked import NO_STEP, AdamStep, adam
-from .launch import aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
+from .chunked import AdamStep, adam
+from .launch import Matrix, Vector, aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
 
 _MOST_PARTS = 16  # the backward kernel halves its tile four times at most
 
 
 @kernel()
-def _rowdot_kernel(grad_ptr, soft_ptr, out_ptr, d, stride_g, stride_s, BLOCK: tl.constexpr):
+def _rowdot_kernel(grad_ptr: Matrix, soft_ptr: Matrix, out_ptr: Matrix, d, stride_g, stride_s, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK)
-    acc = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, d, BLOCK):
+    lanes = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_D], tl.float32)  # [BD]
+    for start in range(0, d, BLOCK_D):
         index = start + lanes
         g = tl.load(grad_ptr + row * stride_g + index, mask=index < d, other=0.0).to(tl.float32)
         acc += g * tl.load(soft_ptr + row * stride_s + index, mask=index < d, other=0.0).to(tl.float32)
@@ -60,7 +60,7 @@ def _fetch(
     """Logits and both moments of one part of the tile, in their own types; without moments the logits thrice."""
     columns = first + tl.arange(0, COLUMNS)
     mask = inside_n[:, None] & (columns < v)[None, :]
-    x = tl.load(logits_ptr + rows[:, None] * stride_n + columns[None, :], mask=mask, other=float("-inf"))
+    x = tl.load(logits_ptr + rows[:, None] * stride_n + columns[None, :], mask=mask, other=float("-inf"))  # [BN, C]
     if READS:
         m = tl.load(exp_avg_ptr + rows[:, None] * stride_m + columns[None, :], mask=mask, other=0.0)
         s = tl.load(exp_avg_sq_ptr + rows[:, None] * stride_v + columns[None, :], mask=mask, other=0.0)
@@ -103,7 +103,7 @@ def _finish(
     mask = inside_n[:, None] & (columns < v)[None, :]
     x = fetched[0].to(tl.float32)
     # exp2 flushes what is below 2^-126 to zero: three instructions less than exp, of forty.
-    p = tl.exp2((x * inverse - tl.load(lse_ptr + rows)[:, None]) * 1.4426950408889634)
+    p = tl.exp2((x * inverse - tl.load(lse_ptr + rows)[:, None]) * 1.4426950408889634)  # [BN, C], C columns of a part
     delta = tl.load(delta_ptr + rows)[:, None]
     out = out_ptr + rows[:, None] * stride_o + columns[None, :]
     if ADAM:
@@ -125,19 +125,19 @@ def _finish(
 
 @kernel("n")
 def _backward_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    grad,
+    grad: Matrix,
     stride_g,
-    table,
+    table: Matrix,
     stride_e,
-    delta_ptr,
-    lse_ptr,
-    exp_avg_ptr,
+    delta_ptr: Vector,
+    lse_ptr: Vector,
+    exp_avg_ptr: Matrix,
     stride_m,
-    exp_avg_sq_ptr,
+    exp_avg_sq_ptr: Matrix,
     stride_v,
-    out_ptr,
+    out_ptr: Matrix,
     stride_o,
     n,
     v,
@@ -171,11 +171,11 @@ def _backward_kernel(
     if not DESCRIPTORS:
         g_ptrs = grad + rows[:, None] * stride_g + lanes[None, :]
         e_ptrs = table + tl.minimum(columns, v - 1).to(tl.int64)[None, :] * stride_e + lanes[:, None]
-    acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)  # [BN, BV]
     for d0 in range(0, d, BLOCK_D):
         if DESCRIPTORS:
-            g = grad.load([(pid % blocks_n) * BLOCK_N, d0])
-            e = table.load([first, d0]).T
+            g = grad.load([(pid % blocks_n) * BLOCK_N, d0])  # [BN, BD]
+            e = table.load([first, d0]).T  # [BD, BV]
         elif EVEN_D:
             g = tl.load(g_ptrs + d0)
             e = tl.load(e_ptrs + d0)
@@ -186,7 +186,7 @@ def _backward_kernel(
     # Part by part, so that logits and both moments of the whole tile never are in registers at once, the next part's
     # being read while one is worked on. The halves of an accumulator lie in the same threads: taking them apart moves
     # nothing.
-    parts = (acc,)
+    parts = (acc,)  # each [BN, BV / parts]
     for level in tl.static_range(4):
         if 1 << level < PARTS:
             halves = ()
@@ -216,7 +216,7 @@ def product_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
 
 
-def _backward(
+def backward(
     logits: torch.Tensor,
     grad: torch.Tensor,
     embedding: torch.Tensor,
@@ -227,7 +227,10 @@ def _backward(
     moments: tuple[torch.Tensor, torch.Tensor] | None,
     step: AdamStep,
 ) -> None:
-    """Both raw functions below; tensors of shape [N, V] have dense rows."""
+    """A step of Adam on `out` (the logits) and `moments`, or the logits' gradient into `out` [N, V].
+
+    Matrices over V have dense rows.
+    """
     (n, v), d = logits.shape, embedding.shape[1]
     if n == 0:
         return
@@ -235,7 +238,7 @@ def _backward(
     embedding, soft, lse = rows_of(embedding), rows_of(soft), vector(lse.float())
     grad = rows_of(grad.to(product_dtype(grad.dtype, embedding.dtype)))
     delta = torch.empty(n, dtype=torch.float32, device=logits.device)
-    launch(_rowdot_kernel, (n,), grad, soft, delta, d, grad.stride(0), soft.stride(0), num_warps=4, BLOCK=512)
+    launch(_rowdot_kernel, (n,), grad, soft, delta, d, grad.stride(0), soft.stride(0), num_warps=4, BLOCK_D=512)
     if (
         target.compiled
         and step.moves
@@ -295,23 +298,6 @@ def _backward(
 
 
 @ranged
-def soft_embedding_backward(
-    logits: torch.Tensor,
-    embedding: torch.Tensor,
-    grad: torch.Tensor,
-    soft: torch.Tensor,
-    lse: torch.Tensor,
-    temperature: float,
-) -> torch.Tensor:
-    """d loss/d logits [N, V] of the logits' dtype."""
-    if soft.dtype == torch.float64:  # of a float64 table
-        return eager.soft_embedding_backward(logits, embedding, grad, soft, lse, temperature)
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _backward(rows_of(logits), grad, embedding, soft, lse, temperature, out, None, NO_STEP)
-    return out
-
-
-@ranged
 def guidance_update_(
     logits: torch.Tensor,
     grad: torch.Tensor,
@@ -334,7 +320,7 @@ def guidance_update_(
         lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), beta1, beta2, eps, reads=reads, writes=writes
     )
     state = (dense[1], dense[2]) if reads or writes else None
-    _backward(dense[0], grad, embedding, soft, lse, temperature, dense[0], state, taken)
+    backward(dense[0], grad, embedding, soft, lse, temperature, dense[0], state, taken)
     for tensor, copy in zip(targets if writes else targets[:1], dense, strict=False):
         if copy is not tensor:
             tensor.copy_(copy)

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Pointers to vectors over rows (and to the random state), as all kernels name them. Many are views into a buffer, at a
-# place that depends on N: whether that is a multiple of 16 bytes must not decide what is compiled, and since a program
-# reads few of their entries nothing is lost by not knowing.
-_VECTORS = (
-    "maximum_ptr",
-    "logsum_ptr",
-    "lse_ptr",
-    "lse2_ptr",
-    "logsum2_ptr",
-    "share_ptr",
-    "entropy_ptr",
-    "grad_lse_ptr",
-    "grad_entropy_ptr",
-    "delta_ptr",
-    "weight_ptr",
-    "tokens_ptr",
-    "thresholds_ptr",
-    "rows_ptr",
-    "index_ptr",
-    "rng_ptr",
-)
+if TYPE_CHECKING:
+    Matrix: TypeAlias = Any
+    Vector: TypeAlias = Any
+else:
+
+    class Matrix:
+        """Marks a kernel's pointer whose alignment decides how wide its loads are: machine code is made for it."""
+
+    class Vector:
+        """Marks a kernel's pointer to a vector over rows, or to the random state.
+
+        Many are views into a buffer, at a place that depends on N: whether that is a multiple of 16 bytes must not
+        decide what is compiled. A program reads few of their entries, so nothing is lost by not knowing.
+        """
+
 
 # The ahead-of-time gate puts a function here that records a launch instead of making it: what is compiled for other
 # machines is then exactly what the raw functions would launch, argument for argument.
@@ -41,8 +36,20 @@ def kernel(*counts: str) -> Callable[[Callable[..., None]], Any]:
 
     That number changes from step to step, so Triton is told to specialise for none of them (it would tell 1 and
     multiples of 16 apart): a new N compiles nothing. Strides and V stay specialised: the width of loads hangs on them.
+
+    Raises:
+        TypeError: a parameter whose name ends in `_ptr` is marked neither :class:`Vector` nor :class:`Matrix`.
     """
-    return triton.jit(do_not_specialize=counts, do_not_specialize_on_alignment=_VECTORS)
+
+    def made(function: Callable[..., None]) -> Any:
+        marks, names = function.__annotations__, inspect.signature(function).parameters
+        bare = [name for name in names if name.endswith("_ptr") and marks.get(name) not in ("Vector", "Matrix")]
+        if bare:
+            raise TypeError(f"{function.__name__}: {', '.join(bare)} not marked: expected Vector or Matrix")
+        vectors = [name for name in names if marks.get(name) == "Vector"]
+        return triton.jit(function, do_not_specialize=counts, do_not_specialize_on_alignment=vectors)
+
+    return made
 
 
 # What Triton compiled for a launch, by :func:`key`, and the constants that follow the arguments in the kernel's order.
@@ -97,7 +104,7 @@ def key(function: Any, args: Sequence[Any], options: dict[str, Any], meta: dict[
     """All that Triton looks at when it chooses or compiles machine code for a launch; coarser where it may be."""
     looks = _looks.get(function.fn)
     if looks is None:
-        counts, vectors = set(function.do_not_specialize or ()), set(_VECTORS)
+        counts, vectors = set(function.do_not_specialize), set(function.do_not_specialize_on_alignment)
         looks = _looks[function.fn] = [
             _of_count if name in counts else _of_vector if name in vectors else _of_argument
             for name in function.arg_names[: len(args)]

@@ -1,5 +1,8 @@
 """softmax(logits / temperature) @ E with the probabilities formed inside the product, and the blend after it.
 
+This product serves ``entrgi_embedding`` too. The gradient for the logits is ``guidance_update``'s product without Adam;
+that for E, p^T grad, recomputes p inside a product that sums over rows.
+
 The left operand of every tile product is exp((logit - maximum) / tau - logsum), computed in registers from the logits
 and the row statistics that the pass before left; N x V probabilities never exist. When rows are few the vocabulary is
 split over programs: since p is already normalised, the partial products simply add, in a fixed order. The pass over
@@ -19,11 +22,11 @@ import triton
 import triton.language as tl
 
 from .. import eager
-from ..arguments import Draw, Placement
 from ..ranges import ranged
 from . import chunked, config, hopper
-from .launch import aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
-from .sampling import drawn
+from .chunked import NO_STEP
+from .guidance_update import backward, product_dtype
+from .launch import Matrix, Vector, aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
 from .statistics import row_statistics
 
 _EMPTY_SPLIT_WASTE = 0.1
@@ -33,6 +36,7 @@ _EMPTY_SPLIT_WASTE = 0.1
 def blend(soft, table_ptr, stride_e, tokens_ptr, weight_ptr, rows, columns, mask, v):
     """soft + weight (E[token] - soft) by the formula of torch.lerp, which returns E[token] exactly at weight 1."""
     token = tl.minimum(tl.maximum(tl.load(tokens_ptr + rows), 0), v - 1).to(tl.int64)
+    # [BN, BD]
     hard = tl.load(table_ptr + token[:, None] * stride_e + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     w = tl.load(weight_ptr + rows)[:, None]
     shift = hard - soft
@@ -50,14 +54,14 @@ def ended(acc):
 
 @kernel("n")
 def _forward_kernel(
-    logits,
+    logits: Matrix,
     stride_n,
-    table,
+    table: Matrix,
     stride_e,
-    maximum_ptr,
-    logsum_ptr,
-    soft_ptr,
-    parts_ptr,
+    maximum_ptr: Vector,
+    logsum_ptr: Vector,
+    soft_ptr: Matrix,
+    parts_ptr: Matrix,
     n,
     v,
     d,
@@ -87,7 +91,7 @@ def _forward_kernel(
     columns = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
     inside_d = columns < d
     lanes = tl.arange(0, BLOCK_V)
-    m = tl.load(maximum_ptr + rows)
+    m = tl.load(maximum_ptr + rows)  # [BN]
     # A tile of logits goes from shared memory straight into the layout of a left operand if all that p is formed of
     # has been loaded; else p's tile passes through shared memory once more, behind a barrier. So the scalars become
     # vectors by way of loads that are masked off.
@@ -98,14 +102,14 @@ def _forward_kernel(
     if not DESCRIPTORS:
         x_ptrs = logits + rows[:, None] * stride_n + lanes[None, :]
         e_ptrs = table + lanes.to(tl.int64)[:, None] * stride_e + columns[None, :]
-    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [BN, BD]
     start = split * slice_length
     end = tl.minimum(start + slice_length, v)
     for v0 in range(start, end, BLOCK_V):
         far = tl.cast(v0, tl.int64)
         if DESCRIPTORS:
-            x = logits.load([block_n * BLOCK_N, v0])
-            e = table.load([v0, block_d * BLOCK_D])
+            x = logits.load([block_n * BLOCK_N, v0])  # [BN, BV]
+            e = table.load([v0, block_d * BLOCK_D])  # [BV, BD]
         else:
             if EVEN_V:
                 x = tl.load(x_ptrs + far)
@@ -118,7 +122,7 @@ def _forward_kernel(
         below = x.to(tl.float32) - m[:, None]
         if DESCRIPTORS and not EVEN_V:
             below = tl.minimum(below, 0.0)  # beyond the row x is 0, and so is E: a finite p adds nothing there
-        p = tl.exp2(below * c[:, None] + offset[:, None])
+        p = tl.exp2(below * c[:, None] + offset[:, None])  # [BN, BV]
         acc = tl.dot(p.to(e.dtype), e, acc, input_precision=PRECISION)
         if WAITS:
             acc = ended(acc)
@@ -133,15 +137,15 @@ def _forward_kernel(
 
 @kernel("n", "splits", "places")
 def _merge_kernel(
-    parts_ptr,
-    table_ptr,
+    parts_ptr: Matrix,
+    table_ptr: Matrix,
     stride_e,
-    tokens_ptr,
-    weight_ptr,
-    soft_ptr,
-    out_ptr,
+    tokens_ptr: Vector,
+    weight_ptr: Vector,
+    soft_ptr: Matrix,
+    out_ptr: Matrix,
     stride_o,
-    index_ptr,
+    index_ptr: Vector,
     places,
     n,
     v,
@@ -158,7 +162,7 @@ def _merge_kernel(
     mask = (rows < n)[:, None] & (columns < d)[None, :]
     rows = tl.minimum(rows, n - 1)
     place = rows[:, None] * d + columns[None, :]
-    acc = tl.load(soft_ptr + place, mask=mask, other=0.0)
+    acc = tl.load(soft_ptr + place, mask=mask, other=0.0)  # [BN, BD]
     stride = tl.cast(n, tl.int64) * d
     for part in range(0, splits - 1):
         acc += tl.load(parts_ptr + part * stride + place, mask=mask, other=0.0)
@@ -170,6 +174,59 @@ def _merge_kernel(
             mask &= ((rows >= 0) & (rows < places))[:, None]  # what has no place there is left out
         to = out_ptr + rows[:, None] * stride_o + columns[None, :]
         tl.store(to, mixed.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@kernel("n")
+def _table_kernel(
+    logits_ptr: Matrix,
+    stride_n,
+    grad_ptr: Matrix,
+    stride_g,
+    lse_ptr: Vector,
+    out_ptr: Matrix,
+    n,
+    v,
+    d,
+    inverse,
+    log2_scale,
+    scale_back,
+    WAITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    blocks_d = tl.cdiv(d, BLOCK_D)
+    pid = tl.program_id(0)
+    # Columns of the table's gradient vary fastest: a tile of logits is read from memory once.
+    columns = (pid % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    entries = (pid // blocks_d) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside_d = columns < d
+    inside_v = entries < v
+    lanes = tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)  # [BV, BD]
+    for n0 in range(0, n, BLOCK_N):
+        rows = tl.cast(n0 + lanes, tl.int64)
+        inside_n = rows < n
+        # Read transposed: the product's left operand is p^T, straight from memory, never a transposed accumulator.
+        x = tl.load(
+            logits_ptr + rows[None, :] * stride_n + entries[:, None],
+            mask=inside_n[None, :] & inside_v[:, None],
+            other=float("-inf"),
+        ).to(tl.float32)  # [BV, BN]
+        g = tl.load(
+            grad_ptr + rows[:, None] * stride_g + columns[None, :],
+            mask=inside_n[:, None] & inside_d[None, :],
+            other=0.0,
+        )  # [BN, BD]
+        lse = tl.load(lse_ptr + rows, mask=inside_n, other=0.0)
+        p = tl.exp2((x * inverse - lse[None, :]) * 1.4426950408889634 + log2_scale)  # [BV, BN]
+        acc = tl.dot(p.to(g.dtype), g, acc, input_precision=PRECISION)
+        if WAITS:
+            acc = ended(acc)
+    place = entries.to(tl.int64)[:, None] * d + columns[None, :]
+    value = (acc * scale_back).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + place, value, mask=inside_v[:, None] & inside_d[None, :])
 
 
 def split_count(tiles: int, blocks_v: int, slots: int, most: int) -> int:
@@ -310,39 +367,57 @@ def soft_embedding(
 
 
 @ranged
-def entrgi_embedding(
+def soft_embedding_backward(
     logits: torch.Tensor,
     embedding: torch.Tensor,
-    draw: Draw,
-    tokens: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    weight_mode: str,
-    placement: Placement | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The whole forward: one pass of statistics, a draw, one product; see the eager backend for the outputs."""
-    if embedding.dtype == torch.float64:
-        return eager.entrgi_embedding(logits, embedding, draw, tokens, weight, weight_mode, placement)
+    grad: torch.Tensor,
+    soft: torch.Tensor,
+    lse: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """d loss/d logits [N, V] of the logits' dtype."""
+    if soft.dtype == torch.float64:  # of a float64 table
+        return eager.soft_embedding_backward(logits, embedding, grad, soft, lse, temperature)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    backward(rows_of(logits), grad, embedding, soft, lse, temperature, out, None, NO_STEP)
+    return out
+
+
+@ranged
+def soft_embedding_grad_table(
+    logits: torch.Tensor, grad: torch.Tensor, lse: torch.Tensor, temperature: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """d loss/d E = p^T grad [V, D] of `dtype`."""
+    if dtype == torch.float64:
+        return eager.soft_embedding_grad_table(logits, grad, lse, temperature, dtype)
     logits = rows_of(logits)
-    found = row_statistics(logits, 1.0, second=draw.temperature, argmax=True)
-    if weight_mode == "entropy":
-        weight = found.share
-    elif weight_mode == "given":
-        assert weight is not None
-        weight = weight.to(torch.float32, copy=True)
-    else:
-        weight = torch.full_like(found.entropy, 1.0 if weight_mode == "one" else 0.0)
-    if tokens is not None:
-        tokens = tokens.clone()
-    elif weight_mode == "zero":
-        tokens = torch.full_like(draw.keys, -1)
-    else:
-        tokens = drawn(logits, found.maximum, found.logsum2, draw)
-    if placement is None:
-        index, out = (
-            None,
-            torch.empty((logits.shape[0], embedding.shape[1]), dtype=embedding.dtype, device=logits.device),
-        )
-    else:
-        out, index = placement
-    soft = forward(logits, embedding, found.maximum, found.logsum2, draw.temperature, (tokens, weight, out), index)
-    return out, tokens, weight, found.entropy, soft, found.lse2, found.argmax
+    (n, v), d = logits.shape, grad.shape[1]
+    grad = rows_of(grad.to(product_dtype(grad.dtype, dtype)))
+    target = config.target(logits.device)
+    entry = config.pick(target.architecture.table[grad.element_size()], n)
+    out = torch.empty((v, d), dtype=dtype, device=logits.device)
+    scale = scale_of(grad.dtype)
+    launch(
+        _table_kernel,
+        (cdiv(v, entry.block_v) * cdiv(d, entry.block_d),),
+        logits,
+        logits.stride(0),
+        grad,
+        grad.stride(0),
+        vector(lse.float()),
+        out,
+        n,
+        v,
+        d,
+        1.0 / temperature,
+        scale,
+        2.0**-scale,
+        num_warps=entry.num_warps,
+        num_stages=entry.num_stages,
+        WAITS=target.waits and grad.element_size() == 2,
+        PRECISION=target.precision,
+        BLOCK_N=entry.block_n,
+        BLOCK_V=entry.block_v,
+        BLOCK_D=entry.block_d,
+    )
+    return out

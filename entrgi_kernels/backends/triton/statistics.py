@@ -15,9 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ranges import ranged
 from . import config
-from .launch import aligned, cdiv, kernel, launch, rows_of, vector
+from .launch import Matrix, Vector, aligned, kernel, launch, rows_of
 
 FAR = tl.constexpr(-1e30)
 _PART = 5  # floats a slice leaves: maximum, sum e, sum e * d, sum e at the second temperature, largest key of argmax
@@ -81,10 +80,10 @@ def _add_tile(x, number, m, s, t, s2, place, c, c2, SECOND: tl.constexpr, ARGMAX
 
 @kernel("splits")
 def _statistics_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    parts_ptr,
-    index_ptr,
+    parts_ptr: Matrix,
+    index_ptr: Vector,
     v,
     slice_length,
     splits,
@@ -95,28 +94,28 @@ def _statistics_kernel(
     PART: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     start = split * slice_length
     length = tl.minimum(slice_length, v - start)
     base = logits_ptr + row * stride_n + start
-    offsets = tile_offsets(BLOCK // (LANES * WIDTH), LANES, WIDTH)
+    offsets = tile_offsets(BLOCK_V // (LANES * WIDTH), LANES, WIDTH)
     c = inverse * 1.4426950408889634
     c2 = inverse2 * 1.4426950408889634
-    m = tl.full([LANES], float("-inf"), tl.float32)
+    m = tl.full([LANES], float("-inf"), tl.float32)  # [L], as all that follow: a lane (a thread) has its own
     s = tl.zeros([LANES], tl.float32)
     t = tl.zeros([LANES], tl.float32)
     s2 = tl.zeros([LANES], tl.float32)
     place = tl.zeros([LANES], tl.int32)
-    full = length // BLOCK
+    full = length // BLOCK_V
     for number in range(0, full):
-        x = tl.load(base + number * BLOCK + offsets).to(tl.float32)
+        x = tl.load(base + number * BLOCK_V + offsets).to(tl.float32)  # [S, L, W], S steps of W neighbours a lane
         m, s, t, s2, place = _add_tile(x, number, m, s, t, s2, place, c, c2, SECOND, ARGMAX)
-    if full * BLOCK < length:
-        index = full * BLOCK + offsets
-        x = tl.load(base + index, mask=index < length, other=float("-inf")).to(tl.float32)
+    if full * BLOCK_V < length:
+        index = full * BLOCK_V + offsets
+        x = tl.load(base + index, mask=index < length, other=float("-inf")).to(tl.float32)  # [S, L, W]
         m, s, t, s2, place = _add_tile(x, full, m, s, t, s2, place, c, c2, SECOND, ARGMAX)
     top = tl.max(m, axis=0)
     moved = m - tl.where(top == float("-inf"), 0.0, top)
@@ -132,16 +131,16 @@ def _statistics_kernel(
         # Tiles lie one after the other, so the first that reached the maximum holds its first place: it is read again.
         best = m == top
         number = tl.min(tl.where(best, place, 2147483647), axis=0)
-        index = number * BLOCK + offsets
+        index = number * BLOCK_V + offsets
         again = best[None, :, None] & (index < length)
         x = tl.load(base + index, mask=again, other=float("-inf")).to(tl.float32)
-        first = tl.min(tl.where(again & (x == top), index, 2147483647).reshape([BLOCK]), axis=0)
+        first = tl.min(tl.where(again & (x == top), index, 2147483647).reshape([BLOCK_V]), axis=0)
         if total != total:
             # NaN or +inf: the first of them.
             top = float("inf")
             first = 2147483647
-            lanes = tl.arange(0, BLOCK)
-            for tile in range(0, length, BLOCK):
+            lanes = tl.arange(0, BLOCK_V)
+            for tile in range(0, length, BLOCK_V):
                 bad = tl.load(base + tile + lanes, mask=tile + lanes < length, other=0.0).to(tl.float32)
                 first = tl.minimum(first, tl.min(tl.where(bad < float("inf"), 2147483647, tile + lanes), axis=0))
         tl.store(part + 4, top)
@@ -150,16 +149,16 @@ def _statistics_kernel(
 
 @kernel("splits")
 def _merge_kernel(
-    parts_ptr,
-    index_ptr,
-    maximum_ptr,
-    logsum_ptr,
-    logsum2_ptr,
-    lse_ptr,
-    lse2_ptr,
-    entropy_ptr,
-    share_ptr,
-    argmax_ptr,
+    parts_ptr: Matrix,
+    index_ptr: Vector,
+    maximum_ptr: Vector,
+    logsum_ptr: Vector,
+    logsum2_ptr: Vector,
+    lse_ptr: Vector,
+    lse2_ptr: Vector,
+    entropy_ptr: Vector,
+    share_ptr: Vector,
+    argmax_ptr: Matrix,
     splits,
     inverse,
     inverse2,
@@ -167,13 +166,13 @@ def _merge_kernel(
     SECOND: tl.constexpr,
     ARGMAX: tl.constexpr,
     PART: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK)
+    lanes = tl.arange(0, SPLITS)
     mask = lanes < splits
     part = parts_ptr + (row * splits + lanes) * PART
-    ms = tl.load(part, mask=mask, other=float("-inf"))
+    ms = tl.load(part, mask=mask, other=float("-inf"))  # [SPLITS]
     ss = tl.load(part + 1, mask=mask, other=0.0)
     ts = tl.load(part + 2, mask=mask, other=0.0)
     m = tl.max(ms, axis=0)
@@ -235,7 +234,7 @@ def row_statistics(
         splits,
         *inverses,
         num_warps=row.num_warps,
-        BLOCK=row.block,
+        BLOCK_V=row.block,
         **row.lanes(logits.element_size(), aligned(logits)),
         **flags,
     )
@@ -256,70 +255,9 @@ def row_statistics(
         *inverses,
         math.log(max(v, 2)),
         num_warps=1,
-        BLOCK=config.MOST_SPLITS,
+        SPLITS=config.MOST_SPLITS,
         **flags,
     )
     if second is None:
         lse2, logsum2 = lse, logsum
     return RowStatistics(maximum, lse, entropy, share, logsum, lse2, logsum2, winner)
-
-
-@kernel()
-def _backward_kernel(
-    logits_ptr,
-    stride_n,
-    lse_ptr,
-    entropy_ptr,
-    grad_lse_ptr,
-    grad_entropy_ptr,
-    out_ptr,
-    v,
-    inverse,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < v
-    x = tl.load(logits_ptr + row * stride_n + index, mask=mask, other=float("-inf")).to(tl.float32)
-    log_p = x * inverse - tl.load(lse_ptr + row)
-    p = tl.exp(log_p)
-    surprise = tl.where(p > 0, log_p, 0.0) + tl.load(entropy_ptr + row)
-    grad = p * (tl.load(grad_lse_ptr + row) - tl.load(grad_entropy_ptr + row) * surprise) * inverse
-    tl.store(out_ptr + row * v + index, grad.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@ranged
-def softmax_entropy(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-sum-exp [N], entropy [N] in nats) of softmax(logits / temperature), float32."""
-    statistics = row_statistics(logits, temperature)
-    return statistics.lse, statistics.entropy
-
-
-@ranged
-def softmax_entropy_backward(
-    logits: torch.Tensor,
-    lse: torch.Tensor,
-    entropy: torch.Tensor,
-    grad_lse: torch.Tensor,
-    grad_entropy: torch.Tensor,
-    temperature: float,
-) -> torch.Tensor:
-    """Gradient for the logits [N, V], of their dtype."""
-    logits = rows_of(logits)
-    n, v = logits.shape
-    entry = config.target(logits.device).architecture.elementwise
-    out = torch.empty((n, v), dtype=logits.dtype, device=logits.device)
-    vectors = [vector(x.float()) for x in (lse, entropy, grad_lse, grad_entropy)]
-    launch(
-        _backward_kernel,
-        (n, cdiv(v, entry.block)),
-        logits,
-        logits.stride(0),
-        *vectors,
-        out,
-        v,
-        1.0 / temperature,
-        num_warps=entry.num_warps,
-        BLOCK=entry.block,
-    )
-    return out

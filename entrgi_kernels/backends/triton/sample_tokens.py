@@ -1,7 +1,8 @@
-"""Unfiltered draws: one exponential race over the whole row, split over programs when rows are few.
+"""Hard tokens. Unfiltered: one exponential race over the whole row, split over programs when rows are few.
 
 An exponential variate is at least the uniform number that it is made of. So what an entry scores at most is known
-before a logarithm is taken, and only the few tiles that could hold a new best take any.
+before a logarithm is taken, and only the few tiles that could hold a new best take any. A filtered draw is a race of
+what :mod:`.filters` keeps.
 """
 
 from __future__ import annotations
@@ -9,25 +10,29 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
+from ..arguments import Draw
+from ..ranges import ranged
 from . import config
-from .launch import kernel, launch, vector
+from .filters import filtered, is_filtered
+from .launch import Matrix, Vector, kernel, launch, rows_of, vector
 from .philox import log_exponential, words_of_pairs
+from .statistics import row_statistics
 
 
 @kernel("splits")
 def _race_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    maximum_ptr,
-    rng_ptr,
-    rows_ptr,
-    scores_ptr,
-    places_ptr,
+    maximum_ptr: Vector,
+    rng_ptr: Vector,
+    rows_ptr: Vector,
+    scores_ptr: Matrix,
+    places_ptr: Matrix,
     v,
     slice_length,
     splits,
     inverse,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """Unfiltered race over one slice of one row; a Philox call serves two neighbouring entries."""
     row = tl.program_id(0).to(tl.int64)
@@ -37,11 +42,11 @@ def _race_kernel(
     end = tl.minimum(start + slice_length, v)
     m = tl.load(maximum_ptr + row)
     key = tl.load(rows_ptr + row)
-    pairs = tl.arange(0, BLOCK // 2)
+    pairs = tl.arange(0, BLOCK_V // 2)  # [BV / 2], as all that is made of it
     c = inverse * 1.4426950408889634
     top = float("-inf")
     place = 2147483647
-    for tile in range(start, end, BLOCK):
+    for tile in range(start, end, BLOCK_V):
         even = tile + 2 * pairs
         x0 = tl.load(base + even, mask=even < end, other=float("-inf")).to(tl.float32) - m
         x1 = tl.load(base + even + 1, mask=even + 1 < end, other=float("-inf")).to(tl.float32) - m
@@ -62,18 +67,20 @@ def _race_kernel(
 
 
 @kernel("splits")
-def _race_merge_kernel(maximum_ptr, scores_ptr, places_ptr, tokens_ptr, splits, BLOCK: tl.constexpr):
+def _race_merge_kernel(
+    maximum_ptr: Vector, scores_ptr: Matrix, places_ptr: Matrix, tokens_ptr: Vector, splits, SPLITS: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK)
+    lanes = tl.arange(0, SPLITS)
     mask = lanes < splits
-    scores = tl.load(scores_ptr + row * splits + lanes, mask=mask, other=float("-inf"))
+    scores = tl.load(scores_ptr + row * splits + lanes, mask=mask, other=float("-inf"))  # [SPLITS]
     places = tl.load(places_ptr + row * splits + lanes, mask=mask, other=2147483647)
     token = tl.min(tl.where(scores == tl.max(scores, axis=0), places, 2147483647), axis=0)
     m = tl.load(maximum_ptr + row)
     tl.store(tokens_ptr + row, tl.where(m == m, token, -1).to(tl.int64))
 
 
-def race(
+def _unfiltered(
     logits: torch.Tensor, maximum: torch.Tensor, rng: torch.Tensor, rows: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """Tokens [N] int64 from dense-rowed `logits` [N, V] with their `maximum` [N]; -1 where that is NaN."""
@@ -99,7 +106,7 @@ def race(
         splits,
         1.0 / temperature,
         num_warps=entry.num_warps,
-        BLOCK=entry.block,
+        BLOCK_V=entry.block,
     )
     launch(
         _race_merge_kernel,
@@ -110,6 +117,26 @@ def race(
         tokens,
         splits,
         num_warps=1,
-        BLOCK=config.MOST_SPLITS,
+        SPLITS=config.MOST_SPLITS,
     )
     return tokens
+
+
+def drawn(logits: torch.Tensor, maximum: torch.Tensor, logsum: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """Tokens [N] int64 from dense-rowed `logits` whose maximum and logsum (at `temperature`) are known; -1 if bad."""
+    rng, rows, temperature, top_k, top_p = draw
+    rng = rng.contiguous()
+    if is_filtered(logits.shape[1], top_k, top_p):
+        return filtered(logits, maximum, logsum, temperature, top_k, top_p, rng, rows)
+    return _unfiltered(logits, maximum, rng, rows, temperature)
+
+
+@ranged
+def sample_tokens(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """Tokens [N] int64; see :func:`entrgi_kernels.backends.eager.sample_tokens`."""
+    logits = rows_of(logits)
+    if draw.temperature == 0:
+        statistics = row_statistics(logits, 1.0, argmax=True)
+        return torch.where(statistics.maximum.isnan(), -1, statistics.argmax)
+    statistics = row_statistics(logits, draw.temperature)
+    return drawn(logits, statistics.maximum, statistics.logsum, draw)

@@ -14,8 +14,8 @@ import triton.language as tl
 
 from ..ranges import ranged
 from . import config
-from .launch import aligned, kernel, launch, rows_of, vector
-from .sampling import _KEY_SHIFT, filter_thresholds, is_filtered, ordered_key
+from .filters import KEY_SHIFT, filter_thresholds, is_filtered, ordered_key
+from .launch import Matrix, Vector, aligned, kernel, launch, rows_of, vector
 from .statistics import FAR, row_statistics, sum_tile, tile_offsets
 
 _PART = 4  # floats a slice leaves: sum e, sum e * d (d = logit - maximum), largest and second largest kept logit
@@ -23,11 +23,11 @@ _PART = 4  # floats a slice leaves: sum e, sum e * d (d = logit - maximum), larg
 
 @kernel("splits")
 def _confidence_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    maximum_ptr,
-    thresholds_ptr,
-    parts_ptr,
+    maximum_ptr: Vector,
+    thresholds_ptr: Vector,
+    parts_ptr: Matrix,
     v,
     slice_length,
     splits,
@@ -38,7 +38,7 @@ def _confidence_kernel(
     PART: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -48,13 +48,13 @@ def _confidence_kernel(
     m = tl.load(maximum_ptr + row)
     threshold = tl.load(thresholds_ptr + row) if FILTERED else 0
     c = inverse * 1.4426950408889634
-    STEPS: tl.constexpr = BLOCK // (LANES * WIDTH)
+    STEPS: tl.constexpr = BLOCK_V // (LANES * WIDTH)
     offsets = tile_offsets(STEPS, LANES, WIDTH)
-    mass = tl.zeros([LANES], tl.float32)
+    mass = tl.zeros([LANES], tl.float32)  # [L], a lane (a thread) its own
     moment = tl.zeros([LANES], tl.float32)
-    first = tl.full([STEPS, LANES, WIDTH], float("-inf"), tl.float32)
+    first = tl.full([STEPS, LANES, WIDTH], float("-inf"), tl.float32)  # [S, L, W], as the tile
     second = tl.full([STEPS, LANES, WIDTH], float("-inf"), tl.float32)
-    for tile in range(0, length, BLOCK):
+    for tile in range(0, length, BLOCK_V):
         x = tl.load(base + tile + offsets, mask=tile + offsets < length, other=float("-inf")).to(tl.float32)
         if FILTERED:
             x = tl.where(ordered_key(x, SHIFT) >= threshold, x, float("-inf"))
@@ -70,7 +70,7 @@ def _confidence_kernel(
     if ALG == "entropy":
         tl.store(part + 1, tl.sum(moment, axis=0))
     if ALG == "topk_margin":
-        top, others = _two_largest(first.reshape([BLOCK]), second.reshape([BLOCK]), BLOCK)
+        top, others = _two_largest(first.reshape([BLOCK_V]), second.reshape([BLOCK_V]), BLOCK_V)
         tl.store(part + 2, top)
         tl.store(part + 3, others)
 
@@ -86,13 +86,13 @@ def _two_largest(first, second, LANES: tl.constexpr):
 
 @kernel("splits")
 def _confidence_merge_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    maximum_ptr,
-    thresholds_ptr,
-    tokens_ptr,
-    parts_ptr,
-    out_ptr,
+    maximum_ptr: Vector,
+    thresholds_ptr: Vector,
+    tokens_ptr: Vector,
+    parts_ptr: Matrix,
+    out_ptr: Matrix,
     v,
     splits,
     inverse,
@@ -100,7 +100,7 @@ def _confidence_merge_kernel(
     FILTERED: tl.constexpr,
     SHIFT: tl.constexpr,
     PART: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     m = tl.load(maximum_ptr + row)
@@ -108,7 +108,7 @@ def _confidence_merge_kernel(
     value = tl.load(logits_ptr + row * stride_n + token).to(tl.float32)
     if ALG != "anchor":
         c = inverse * 1.4426950408889634
-        lanes = tl.arange(0, BLOCK)
+        lanes = tl.arange(0, SPLITS)
         mask = lanes < splits
         part = parts_ptr + (row * splits + lanes) * PART
         total = tl.sum(tl.load(part, mask=mask, other=0.0), axis=0)
@@ -124,7 +124,7 @@ def _confidence_merge_kernel(
             first = tl.load(part + 2, mask=mask, other=float("-inf"))
             second = tl.load(part + 3, mask=mask, other=float("-inf"))
             # The largest is the row's maximum, exactly: it is a logit.
-            _, others = _two_largest(first, second, BLOCK)
+            _, others = _two_largest(first, second, SPLITS)
             value = (1.0 - tl.exp2((others - m) * c)) / total
     tl.store(out_ptr + row, tl.where(m != m, m, value))
 
@@ -149,7 +149,7 @@ def unmask_confidence(
     parts = torch.empty((n, splits, _PART), dtype=torch.float32, device=logits.device)
     out = torch.empty(n, dtype=torch.float32, device=logits.device)
     read = logits, logits.stride(0), statistics.maximum, thresholds
-    flags: Any = dict(ALG=alg, FILTERED=filtered, SHIFT=_KEY_SHIFT[logits.dtype], PART=_PART)
+    flags: Any = dict(ALG=alg, FILTERED=filtered, SHIFT=KEY_SHIFT[logits.dtype], PART=_PART)
     if alg != "anchor":
         launch(
             _confidence_kernel,
@@ -161,7 +161,7 @@ def unmask_confidence(
             splits,
             1.0 / temperature,
             num_warps=entry.num_warps,
-            BLOCK=entry.block,
+            BLOCK_V=entry.block,
             **entry.lanes(logits.element_size(), aligned(logits)),
             **flags,
         )
@@ -176,7 +176,7 @@ def unmask_confidence(
         splits,
         1.0 / temperature,
         num_warps=1,
-        BLOCK=config.MOST_SPLITS,
+        SPLITS=config.MOST_SPLITS,
         **flags,
     )
     return out

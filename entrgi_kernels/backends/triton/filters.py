@@ -1,4 +1,6 @@
-"""Filtered draws without a sort: gather the few entries that can matter, find the threshold among them, race them.
+"""What top-k and top-p keep, and a draw from it, without a sort.
+
+The few entries that can matter are gathered, the threshold is found among them, and they are raced.
 
 1. cut. Entries below probability (1 - top_p) / (2 V) weigh less than 1 - top_p together, so none of them is kept. Where
    a sample of the row says that more entries than its list holds lie above that cut-off, it is raised.
@@ -13,7 +15,7 @@ for then the threshold lies inside. Where it does not, all of it is kept, and th
 code, between the first cut-off and the raised one. A row whose list overflows is searched up to its maximum.
 
 Masses are summed in a fixed order, so the kept set does not change from run to run. Noise depends on (seed, step, row
-key, index) alone. An unfiltered draw is another kernel's (`race.py`).
+key, index) alone. An unfiltered draw is another kernel's (:mod:`.sample_tokens`).
 """
 
 from __future__ import annotations
@@ -25,16 +27,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..arguments import Draw
-from ..ranges import ranged
 from . import config
-from .launch import aligned, cdiv, kernel, launch, rows_of, vector
+from .launch import Matrix, Vector, aligned, cdiv, kernel, launch, vector
 from .philox import log_exponential_of
-from .race import race
-from .statistics import RowStatistics, row_statistics, tile_offsets
+from .statistics import RowStatistics, tile_offsets
 
 # A float32 that came from a narrower type ends in zeros: those bits of the key need no search.
-_KEY_SHIFT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+KEY_SHIFT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 # A cut-off that leaves too many candidates is raised by factors of sqrt 2 in probability: 2^_DOUBLINGS - 1 of them at
 # most.
 _RAISE = tl.constexpr(0.34657359027997264)
@@ -64,12 +63,12 @@ def _first_cut(m, logsum, temperature, log_cut):
 
 @kernel()
 def _cut_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    maximum_ptr,
-    logsum_ptr,
-    raises_ptr,
-    cuts_ptr,
+    maximum_ptr: Vector,
+    logsum_ptr: Vector,
+    raises_ptr: Matrix,
+    cuts_ptr: Matrix,
     v,
     temperature,
     log_cut,
@@ -90,7 +89,7 @@ def _cut_kernel(
     chunk = tl.arange(0, CHUNKS)
     shift = (((chunk * 40503 + 20000) & 0xFFFF) >> 4) * (apart - 32) >> 12
     place = (chunk * apart + shift // 16 * 16)[:, None] + tl.arange(0, 32)[None, :]
-    x = tl.load(logits_ptr + row * stride_n + place, mask=place < v, other=float("-inf")).to(tl.float32)
+    x = tl.load(logits_ptr + row * stride_n + place, mask=place < v, other=float("-inf")).to(tl.float32)  # [CHUNKS, 32]
     allowed = most * (tl.minimum(v, CHUNKS * 32).to(tl.float32) / v)
     raises = 0
     if tl.sum(tl.sum((x >= first).to(tl.int32), axis=1), axis=0) > allowed:
@@ -107,12 +106,12 @@ def _cut_kernel(
 
 @kernel("splits")
 def _collect_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    cuts_ptr,
-    values_ptr,
-    index_ptr,
-    counts_ptr,
+    cuts_ptr: Matrix,
+    values_ptr: Matrix,
+    index_ptr: Vector,
+    counts_ptr: Matrix,
     v,
     slice_length,
     splits,
@@ -120,7 +119,7 @@ def _collect_kernel(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
     WORDS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """The entries of one slice of one row that reach the cut-off, in a fixed order.
 
@@ -130,7 +129,7 @@ def _collect_kernel(
     A thread marks the entries that pass in a word of bits for each tile. Only after WORDS tiles do threads wait for
     each other, to learn where in the list each word's entries go.
     """
-    tl.static_assert(BLOCK <= 32 * LANES, "a thread marks at most 32 entries of a tile")
+    tl.static_assert(BLOCK_V <= 32 * LANES, "a thread marks at most 32 entries of a tile")
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     base = logits_ptr + row * stride_n
@@ -138,8 +137,8 @@ def _collect_kernel(
     segment = row * splits + split
     out = segment * capacity
     STRETCH: tl.constexpr = LANES * WIDTH
-    STEPS: tl.constexpr = BLOCK // STRETCH
-    tiles = slice_length // BLOCK
+    STEPS: tl.constexpr = BLOCK_V // STRETCH
+    tiles = slice_length // BLOCK_V
     apart = splits * STRETCH
     offsets = tile_offsets(1, LANES, WIDTH) + tl.arange(0, STEPS)[:, None, None] * apart
     bits = 1 << (tl.arange(0, STEPS)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :])
@@ -149,10 +148,10 @@ def _collect_kernel(
     count = 0
     for first in range(0, tiles, WORDS):
         start = first * STEPS * apart + split * STRETCH
-        marks = tl.zeros([WORDS, LANES], tl.int32)
+        marks = tl.zeros([WORDS, LANES], tl.int32)  # [WORDS, L]
         for word in range(0, tl.minimum(WORDS, tiles - first)):
             index = start + word * (STEPS * apart) + offsets
-            x = tl.load(base + index, mask=index < v, other=float("-inf")).to(tl.float32)
+            x = tl.load(base + index, mask=index < v, other=float("-inf")).to(tl.float32)  # [S, L, W]
             # Entries of -inf carry no mass; the cut-off is finite but for bad rows, where nothing passes.
             marked = tl.sum(tl.sum(tl.where(x >= cut, bits, 0), axis=2), axis=0)
             marks = tl.where(words == word, marked[None, :], marks)
@@ -199,11 +198,11 @@ def _entries(base, numbers, length, counts_ptr, room, capacity, LISTED: tl.const
 
 @triton.jit
 def _tile(
-    base, first, length, counts_ptr, room, capacity, LANES: tl.constexpr, BLOCK: tl.constexpr, LISTED: tl.constexpr
+    base, first, length, counts_ptr, room, capacity, LANES: tl.constexpr, BLOCK_V: tl.constexpr, LISTED: tl.constexpr
 ):
-    """:func:`_entries` number `first` and the next, [BLOCK / LANES, LANES]: a lane (a thread) has a column."""
-    x, _ = _entries(base, first + tl.arange(0, BLOCK), length, counts_ptr, room, capacity, LISTED)
-    return x.reshape([BLOCK // LANES, LANES])
+    """:func:`_entries` number `first` and the next, [BLOCK_V / LANES, LANES]: a lane (a thread) has a column."""
+    x, _ = _entries(base, first + tl.arange(0, BLOCK_V), length, counts_ptr, room, capacity, LISTED)
+    return x.reshape([BLOCK_V // LANES, LANES])
 
 
 @triton.jit
@@ -248,20 +247,20 @@ def _search(
     SHIFT: tl.constexpr,
     PIVOTS: tl.constexpr,
     LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     LISTED: tl.constexpr,
 ):
     """A key that keeps what the smallest one does whose strictly larger entries weigh <= `limit` and number < top_k.
 
     Invariant: `hi` satisfies that, `lo` does not. Above them lie `beyond` and at most `below` entries: once one entry
-    is left between, it is the smallest that is kept. `x` are the first BLOCK entries: they are read once.
+    is left between, it is the smallest that is kept. `x` are the first BLOCK_V entries: they are read once.
     """
     while (hi != lo + 1) & (below - beyond > 1):
-        masses = tl.zeros([PIVOTS, LANES], tl.float32)
+        masses = tl.zeros([PIVOTS, LANES], tl.float32)  # [PIVOTS, L]
         totals = tl.zeros([PIVOTS, LANES], tl.int32)
         masses, totals = _weigh(masses, totals, x, m, c, lo, hi, SHIFT, PIVOTS)
-        for tile in range(BLOCK, length, BLOCK):
-            more = _tile(base, tile, length, counts_ptr, room, capacity, LANES, BLOCK, LISTED)
+        for tile in range(BLOCK_V, length, BLOCK_V):
+            more = _tile(base, tile, length, counts_ptr, room, capacity, LANES, BLOCK_V, LISTED)
             masses, totals = _weigh(masses, totals, more, m, c, lo, hi, SHIFT, PIVOTS)
         pivots = _pivot(lo, hi, tl.arange(0, PIVOTS), PIVOTS)
         mass = tl.sum(masses, axis=1)
@@ -290,23 +289,23 @@ def _among_listed(
     SHIFT: tl.constexpr,
     PIVOTS: tl.constexpr,
     LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """:func:`_search` among a row's listed entries, all above `lo`; and whether all of them are kept.
 
     There are `number` of them under `length` numbers of :func:`_entries`.
     """
-    x = _tile(base, 0, length, counts_ptr, room, capacity, LANES, BLOCK, True)
+    x = _tile(base, 0, length, counts_ptr, room, capacity, LANES, BLOCK_V, True)  # [R, L], R a lane
     masses = tl.sum(tl.exp2((x - m) * c), axis=0)
-    for tile in range(BLOCK, length, BLOCK):
-        more = _tile(base, tile, length, counts_ptr, room, capacity, LANES, BLOCK, True)
+    for tile in range(BLOCK_V, length, BLOCK_V):
+        more = _tile(base, tile, length, counts_ptr, room, capacity, LANES, BLOCK_V, True)
         masses += tl.sum(tl.exp2((more - m) * c), axis=0)
     everything = (tl.sum(masses, axis=0) <= limit) & (number < top_k)
     threshold = lo + 1
     if everything == 0:
         threshold = _search(
             *(x, base, length, counts_ptr, room, capacity, m, c, limit, top_k, lo, hi, number, number * 0),
-            *(SHIFT, PIVOTS, LANES, BLOCK, True),
+            *(SHIFT, PIVOTS, LANES, BLOCK_V, True),
         )
     return threshold, everything
 
@@ -325,17 +324,17 @@ def _race(
     rng_ptr,
     row_key,
     SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     LISTED: tl.constexpr,
 ):
     """Index of the best score among entries whose key reaches `threshold`; the lowest index of ties.
 
     The index of a LISTED entry is at `index_ptr`, that of another its place.
     """
-    lanes = tl.arange(0, BLOCK)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    token = tl.full([BLOCK], 2147483647, tl.int32)
-    for tile in range(0, length, BLOCK):
+    lanes = tl.arange(0, BLOCK_V)
+    best = tl.full([BLOCK_V], float("-inf"), tl.float32)  # [BV]
+    token = tl.full([BLOCK_V], 2147483647, tl.int32)
+    for tile in range(0, length, BLOCK_V):
         x, index = _entries(base, tile + lanes, length, counts_ptr, room, capacity, LISTED)
         kept = (ordered_key(x, SHIFT) >= threshold) & (x > float("-inf"))
         if tl.max(kept.to(tl.int32), axis=0) > 0:
@@ -353,19 +352,19 @@ def _race(
 
 @kernel("splits", "top_k")
 def _pick_kernel(
-    logits_ptr,
+    logits_ptr: Matrix,
     stride_n,
-    maximum_ptr,
-    logsum_ptr,
-    values_ptr,
-    index_ptr,
-    counts_ptr,
-    raises_ptr,
-    cuts_ptr,
-    rng_ptr,
-    rows_ptr,
-    tokens_ptr,
-    thresholds_ptr,
+    maximum_ptr: Vector,
+    logsum_ptr: Vector,
+    values_ptr: Matrix,
+    index_ptr: Vector,
+    counts_ptr: Matrix,
+    raises_ptr: Matrix,
+    cuts_ptr: Matrix,
+    rng_ptr: Vector,
+    rows_ptr: Vector,
+    tokens_ptr: Vector,
+    thresholds_ptr: Vector,
     v,
     splits,
     inverse,
@@ -379,7 +378,7 @@ def _pick_kernel(
     SHIFT: tl.constexpr,
     PIVOTS: tl.constexpr,
     LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     m = tl.load(maximum_ptr + row)
@@ -405,7 +404,7 @@ def _pick_kernel(
         if whole == 0:
             reached, everything = _among_listed(
                 *(values, length, number, counts, room, capacity, m, c, limit, top_k, lo, hi),
-                *(SHIFT, PIVOTS, LANES, BLOCK),
+                *(SHIFT, PIVOTS, LANES, BLOCK_V),
             )
             # The first cut-off of top-p is low enough. Under any other more may be kept than is listed, unless that
             # weighs more than top_p or numbers top_k.
@@ -417,10 +416,10 @@ def _pick_kernel(
             if top_p < 1.0:
                 first = ordered_key(_first_cut(m, logsum, temperature, log_cut), SHIFT)
                 lo = tl.minimum(first, hi) - 1
-            x = _tile(base, 0, v, counts, room, capacity, LANES, BLOCK, False)
+            x = _tile(base, 0, v, counts, room, capacity, LANES, BLOCK_V, False)
             reached = _search(
                 *(x, base, v, counts, room, capacity, m, c, limit, top_k, lo, hi, v, beyond),
-                *(SHIFT, PIVOTS, LANES, BLOCK, False),
+                *(SHIFT, PIVOTS, LANES, BLOCK_V, False),
             )
         threshold = reached
         if DRAW:
@@ -429,12 +428,12 @@ def _pick_kernel(
             if whole:
                 token = _race(
                     *(base, indices, v, counts, room, capacity, m, inverse, threshold, rng_ptr, key),
-                    *(SHIFT, BLOCK // 2, False),
+                    *(SHIFT, BLOCK_V // 2, False),
                 )
             else:
                 token = _race(
                     *(values, indices, length, counts, room, capacity, m, inverse, threshold, rng_ptr, key),
-                    *(SHIFT, BLOCK // 2, True),
+                    *(SHIFT, BLOCK_V // 2, True),
                 )
     if DRAW:
         tl.store(tokens_ptr + row, token.to(tl.int64))  # type: ignore[attr-defined]
@@ -447,7 +446,7 @@ def is_filtered(v: int, top_k: int, top_p: float) -> bool:
     return top_p < 1.0 or 0 < top_k < v
 
 
-def _filtered(
+def filtered(
     logits: torch.Tensor,
     maximum: torch.Tensor,
     logsum: torch.Tensor,
@@ -488,7 +487,7 @@ def _filtered(
         log_cut,
         capacity * splits * entry.use if v > capacity else float(v),
         num_warps=entry.cut_warps,
-        SHIFT=_KEY_SHIFT[logits.dtype],
+        SHIFT=KEY_SHIFT[logits.dtype],
         CHUNKS=entry.sample // 32,
         DOUBLINGS=_DOUBLINGS,
     )
@@ -507,7 +506,7 @@ def _filtered(
         capacity,
         num_warps=entry.collect.num_warps,
         WORDS=entry.words,
-        BLOCK=entry.collect.block,
+        BLOCK_V=entry.collect.block,
         **entry.collect.lanes(logits.element_size(), aligned(logits)),
     )
     unused: Any = counts
@@ -538,10 +537,10 @@ def _filtered(
         num_warps=entry.num_warps,
         DRAW=draw,
         SPLITS=config.MOST_SPLITS,
-        SHIFT=_KEY_SHIFT[logits.dtype],
+        SHIFT=KEY_SHIFT[logits.dtype],
         PIVOTS=entry.pivots,
         LANES=32 * entry.num_warps,
-        BLOCK=entry.block,
+        BLOCK_V=entry.block,
     )
     return out
 
@@ -550,24 +549,4 @@ def filter_thresholds(
     logits: torch.Tensor, statistics: RowStatistics, temperature: float, top_k: int, top_p: float
 ) -> torch.Tensor:
     """Each row's threshold as an ordered key, int32 [N]: an entry is kept iff its key is at least that."""
-    return _filtered(logits, statistics.maximum, statistics.logsum, temperature, top_k, top_p, None, None)
-
-
-def drawn(logits: torch.Tensor, maximum: torch.Tensor, logsum: torch.Tensor, draw: Draw) -> torch.Tensor:
-    """Tokens [N] int64 from dense-rowed `logits` whose maximum and logsum (at `temperature`) are known; -1 if bad."""
-    rng, rows, temperature, top_k, top_p = draw
-    rng = rng.contiguous()
-    if is_filtered(logits.shape[1], top_k, top_p):
-        return _filtered(logits, maximum, logsum, temperature, top_k, top_p, rng, rows)
-    return race(logits, maximum, rng, rows, temperature)
-
-
-@ranged
-def sample_tokens(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
-    """Tokens [N] int64; see :func:`entrgi_kernels.backends.eager.sample_tokens`."""
-    logits = rows_of(logits)
-    if draw.temperature == 0:
-        statistics = row_statistics(logits, 1.0, argmax=True)
-        return torch.where(statistics.maximum.isnan(), -1, statistics.argmax)
-    statistics = row_statistics(logits, draw.temperature)
-    return drawn(logits, statistics.maximum, statistics.logsum, draw)
+    return filtered(logits, statistics.maximum, statistics.logsum, temperature, top_k, top_p, None, None)
