@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from entrgi_kernels import ops
+from entrgi_kernels.names import SCORED_ALGS
 
 from .draws import DTYPES, Draws, Failure, tensors_of
-from .operators import ALGS, prepare
+from .operators import prepare
 from .truth import acc_of
 
 __all__ = ["prepare", "run"]
@@ -143,8 +144,9 @@ class Given:
             return d.pick([None, ops.AdamState.zeros(self.arguments["logits"])])
         simple: dict[str, list[Any]] = {
             "temperature": [1.0, 0, 0.5, np.float32(0.5)], "top_p": [None, 0.9, 1], "top_k": [None, 1, np.int64(3)],
-            "seed": [0, 7, torch.tensor(3), torch.tensor([3, 4])], "counter": [0, 5], "alg": list(ALGS), "lr": [0.1, 0],
-            "eps": [1e-8], "betas": [(0.9, 0.999)], "keep": [True, False], "backend": ["auto", "eager", "native"],
+            "seed": [0, 7, torch.tensor(3), torch.tensor([3, 4])], "counter": [0, 5], "lr": [0.1, 0],
+            "alg": list(SCORED_ALGS), "eps": [1e-8], "betas": [(0.9, 0.999)], "keep": [True, False],
+            "backend": ["auto", "eager", "native"],
         }  # fmt: skip
         return d.pick(simple[argument])
 
@@ -292,8 +294,8 @@ def _other(d: Draws, given: Given, name: str) -> tuple[str, Any, Verdict]:
         right = None if value == "native" else value in ("auto", "eager") if isinstance(value, str) else False
         return repr(value), value, right
     if name == "alg":
-        value = d.pick([*ALGS, "origin", "", None, 3, ["entropy"], b"entropy", {}])
-        return repr(value), value, isinstance(value, str) and value in ALGS
+        value = d.pick([*SCORED_ALGS, "origin", "", None, 3, ["entropy"], b"entropy", {}])
+        return repr(value), value, isinstance(value, str) and value in SCORED_ALGS
     if name == "keep":
         value = d.pick([True, False])
         return repr(value), value, True

@@ -17,8 +17,7 @@ from entrgi.errors import UsageError
 from entrgi.evaluate.config import cells_of, from_dict, presets, read_config
 from entrgi.prompts import read_prompts
 from entrgi_kernels.guidance import GuidanceConfig
-from entrgi_kernels.guidance.config import ALGS, CONFIDENCES
-from entrgi_kernels.guidance.weights import METHODS
+from entrgi_kernels.names import ALGS, CONFIDENCES, METHODS
 
 from .arguments import THINGS, _integral, _real, eps, lr, temperature
 from .draws import Draws, Failure

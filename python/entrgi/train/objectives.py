@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-WEIGHTINGS = ("uniform", "softmax", "best")
+from .methods import WEIGHTINGS
+
 SOFTMAX_TEMPERATURE = 0.1
 
 

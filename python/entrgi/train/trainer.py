@@ -25,8 +25,9 @@ from entrgi_kernels.rewards import Reward
 
 from ..statistics import estimate, finite
 from . import objectives, records
-from .arguments import METHODS, PUBLISHED_SAMPLING, GuidedTrainingArguments
+from .arguments import PUBLISHED_SAMPLING, GuidedTrainingArguments
 from .forward_process import CompletionLogProbs, derive_seed, mask_prompts
+from .methods import METHODS
 from .reference import ReferencePolicy
 from .rollout import Rollout, sample_rollout
 from .schedule import PromptSchedule
