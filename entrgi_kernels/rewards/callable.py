@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..models.modules import evaluating, frozen, plain_precision
 from ..text.template import PLAIN, Conversation
@@ -14,7 +14,7 @@ from .base import check_texts, reward_gradient
 from .decoding.sequences import PreparedPrompts, assemble, wide
 from .embedding import EmbeddingReward
 
-RewardFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+RewardFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class CallableReward(EmbeddingReward):
@@ -51,7 +51,7 @@ class CallableReward(EmbeddingReward):
     def __init__(
         self,
         function: RewardFunction,
-        embedding: nn.Module | Tensor,
+        embedding: nn.Module | torch.Tensor,
         tokenizer: Any,
         *,
         module: nn.Module | None = None,
@@ -60,13 +60,13 @@ class CallableReward(EmbeddingReward):
     ) -> None:
         if not callable(function):
             raise TypeError(
-                f"a reward function cannot be {type(function).__name__}; accepted: a callable of (inputs_embeds, "
+                f"a reward function cannot be {type(function).__name__}: expected a callable of (inputs_embeds, "
                 "attention_mask, position_ids) that returns rewards [B]"
             )
-        if isinstance(embedding, Tensor):
+        if isinstance(embedding, torch.Tensor):
             if embedding.dim() != 2 or not embedding.is_floating_point():
                 raise TypeError(
-                    f"embedding must be floating-point [R, D], got {embedding.dtype} {tuple(embedding.shape)}"
+                    f"embedding is {embedding.dtype} {tuple(embedding.shape)}: expected floating-point [R, D]"
                 )
             embedding = nn.Embedding.from_pretrained(embedding.detach())
         self.function = function
@@ -81,7 +81,9 @@ class CallableReward(EmbeddingReward):
     def __repr__(self) -> str:
         return f"CallableReward({getattr(self.function, '__name__', type(self.function).__name__)})"
 
-    def score_embeddings(self, prepared: PreparedPrompts, index: Tensor, response: Tensor, alive: Tensor) -> Tensor:
+    def score_embeddings(
+        self, prepared: PreparedPrompts, index: torch.Tensor, response: torch.Tensor, alive: torch.Tensor
+    ) -> torch.Tensor:
         """The function's rewards [B] of [prefix | response | suffix]; see :meth:`Reward.score_embeddings`."""
         rows = assemble(prepared, index, response, alive)
         return self._call(rows.embeddings, rows.mask, rows.positions)
@@ -101,13 +103,17 @@ class CallableReward(EmbeddingReward):
             scores += self._call(embeddings, mask, (mask.long().cumsum(1) - 1).clamp_min(0)).tolist()
         return scores
 
-    def _call(self, embeddings: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    def _call(self, embeddings: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         network = self._network if self._network is not None else self.module
         with plain_precision(self.device), evaluating(network), frozen(network):
             rewards = self.function(embeddings, mask.long(), positions)
-        if not isinstance(rewards, Tensor) or rewards.shape != mask.shape[:1] or not rewards.is_floating_point():
-            given = f"{rewards.dtype} {tuple(rewards.shape)}" if isinstance(rewards, Tensor) else type(rewards).__name__
-            raise ValueError(f"the reward function returned {given}; accepted: floating-point [B] = {(len(mask),)}")
+        if not isinstance(rewards, torch.Tensor) or rewards.shape != mask.shape[:1] or not rewards.is_floating_point():
+            given = (
+                f"{rewards.dtype} {tuple(rewards.shape)}"
+                if isinstance(rewards, torch.Tensor)
+                else type(rewards).__name__
+            )
+            raise ValueError(f"the reward function returned {given}: expected floating-point [B] = {(len(mask),)}")
         if torch.is_grad_enabled() and embeddings.requires_grad and not self._guides:
             # Once: in a sum, another part's gradient would hide that this one has none.
             reward_gradient(rewards.sum(), embeddings, "inputs_embeds", retain_graph=True)
@@ -120,8 +126,8 @@ class _Holder(nn.Module):
 
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
-        if not isinstance(getattr(embedding, "weight", None), Tensor):
-            raise TypeError(f"embedding must be an nn.Embedding or a tensor [R, D], got {type(embedding).__name__}")
+        if not isinstance(getattr(embedding, "weight", None), torch.Tensor):
+            raise TypeError(f"embedding is {type(embedding).__name__}: expected an nn.Embedding or a tensor [R, D]")
         self.embedding = embedding
 
     def get_input_embeddings(self) -> nn.Module:

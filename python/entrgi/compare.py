@@ -173,8 +173,7 @@ def measure(
         asked = [conversation_from(prompt) for prompt in prompts]
         metrics["judge"] = whole(judge.score_texts(asked, texts, batch_size=64) if texts else [])
     if loaded.tiny:
-        from entrgi import tiny
-
+        from . import tiny
         from .naturalness import nats_per_token
 
         metrics["rule"] = whole([tiny.gold_score(prompt_text(p), s.text) for p, s in zip(prompts, best, strict=True)])
@@ -254,7 +253,7 @@ def _prompts(args: argparse.Namespace, tiny: bool) -> list[tuple[str, Prompt]]:
     if args.num_prompts is not None and args.num_prompts < 1:
         raise UsageError(f"--num-prompts must be at least 1, got {args.num_prompts}")
     if tiny and not args.prompts and not args.file:
-        from entrgi import tiny as tiny_models
+        from . import tiny as tiny_models
 
         count = args.num_prompts or (_SHORT if args.short else 24)
         return [("a tiny prompt", prompt) for prompt in tiny_models.prompts(count, seed=args.seed)]
@@ -267,7 +266,7 @@ def versions() -> dict[str, Any]:
     import torch
     import transformers
 
-    from entrgi import __version__
+    from . import __version__
 
     return {
         "entrgi_kernels": __version__,

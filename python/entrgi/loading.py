@@ -333,7 +333,7 @@ def tokenizer_of(role: str, name: str, trust_remote_code: bool = False) -> Any:
     from entrgi_kernels.models.loading import load_tokenizer
 
     if name == "tiny":
-        from entrgi import tiny
+        from . import tiny
 
         name = str(tiny.weights_path(role))
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
@@ -371,7 +371,7 @@ def dtype_of(name: str, auto: Any) -> Any:
 def _load_tiny(dtype_name: str, device: Any, judge: bool) -> Loaded:
     import torch
 
-    from entrgi import tiny
+    from . import tiny
 
     dtype = dtype_of(dtype_name, torch.float32)
     try:

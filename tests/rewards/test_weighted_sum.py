@@ -148,7 +148,7 @@ def test_what_is_no_function(tokenizer):
     with pytest.raises(TypeError, match=r"mean_square\) needs an embedding table.*CallableReward"):
         rewards.wrap(mean_square, tokenizer)
     wrong = CallableReward(lambda embeds, mask, positions: embeds.mean(), weights, tokenizer)
-    with pytest.raises(ValueError, match=r"returned torch.float32 \(\); accepted: floating-point \[B\] = \(1,\)"):
+    with pytest.raises(ValueError, match=r"returned torch.float32 \(\): expected floating-point \[B\] = \(1,\)"):
         wrong.score_texts([SHORT], ["x"])
 
 

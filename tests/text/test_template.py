@@ -242,7 +242,7 @@ def test_ids_without_text_are_refused(tokenizer, ids):
 def test_bad_prompts_are_named(prompt, error, named):
     with pytest.raises(error, match=named) as caught:
         template.conversation_from(prompt)
-    assert "accepted" in str(caught.value)
+    assert "expected" in str(caught.value)
 
 
 def test_good_prompts():

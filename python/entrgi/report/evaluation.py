@@ -177,7 +177,7 @@ def _tokenizer(results: Results) -> Any:
     if not results.traces:
         return _NoTokenizer()
     if config.model == "tiny":
-        from entrgi import tiny
+        from .. import tiny
 
         return _auto_tokenizer(str(tiny.weights_path("diffusion")), False)
     return _auto_tokenizer(config.model, config.trust_remote_code)

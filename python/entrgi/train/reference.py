@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -85,7 +85,7 @@ class ReferencePolicy:
             self._kept[name].copy_(policy)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _local(tensor: torch.Tensor) -> torch.Tensor:
     """A DTensor's shard on this process, sharing its memory; other tensors as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

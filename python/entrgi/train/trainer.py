@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
@@ -122,7 +122,7 @@ class GuidedTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
         """The next optimiser step's prompts, and completions of them: drawn anew, or kept for an inner iteration.
 
         Returns:
@@ -148,7 +148,7 @@ class GuidedTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """This part's share of the step's loss.
 
@@ -190,7 +190,7 @@ class GuidedTrainer(Trainer):
         loss = loss * self.accelerator.num_processes * parts
         return (loss, {"log_probs": log_probs}) if return_outputs else loss
 
-    def _blamed(self, rollout: Rollout, iteration: int, log_probs: Tensor) -> str:
+    def _blamed(self, rollout: Rollout, iteration: int, log_probs: torch.Tensor) -> str:
         """What to say of a loss that is not finite."""
         said = f"the loss of step {self.state.global_step + 1} is NaN or infinite"
         terms = {"policy's": log_probs, "drawing policy's": rollout.old, "reference's": rollout.reference}
@@ -228,7 +228,7 @@ class GuidedTrainer(Trainer):
         tokens = int(inputs["rollout"].attention.sum())
         return 6 * tokens * sum(parameter.numel() for parameter in self.model.parameters())
 
-    def _log_probs_of(self, model: nn.Module, rollout: Rollout, iteration: int) -> Tensor:
+    def _log_probs_of(self, model: nn.Module, rollout: Rollout, iteration: int) -> torch.Tensor:
         assert self.args.p_mask_prompt is not None
         canvas = mask_prompts(
             rollout.tokens,
@@ -260,7 +260,7 @@ class GuidedTrainer(Trainer):
         return rollout
 
     @torch.no_grad()
-    def _frozen_log_probs(self, rollout: Rollout) -> Tensor:
+    def _frozen_log_probs(self, rollout: Rollout) -> torch.Tensor:
         """[R, I, L] without gradient and dropout, as many rows at a time as a step's forward takes."""
         rows = self.args.per_device_train_batch_size * self.sampler.config.num_samples
         with evaluating(self.model), self.compute_loss_context_manager():
