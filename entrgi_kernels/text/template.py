@@ -33,7 +33,7 @@ CHATML = (
 
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 _PRIVATE = "\U000f0000"  # the first of the private characters that stand for control tokens
-_decoded_once = False
+said_that_decoded = False
 # Tags of whatever brackets, and what their names say. A channel's name stands behind its tag.
 _TAG = re.compile(r"[<\[◁⟨【]([^\s<>\[\]◁▷⟨⟩【】]{1,40})[>\]▷⟩】]")
 _THOUGHT = re.compile(r"think|thought|reason|reflect|scratchpad|analy[sz]|deliberat", re.IGNORECASE)
@@ -349,7 +349,7 @@ def conversation_from_ids(tokenizer: Any, ids: Sequence[int], *, chat_template: 
     Raises:
         ValueError: the ids are empty or decode to nothing.
     """
-    global _decoded_once
+    global said_that_decoded
     ids = [int(index) for index in ids]
     if not ids:
         raise ValueError("the prompt has no tokens: expected at least one token id")
@@ -360,8 +360,8 @@ def conversation_from_ids(tokenizer: Any, ids: Sequence[int], *, chat_template: 
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
     if not text:
         raise ValueError(f"the prompt's {len(ids)} token ids decode to no text, and its rewards cannot be computed")
-    if not _decoded_once:
-        _decoded_once = True
+    if not said_that_decoded:
+        said_that_decoded = True
         logger.warning(
             "a prompt's token ids do not follow the tokenizer's chat template; its decoded text is taken as one user "
             "turn: %s",

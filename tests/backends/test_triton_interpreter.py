@@ -580,7 +580,7 @@ def test_same_bits_twice():
 @pytest.mark.parametrize("bias", [True, False])
 def test_token_log_prob(dtype, bias, monkeypatch):
     """Chunks of 256 entries, so that their log-sum-exps have to be put together; one chunk has no mass at all."""
-    monkeypatch.setattr(_vocabulary_head, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(_vocabulary_head, "CHUNK_BYTES", 1)
     g = torch.Generator().manual_seed(3)
     hidden, head = torch.randn(5, 20, generator=g).to(dtype), torch.randn(600, 20, generator=g).to(dtype) / 4
     b = torch.randn(600, generator=g).to(dtype) if bias else None

@@ -39,11 +39,11 @@ THINGS: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def _real(value: Any) -> bool:
+def real(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _integral(value: Any) -> bool:
+def integral(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -55,43 +55,43 @@ def _scalar_tensor(value: Any) -> bool:
 def temperature(value: Any) -> Verdict:
     if _scalar_tensor(value):
         return None
-    return _real(value) and (value == 0 or 1e-12 <= value <= 1e12)
+    return real(value) and (value == 0 or 1e-12 <= value <= 1e12)
 
 
 def top_p(value: Any) -> Verdict:
     if _scalar_tensor(value):
         return None
-    return value is None or (_real(value) and 0 < value <= 1)
+    return value is None or (real(value) and 0 < value <= 1)
 
 
 def top_k(value: Any) -> Verdict:
     if value is None:
         return True
-    return _integral(value) and 1 <= value < 1 << 63
+    return integral(value) and 1 <= value < 1 << 63
 
 
 def seed(value: Any) -> Verdict:
     if isinstance(value, torch.Tensor):
         return value.dtype == torch.int64 and (value.dim() == 0 or value.shape == (2,))
-    return _integral(value) and -(1 << 63) <= value < 1 << 63
+    return integral(value) and -(1 << 63) <= value < 1 << 63
 
 
 def counter(value: Any) -> Verdict:
     if isinstance(value, torch.Tensor):
         return value.dtype == torch.int64 and value.dim() == 0
-    return _integral(value) and 0 <= value < 1 << 32
+    return integral(value) and 0 <= value < 1 << 32
 
 
 def lr(value: Any) -> Verdict:
-    return None if _scalar_tensor(value) else _real(value) and 0 <= value <= 1e12
+    return None if _scalar_tensor(value) else real(value) and 0 <= value <= 1e12
 
 
 def eps(value: Any) -> Verdict:
-    return None if _scalar_tensor(value) else _real(value) and 1e-12 <= value <= 1e12
+    return None if _scalar_tensor(value) else real(value) and 1e-12 <= value <= 1e12
 
 
 def betas(value: Any) -> Verdict:
-    return isinstance(value, tuple) and len(value) == 2 and all(_real(beta) and 0 <= beta < 1 for beta in value)
+    return isinstance(value, tuple) and len(value) == 2 and all(real(beta) and 0 <= beta < 1 for beta in value)
 
 
 NUMBERS: dict[str, Callable[[Any], Verdict]] = {

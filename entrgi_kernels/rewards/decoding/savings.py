@@ -185,7 +185,7 @@ class ExactSavings:
     def reasons(self, device: torch.device) -> dict[str, str]:
         """Why each saving that is not in use on a device is not."""
         off = {name: "switched off" for name in NAMES if name not in self.requested} | self.refused
-        if not _reads_are_free(device):
+        if not reads_are_free(device):
             off.setdefault(DEAD, f"on {device.type}, counting the live slots would mean waiting for the device")
         if device.type != "cpu":
             off.setdefault(ATTENTION, f"on {device.type}, torch's own kernels are made for it")
@@ -207,7 +207,7 @@ class ExactSavings:
             if name in self.requested and reason is not None and reason not in explained:
                 lost.setdefault(reason, []).append(name)
         for reason, names in lost.items():
-            _warn_once(f"{type(self.decoder.backbone).__name__} is guided without {', '.join(names)}: {reason}")
+            warn_once(f"{type(self.decoder.backbone).__name__} is guided without {', '.join(names)}: {reason}")
 
     def for_call(self, prepared: PreparedPrompts, columns: int, device: torch.device) -> frozenset[str]:
         """The savings that a call over sequences of this many positions is served with."""
@@ -313,7 +313,7 @@ class ExactSavings:
         if state is None or state.rows is not rows:
             state = _Committed(rows)
         given = committed if isinstance(committed, torch.Tensor) else None
-        free = _reads_are_free(response.device)
+        free = reads_are_free(response.device)
         repeated = given is not None and given is state.given and _version(given) == state.version != -1
         if repeated and not free:
             wanted, same = state.wanted, True
@@ -385,11 +385,11 @@ class ExactSavings:
 
 
 @functools.cache
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
     logger.warning("%s; rewards are right, but cost up to twice the time (docs/savings.md)", text)
 
 
-def _reads_are_free(device: torch.device) -> bool:
+def reads_are_free(device: torch.device) -> bool:
     """Whether the host may look at a result without waiting for anything."""
     return device.type == "cpu"
 

@@ -163,7 +163,7 @@ class LanguageModelJudge:
         scores: list[float] = []
         for start in range(0, len(texts), self._spec.batch_size):
             scores += self._grade(texts[start : start + self._spec.batch_size])
-        return _by_candidate(scores, len(self._spec.tests))
+        return by_candidate(scores, len(self._spec.tests))
 
     def _prompt(self, candidate: Candidate, test: str) -> str:
         question = unit_test_question(candidate, test, self._spec.resolved_format)
@@ -209,7 +209,7 @@ class EndpointJudge:
         ]
         with ThreadPoolExecutor(self._spec.concurrency) as pool:
             scores = list(pool.map(self._grade, questions))
-        return _by_candidate(scores, len(self._spec.tests))
+        return by_candidate(scores, len(self._spec.tests))
 
     def _grade(self, question: str) -> float | None:
         request: dict[str, Any] = {
@@ -254,7 +254,7 @@ def grade_of(answer: Mapping[str, Any]) -> float | None:
     return None if named is None else min(5.0, float(named.group(0)))
 
 
-def _by_candidate(scores: Sequence[float | None], tests: int) -> list[Judgement]:
+def by_candidate(scores: Sequence[float | None], tests: int) -> list[Judgement]:
     out = []
     for start in range(0, len(scores), tests):
         part = [number(score) for score in scores[start : start + tests]]

@@ -21,7 +21,7 @@ from ..errors import write_text
 from ..prompts import prompt_text
 
 # Replays grow with steps x slots; beyond this many numbers only the best samples are replayed, then fewer prompts.
-_BUDGET = 1_500_000
+REPLAY_BUDGET = 1_500_000
 
 
 def write_report(path: Path, comparison: Comparison, tokenizer: Any) -> int:
@@ -144,9 +144,9 @@ def _samples(result: Any) -> list[dict[str, Any]]:
 def _replays(comparison: Comparison, tokenizer: Any) -> tuple[dict[str, list[list[Any]]], dict[str, str]]:
     """(traces by method, prompt and sample; text of every token that occurs)."""
     used: set[int] = set()
-    budget = _BUDGET
+    budget = REPLAY_BUDGET
     cost = max((_cost(s) for run in comparison.runs for r in run.results for s in r.samples), default=0)
-    everything = sum(len(r.samples) for run in comparison.runs for r in run.results) * cost <= _BUDGET
+    everything = sum(len(r.samples) for run in comparison.runs for r in run.results) * cost <= REPLAY_BUDGET
     traces: dict[str, list[list[Any]]] = {run.method: [] for run in comparison.runs}
     for index in range(len(comparison.prompts)):
         for run in comparison.runs:

@@ -56,6 +56,10 @@ class GuidedTrainer(Trainer):
         peft_config: trains an adapter instead of the model, as in ``peft.LoraConfig(...)``.
         **trainer: further arguments of transformers' Trainer (callbacks, optimizers, ...).
 
+    Attributes:
+        rollout: the completions in use; None before the first step.
+        reference: the policy that the KL term is against; None where there is none.
+
     Raises:
         ValueError, TypeError: models, tokenizers, prompts or settings that cannot serve.
     """
@@ -113,7 +117,7 @@ class GuidedTrainer(Trainer):
         self.reference: ReferencePolicy | None = None
         if self._needs_reference and not self.is_fsdp_enabled:
             self.reference = ReferencePolicy(self.model)
-        self._rollout: Rollout | None = None
+        self.rollout: Rollout | None = None
         self._resumed_from: str | None = None
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self.add_callback(_Course(self))
@@ -133,9 +137,9 @@ class GuidedTrainer(Trainer):
             return batches, None
         prompts = [item["prompt"] for batch in batches for item in batch]
         index, iteration = batches[0][0]["rollout"], batches[0][0]["iteration"]
-        if self._rollout is None or self._rollout.index != index:
-            self._rollout = self._draw(prompts, index)
-        rollout, parts, first = self._rollout, [], 0
+        if self.rollout is None or self.rollout.index != index:
+            self.rollout = self.draw(prompts, index)
+        rollout, parts, first = self.rollout, [], 0
         for batch in batches:
             last = first + len(batch) * self.sampler.config.num_samples
             parts.append({"rollout": rollout.rows(slice(first, last)), "iteration": iteration})
@@ -241,7 +245,7 @@ class GuidedTrainer(Trainer):
         )
         return self.log_probs(model, canvas, rollout.attention, rollout.start, rollout.completions, rollout.mask)
 
-    def _draw(self, prompts: list[Any], index: int) -> Rollout:
+    def draw(self, prompts: list[Any], index: int) -> Rollout:
         """Completions of the step's prompts of this process, with the log-probabilities they start from."""
         args, begin = self.args, time.perf_counter()
         seeds = [derive_seed("mask", args.seed, index, iteration) for iteration in range(args.num_iterations)]
@@ -425,7 +429,7 @@ class GuidedTrainer(Trainer):
         """
         state = {
             "processes": self.accelerator.num_processes,
-            "rollout": None if self._rollout is None else self._rollout.state_dict(),
+            "rollout": None if self.rollout is None else self.rollout.state_dict(),
         }
         with records.saving(checkpoint):
             torch.save(state, self._state_file(checkpoint))
@@ -457,7 +461,7 @@ class GuidedTrainer(Trainer):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["processes"] == processes:
             if state["rollout"] is not None:
-                self._rollout = Rollout.from_state(state["rollout"], self.args.device)
+                self.rollout = Rollout.from_state(state["rollout"], self.args.device)
         elif self.args.num_iterations > 1:
             raise ValueError(
                 f"{checkpoint} was written by {state['processes']} processes, this run has {processes}: expected as "
