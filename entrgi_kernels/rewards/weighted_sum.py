@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..text.template import Conversation
 from .base import Reward, Targets
+from .decoding.savings import parse_savings
 from .decoding.sequences import PreparedPrompts
 
 
@@ -59,7 +60,7 @@ class WeightedSum(Combinable):
     Attributes:
         weights, rewards, names: of the parts.
         last_components: unweighted rewards [B] of each part in the last :meth:`score_embeddings`, by name.
-        exact_savings: of the parts, in order; may be set to one setting for all.
+        exact_savings: of the parts, by name; may be set to one setting for all, or to a mapping of parts' names.
 
     Raises:
         TypeError: a part is no reward, or a weight no number.
@@ -102,16 +103,23 @@ class WeightedSum(Combinable):
         return f"WeightedSum({' + '.join(terms)})"
 
     @property
-    def exact_savings(self) -> tuple[Any, ...]:
-        """What each part has, None for parts without savings."""
-        return tuple(getattr(reward, "exact_savings", None) for reward in self.rewards)
+    def exact_savings(self) -> dict[str, frozenset[str]]:
+        """The savings that each part was asked for, by its name; parts that know none are left out."""
+        found = {
+            name: getattr(part, "exact_savings", None) for name, part in zip(self.names, self.rewards, strict=True)
+        }
+        return {name: own for name, own in found.items() if own is not None}
 
     @exact_savings.setter
-    def exact_savings(self, names: Any) -> None:
-        each = names if isinstance(names, tuple) else (names,) * len(self.rewards)
-        for reward, own in zip(self.rewards, each, strict=True):
-            if getattr(reward, "exact_savings", None) is not None:
-                reward.exact_savings = own  # type: ignore[attr-defined]
+    def exact_savings(self, names: str | Iterable[str] | Mapping[str, Any] | None) -> None:
+        known = self.exact_savings
+        each = names if isinstance(names, Mapping) else dict.fromkeys(known, names)
+        if not each.keys() <= known.keys():
+            raise ValueError(f"exact_savings={names!r}: expected the names of parts that know savings, {sorted(known)}")
+        asked = {name: parse_savings(own) for name, own in each.items()}  # all are right before any is set
+        for name, part in zip(self.names, self.rewards, strict=True):
+            if name in asked:
+                part.exact_savings = asked[name]  # type: ignore[attr-defined]
 
     def embedding_table(self, tokenizer: Any, vocab_size: int) -> torch.Tensor:
         """E [V, D1 + D2 + ...] in the widest of the parts' dtypes; cached until a part's table changes."""

@@ -85,15 +85,21 @@ def test_written_as_arithmetic(parts):
 def test_savings_go_to_the_parts_and_come_back(parts):
     from entrgi_kernels.guidance.savings import reward_savings
 
-    total = parts[0] + parts[1] + parts[2]
+    total = WeightedSum(list(zip((1, 1, 1), parts, strict=True)), names=["a", "b", "c"])
     parts[1].exact_savings = {"reward_dead"}
     before = total.exact_savings
-    assert before == (frozenset(NAMES), frozenset({"reward_dead"}), None)
+    assert before == {"a": set(NAMES), "b": {"reward_dead"}}
     with reward_savings(total, "none"):
         assert parts[0].savings == parts[1].savings == ()
     assert total.exact_savings == before
     total.exact_savings = "all"
     assert parts[1].savings == NAMES
+    total.exact_savings = ("reward_prefix", "reward_dead")  # names, as everywhere: not one a part
+    assert parts[0].exact_savings == parts[1].exact_savings == {"reward_prefix", "reward_dead"}
+    for wrong in ({"a": "none", "c": "all"}, {"a": "none", "b": "reward_nothing"}, "reward_nothing"):
+        with pytest.raises(ValueError, match="expected"):
+            total.exact_savings = wrong
+    assert total.exact_savings == dict.fromkeys("ab", {"reward_prefix", "reward_dead"})
 
 
 def test_what_is_no_sum(parts):
