@@ -29,13 +29,13 @@ class CallableReward(EmbeddingReward):
         reward = CallableReward(brightness, network.embed_tokens, tokenizer)
         GuidedSampler(model, reward, tokenizer).generate(["Why is the sky blue?"])
 
-    The rows are the chat template's [prefix | response | suffix], in the dtype of the embedding. Padding (zeros) lies
+    The rows are the chat template's [prefix | response | suffix], in the dtype of the table. Padding (zeros) lies
     to the left of a row, or behind its response where suffixes differ in length; what is dead or padding has a 0 in
     ``attention_mask`` (int64), and must not change the reward.
 
     Args:
         function: differentiable in its first argument.
-        embedding: an ``nn.Embedding`` (called, so it may scale), or its weights [R, D].
+        table: an ``nn.Embedding`` (called, so it may scale), or its weights [R, D].
         tokenizer: whose ids these rows are.
         module: a network that the function uses, to be frozen and in evaluation mode while it runs; optional.
         unmatched: see :class:`VocabularyMap`.
@@ -43,7 +43,7 @@ class CallableReward(EmbeddingReward):
             one below the other.
 
     Raises:
-        TypeError: the function cannot be called, or the embedding is none.
+        TypeError: the function cannot be called, or the table is none.
         ValueError: as for :class:`EmbeddingReward`; in use, when the function returns anything but [B] numbers, or
             under guidance no gradient reaches ``inputs_embeds``.
     """
@@ -51,7 +51,7 @@ class CallableReward(EmbeddingReward):
     def __init__(
         self,
         function: RewardFunction,
-        embedding: nn.Module | torch.Tensor,
+        table: nn.Module | torch.Tensor,
         tokenizer: Any,
         *,
         module: nn.Module | None = None,
@@ -63,20 +63,16 @@ class CallableReward(EmbeddingReward):
                 f"a reward function cannot be {type(function).__name__}: expected a callable of (inputs_embeds, "
                 "attention_mask, position_ids) that returns rewards [B]"
             )
-        if isinstance(embedding, torch.Tensor):
-            if embedding.dim() != 2 or not embedding.is_floating_point():
-                raise TypeError(
-                    f"embedding is {embedding.dtype} {tuple(embedding.shape)}: expected floating-point [R, D]"
-                )
-            embedding = nn.Embedding.from_pretrained(embedding.detach())
+        if isinstance(table, torch.Tensor):
+            if table.dim() != 2 or not table.is_floating_point():
+                raise TypeError(f"table is {table.dtype} {tuple(table.shape)}: expected floating-point [R, D]")
+            table = nn.Embedding.from_pretrained(table.detach())
         self.function = function
         self._network = module
         self._guides = False  # not seen yet to pass a gradient on
         if chat_template is None and not getattr(tokenizer, "chat_template", None):
             chat_template = PLAIN
-        super().__init__(
-            _Holder(cast(nn.Module, embedding)), tokenizer, unmatched=unmatched, chat_template=chat_template
-        )
+        super().__init__(_Holder(cast(nn.Module, table)), tokenizer, unmatched=unmatched, chat_template=chat_template)
 
     def __repr__(self) -> str:
         return f"CallableReward({getattr(self.function, '__name__', type(self.function).__name__)})"
@@ -127,7 +123,7 @@ class _Holder(nn.Module):
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
         if not isinstance(getattr(embedding, "weight", None), torch.Tensor):
-            raise TypeError(f"embedding is {type(embedding).__name__}: expected an nn.Embedding or a tensor [R, D]")
+            raise TypeError(f"table is {type(embedding).__name__}: expected an nn.Embedding or a tensor [R, D]")
         self.embedding = embedding
 
     def get_input_embeddings(self) -> nn.Module:

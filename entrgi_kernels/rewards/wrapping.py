@@ -71,7 +71,7 @@ def wrap(
             name = getattr(model_or_reward, "__name__", name)
             raise TypeError(
                 f"a function ({name}) needs an embedding table: pass "
-                "entrgi_kernels.rewards.CallableReward(function, embedding, tokenizer)"
+                "entrgi_kernels.rewards.CallableReward(function, table, tokenizer)"
             )
         if isinstance(model_or_reward, (list, tuple)):
             raise TypeError(

@@ -145,9 +145,9 @@ def test_a_function_sees_rows_masks_and_positions(tokenizer):
 
 def test_what_is_no_function(tokenizer):
     weights = torch.randn(len(tokenizer), 8)
-    with pytest.raises(TypeError, match="embedding is .*: expected floating-point"):
+    with pytest.raises(TypeError, match="table is .*: expected floating-point"):
         CallableReward(mean_square, torch.ones(3, dtype=torch.long), tokenizer)
-    with pytest.raises(TypeError, match="embedding is .*: expected an nn.Embedding"):
+    with pytest.raises(TypeError, match="table is .*: expected an nn.Embedding"):
         CallableReward(mean_square, "weights", tokenizer)
     with pytest.raises(TypeError, match="a reward function cannot be int"):
         CallableReward(3, weights, tokenizer)
