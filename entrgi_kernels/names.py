@@ -12,7 +12,7 @@ class Method(NamedTuple):
     """How a denoising step is guided.
 
     Attributes:
-        weight: of the entropy, as a schedule of :mod:`entrgi_kernels.guidance.weights`; None is no guidance.
+        weight: the hard token's share, by its name in :mod:`entrgi_kernels.guidance.weights`; None is no guidance.
         label: its name in tables and pictures.
         about: what a report says of it, a sentence after the label.
         light, dark: its colour on a light and on a dark page.

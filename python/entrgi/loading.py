@@ -125,7 +125,7 @@ def add_sampler_arguments(
     group.add_argument(
         "--weight",
         default=None,
-        metavar="SCHEDULE",
+        metavar="WEIGHT",
         help="for entrgi: another weight of the entropy, as in 'threshold(1.0, 0.5)' or 'step(1.0)'",
     )
     group.add_argument(
