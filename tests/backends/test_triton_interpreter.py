@@ -53,6 +53,7 @@ if INTERPRETED:
     from entrgi_kernels.backends import triton as kernels
     from entrgi_kernels.backends.arguments import Adam, Draw, Placement
     from entrgi_kernels.backends.triton import config, launch, philox, sampling, statistics
+    from entrgi_kernels.names import SCORED_ALGS
     from entrgi_kernels.ops import _vocabulary_head
 
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's opinion of inf - inf
@@ -545,7 +546,7 @@ def test_guidance_update_in_place_on_strided_tensors():
 
 
 @inner
-@pytest.mark.parametrize("alg", ["entropy", "maskgit_plus", "topk_margin", "anchor"])
+@pytest.mark.parametrize("alg", SCORED_ALGS)
 def test_confidence(alg):
     for dtype, shape in ((torch.float32, (8, 150, 1)), (torch.float16, (3, 300, 1)), (torch.float32, (1, 1, 1))):
         logits, _, _ = make(*shape, dtype)
