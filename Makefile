@@ -114,6 +114,7 @@ lock:
 
 bench: $(VENV)/.ready
 	$(PY) -m benchmarks.run_cpu $(ARGS)
+	$(PY) -m benchmarks.tools.tables
 
 env: $(VENV)/.ready
 	@$(BIN)/entrgi env $(ARGS)

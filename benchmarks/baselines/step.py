@@ -1,6 +1,6 @@
 """Guidance steps to compare with: the published loop, its batched form, and that compiled.
 
-All three are written here from the method's definition and share one interface: an object made from (phi, embedding,
+All three are written here from the method's definition and share one interface: an object made from (phi, table,
 canvas, settings) holds phi and fresh Adam state; `.step(reward, tokens=None)` makes one gradient step. `tokens` injects
 the hard tokens, so that arithmetic can be compared without a common random source.
 
@@ -99,14 +99,14 @@ class Published:
     # bf16 can tell, but visible in float64, so comparisons with exact arithmetic set it to 0.
     log_epsilon = 1e-10
 
-    def __init__(self, phi: torch.Tensor, embedding: torch.Tensor, canvas: Canvas, settings: StepSettings) -> None:
+    def __init__(self, phi: torch.Tensor, table: torch.Tensor, canvas: Canvas, settings: StepSettings) -> None:
         self.phi = phi.detach().clone().requires_grad_(True)
-        self.embedding, self.canvas, self.settings = embedding, canvas, settings
+        self.table, self.canvas, self.settings = table, canvas, settings
         self.optimizer = torch.optim.Adam([self.phi], lr=settings.lr, betas=settings.betas, eps=settings.eps)
 
     def _rows(self, phi: torch.Tensor, tokens: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """One trajectory's masked rows: embedding, hard tokens, weight, entropy."""
-        settings, table = self.settings, self.embedding
+        settings, table = self.settings, self.table
         probability = F.softmax(phi, dim=-1)
         entropy = -(probability * torch.log(probability + self.log_epsilon)).sum(dim=-1)
         limit = torch.log(torch.tensor(phi.shape[-1], dtype=phi.dtype, device=phi.device))
@@ -128,7 +128,7 @@ class Published:
         return mixed, tokens, weight, entropy
 
     def step(self, reward: Reward, tokens: torch.Tensor | None = None) -> StepResult:
-        canvas, table = self.canvas, self.embedding
+        canvas, table = self.canvas, self.table
         self.optimizer.zero_grad()
         ids = canvas.tokens.clone()
         responses, parts, row = [], [], 0
@@ -210,10 +210,10 @@ class Vectorized:
     name = "vectorized"
     forward: Callable[..., Any] = staticmethod(batched_forward)
 
-    def __init__(self, phi: torch.Tensor, embedding: torch.Tensor, canvas: Canvas, settings: StepSettings) -> None:
+    def __init__(self, phi: torch.Tensor, table: torch.Tensor, canvas: Canvas, settings: StepSettings) -> None:
         self.phi = phi.detach().clone().requires_grad_(True)
-        self.embedding, self.canvas, self.settings = embedding, canvas, settings
-        self.committed = embedding[canvas.tokens]
+        self.table, self.canvas, self.settings = table, canvas, settings
+        self.committed = table[canvas.tokens]
         self.places = canvas.masked.nonzero(as_tuple=True)
         self._make_optimizer()
 
@@ -228,7 +228,7 @@ class Vectorized:
         s, canvas = self.settings, self.canvas
         self.phi.grad = None
         embedding, tokens, weight, entropy, best = self.forward(
-            self.phi, self.embedding, tokens, s.temperature, s.top_p, s.top_k, s.weight
+            self.phi, self.table, tokens, s.temperature, s.top_p, s.top_k, s.weight
         )
         responses = self.committed.index_put(self.places, embedding)
         alive = batched_alive(canvas.tokens.index_put(self.places, best), canvas.eos_id, canvas.pad_id)

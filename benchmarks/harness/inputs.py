@@ -19,12 +19,13 @@ from dataclasses import dataclass
 
 import torch
 
+from entrgi_kernels.names import WEIGHT_MODES
+
 VOCABULARY = 151_936
 # (N, D) of the canonical shapes; V is VOCABULARY. The first two stay within 24 GiB for every baseline on a CPU.
 CANONICAL = ((64, 1024), (512, 1024), (1024, 2048), (2048, 2048), (4096, 2560))
 CPU_SHAPES = ((64, 1024), (512, 1024))
 SMALL_N = (1, 7)
-WEIGHTS = ("entropy", "one", "zero")
 
 Reward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -73,8 +74,8 @@ class StepSettings:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        if self.weight not in WEIGHTS:
-            raise ValueError(f"weight={self.weight!r}: expected one of {WEIGHTS}")
+        if self.weight not in WEIGHT_MODES:
+            raise ValueError(f"weight={self.weight!r}: expected one of {WEIGHT_MODES}")
 
 
 @dataclass

@@ -20,7 +20,7 @@ class Fused:
     def __init__(
         self,
         phi: torch.Tensor,
-        embedding: torch.Tensor,
+        table: torch.Tensor,
         canvas: Canvas,
         settings: StepSettings,
         *,
@@ -31,12 +31,12 @@ class Fused:
 
         self.name = backend
         self.canvas = canvas
-        self.committed = embedding[canvas.tokens]
+        self.committed = table[canvas.tokens]
         self.places = canvas.masked.nonzero(as_tuple=True)
         s = settings
         self.optimizer = LogitOptimizer(
             phi.detach().clone(),
-            embedding,
+            table,
             lr=s.lr,
             temperature=s.temperature,
             weight=s.weight,

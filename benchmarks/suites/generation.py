@@ -159,7 +159,7 @@ class Recording:
 
     def __init__(self, sampler: Any, prompts: list[str]) -> None:
         self._model, self._reward = sampler.model, sampler.reward
-        self._calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         with self._watched():
             sampler.generate(prompts, progress=False)
 
@@ -186,7 +186,7 @@ class Recording:
                 kept = (index, response.detach().clone(), alive)
             else:
                 kept = args
-            self._calls.append((method.__name__, kept, dict(kwargs)))
+            self.calls.append((method.__name__, kept, dict(kwargs)))
             return method(*args, **kwargs)
 
         return call
@@ -194,7 +194,7 @@ class Recording:
     def replay(self) -> None:
         """Make the calls again, each reward followed by its backward."""
         prepared = None
-        for name, args, kwargs in self._calls:
+        for name, args, kwargs in self.calls:
             if name == "masked_logits":
                 self._model.masked_logits(*args, **kwargs)
             elif name == "prepare":

@@ -120,7 +120,7 @@ class OpSuite:
         out = torch.empty_like(p.phi)
         return Candidate("one GEMM", lambda: torch.mm(p.grad, p.table.t(), out=out), floor=True)
 
-    def _compare(self, name: str, value: torch.Tensor, exact: torch.Tensor, least: float | None = None) -> Check:
+    def compare(self, name: str, value: torch.Tensor, exact: torch.Tensor, least: float | None = None) -> Check:
         return oracle.compare(name, oracle.relative_error(value[self.problem.rows], exact), least or self.least)
 
     def _softmax_entropy(self, name: str) -> Candidate:
@@ -141,14 +141,14 @@ class OpSuite:
             entropy = torch.special.entr(log_p.exp()).sum(dim=-1)
             lse, value = run()
             exact = (p.phi[p.rows].double() / tau).logsumexp(dim=-1)
-            bound = self.least + (self._plain_entropy_noise(log_p, exact) if name in PLAIN else 0.0)
+            bound = self.least + (self.plain_entropy_noise(log_p, exact) if name in PLAIN else 0.0)
             return oracle.combine(
-                [self._compare("logsumexp", lse, exact), self._compare("entropy", value, entropy, bound)]
+                [self.compare("logsumexp", lse, exact), self.compare("entropy", value, entropy, bound)]
             )
 
         return Candidate(name, run, check)
 
-    def _plain_entropy_noise(self, log_p: torch.Tensor, logsumexp: torch.Tensor) -> float:
+    def plain_entropy_noise(self, log_p: torch.Tensor, logsumexp: torch.Tensor) -> float:
         """How far rounding can take plain torch's entropy, relative to the largest: a baseline is held to no more.
 
         log p = x - logsumexp is rounded at the size of both, and V terms are added up in the same precision.
@@ -202,7 +202,7 @@ class OpSuite:
             def run() -> Any:
                 return ops.soft_embedding(p.phi, p.table, temperature=tau, backend=name)
 
-        return Candidate(name, run, lambda: self._compare("soft", run(), p.truth.soft, self._product_bound()))
+        return Candidate(name, run, lambda: self.compare("soft", run(), p.truth.soft, self._product_bound()))
 
     def _product_bound(self) -> float:
         """Plain torch's own error in this dtype, three times, and a little more."""
@@ -230,7 +230,7 @@ class OpSuite:
         def check() -> Check:
             plain = plain_backward(p.phi[p.rows], p.table, p.grad[p.rows], soft[p.rows], tau)
             bound = 3 * oracle.relative_error(plain, p.truth.grad) + self.least
-            return self._compare("gradient", run(), p.truth.grad, bound)
+            return self.compare("gradient", run(), p.truth.grad, bound)
 
         return Candidate(name, run, check)
 
@@ -263,9 +263,9 @@ class OpSuite:
             coarse = name in PLAIN and p.dtype in (torch.bfloat16, torch.float16)
             return oracle.combine(
                 [
-                    self._compare("embedding", given[0], p.truth.embedding, 3 * plain["embedding"] + bound),
-                    self._compare("weight", given[2], p.truth.weight, 3 * plain["weight"] + bound),
-                    self._compare("entropy", given[3], p.truth.entropy, 3 * plain["entropy"] + bound),
+                    self.compare("embedding", given[0], p.truth.embedding, 3 * plain["embedding"] + bound),
+                    self.compare("weight", given[2], p.truth.weight, 3 * plain["weight"] + bound),
+                    self.compare("entropy", given[3], p.truth.entropy, 3 * plain["entropy"] + bound),
                     oracle.in_nucleus(
                         p.phi[p.rows], drawn[1][p.rows], s.temperature, s.top_p, s.top_k, 2e-2 if coarse else 2e-3
                     ),
@@ -353,7 +353,7 @@ class OpSuite:
         def check() -> Check:
             exact = plain_confidence(p.phi[p.rows].double(), tokens[p.rows], s.temperature, s.top_p)
             coarse = name in PLAIN and p.dtype in (torch.bfloat16, torch.float16)
-            return self._compare("confidence", run(), exact, 3e-2 if coarse else max(self.least, 1e-3))
+            return self.compare("confidence", run(), exact, 3e-2 if coarse else max(self.least, 1e-3))
 
         return Candidate(name, run, check)
 

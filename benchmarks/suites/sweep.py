@@ -21,6 +21,7 @@ from benchmarks.harness.inputs import Shape, embedding_table, peaked_logits
 from benchmarks.harness.measure import Group, Timing
 from entrgi_kernels.backends import eager, native
 from entrgi_kernels.backends.arguments import Adam, Draw
+from entrgi_kernels.names import SCORED_ALGS
 
 Call = Callable[[ModuleType], object]
 TEMPERATURE = 0.7
@@ -43,7 +44,7 @@ def calls(n: int, v: int, widths: Sequence[int], dtype: torch.dtype) -> Iterator
     for label, filters in (("", (0, 1.0)), (" top-p", (0, 0.95)), (" top-k", (50, 1.0))):
         yield f"sample_tokens{label}", 0, lambda b, f=filters: b.sample_tokens(x, Draw(rng, rows, TEMPERATURE, *f))
     yield "sample_tokens argmax", 0, lambda b: b.sample_tokens(x, Draw(rng, rows, 0.0, 0, 1.0))
-    for alg in ("entropy", "maskgit_plus", "topk_margin", "anchor"):
+    for alg in SCORED_ALGS:
         yield f"unmask_confidence {alg}", 0, lambda b, a=alg: b.unmask_confidence(x, tokens, a, TEMPERATURE, 0, 0.95)
     for d in widths:
         table, grad = embedding_table(v, d, dtype=dtype), torch.randn(n, d).to(dtype)

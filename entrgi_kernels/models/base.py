@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .modules import (
     accepted_arguments,
@@ -56,21 +56,21 @@ class DiffusionModel(Protocol):
         """What it computes in."""
         ...
 
-    def masked_logits(self, canvas: Tensor, attention_mask: Tensor, masked: Tensor) -> Tensor:
+    def masked_logits(self, canvas: torch.Tensor, attention_mask: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of the N slots where ``masked`` is True, in row-major order."""
         ...
 
 
-def logits_of(output: Any) -> Tensor:
+def logits_of(output: Any) -> torch.Tensor:
     """The logits of whatever a network returns: an output object, a tuple that starts with them, or a tensor."""
-    if isinstance(output, Tensor):
+    if isinstance(output, torch.Tensor):
         return output
     logits = getattr(output, "logits", None)
     if logits is None and isinstance(output, (tuple, list)) and output:
         logits = output[0]
-    if not isinstance(logits, Tensor):
+    if not isinstance(logits, torch.Tensor):
         raise TypeError(
-            f"the network returned {type(output).__name__}, which holds no logits; accepted: a tensor, a tuple that "
+            f"the network returned {type(output).__name__}, which holds no logits: expected a tensor, a tuple that "
             "starts with the logits, or an object with .logits"
         )
     return logits
@@ -110,11 +110,11 @@ class BackboneModel:
 
     def __init__(self, module: nn.Module, mask_token_id: int, shift: bool) -> None:
         if not isinstance(module, nn.Module):
-            raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+            raise TypeError(f"module is {type(module).__name__}: expected a torch.nn.Module")
         if not isinstance(mask_token_id, int) or isinstance(mask_token_id, bool):
-            raise TypeError(f"mask_token_id must be an int, got {mask_token_id!r}")
+            raise TypeError(f"mask_token_id={mask_token_id!r}: expected an int")
         if not isinstance(shift, bool):
-            raise TypeError(f"shift must be True or False, got {shift!r}")
+            raise TypeError(f"shift={shift!r}: expected True or False")
         self.module = module
         self.mask_token_id = mask_token_id
         self.shift = shift
@@ -125,7 +125,7 @@ class BackboneModel:
         self._filler: int | None = None
         self._accepted = accepted_arguments(module)
         self._head = output_head(module)
-        self._seen_mask: tuple[weakref.ref[Tensor], int, tuple[bool, dict[str, Any]]] | None = None
+        self._seen_mask: tuple[weakref.ref[torch.Tensor], int, tuple[bool, dict[str, Any]]] | None = None
         self._check()
 
     def __repr__(self) -> str:
@@ -144,7 +144,7 @@ class BackboneModel:
         """The dtype that the network computes in."""
         return module_dtype(self.module)
 
-    def inputs(self, attention_mask: Tensor, padded: bool) -> dict[str, Any]:
+    def inputs(self, attention_mask: torch.Tensor, padded: bool) -> dict[str, Any]:
         """The network's keyword arguments beside the canvas.
 
         Args:
@@ -159,13 +159,13 @@ class BackboneModel:
 
     def masked_logits(
         self,
-        canvas: Tensor,
-        attention_mask: Tensor,
-        masked: Tensor,
+        canvas: torch.Tensor,
+        attention_mask: torch.Tensor,
+        masked: torch.Tensor,
         *,
-        positions: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
+        positions: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Logits of the masked slots: one forward of the network, without gradient, in its own dtype.
 
         Args:
@@ -206,10 +206,10 @@ class BackboneModel:
         if self.position_limit is not None and length > self.position_limit:
             raise ValueError(
                 f"{type(self.module).__name__} has learned {self.position_limit} positions, and {what} takes {length} "
-                f"tokens; accepted: at most {self.position_limit} (a shorter prompt or a smaller max_new_tokens)"
+                f"tokens: expected at most {self.position_limit} (a shorter prompt or a smaller max_new_tokens)"
             )
 
-    def _arguments(self, attention_mask: Tensor) -> tuple[bool, dict[str, Any]]:
+    def _arguments(self, attention_mask: torch.Tensor) -> tuple[bool, dict[str, Any]]:
         """``(padded, keyword arguments)``, computed once per mask tensor: a run keeps one for all its steps."""
         version = -1 if attention_mask.is_inference() else attention_mask._version
         seen = self._seen_mask
@@ -221,12 +221,12 @@ class BackboneModel:
             self._seen_mask = weakref.ref(attention_mask), version, built
         return built
 
-    def _by_padding(self, canvas: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+    def _by_padding(self, canvas: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Run rows of equal padding together, without it: for networks that padding would disturb."""
         batch, length = canvas.shape
         row, column = positions // length, positions % length
         pads = (~attention_mask).sum(1)
-        out: Tensor | None = None
+        out: torch.Tensor | None = None
         for pad in pads.unique().tolist():
             members = (pads == pad).nonzero().squeeze(1)
             wanted = (pads[row] == pad).nonzero().squeeze(1)
@@ -243,7 +243,9 @@ class BackboneModel:
         assert out is not None  # positions is not empty here
         return out
 
-    def _rows(self, canvas: Tensor, arguments: dict[str, Any], positions: Tensor, out: Tensor | None = None) -> Tensor:
+    def _rows(
+        self, canvas: torch.Tensor, arguments: dict[str, Any], positions: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits [N, V] at flat positions of the canvas; the head runs on these alone where it may."""
         if self.head_on_masked_rows and self._head is not None:
             with _only_rows(self._head, canvas.shape, positions) as applied, _writing_to(self._head, out):
@@ -254,7 +256,7 @@ class BackboneModel:
             logits = logits_of(self.module(canvas, **arguments))
         return logits.reshape(-1, logits.shape[-1]).index_select(0, positions.to(logits.device))
 
-    def _full(self, canvas: Tensor, attention_mask: Tensor) -> Tensor:
+    def _full(self, canvas: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """All logits [B, S, V] of a canvas, unshifted."""
         arguments = self.inputs(attention_mask, not bool(attention_mask.all()))
         return logits_of(self.module(canvas, **arguments))
@@ -268,8 +270,7 @@ class BackboneModel:
         rows = embedding_rows(self.module)
         if rows is not None and not 0 <= self.mask_token_id < rows:
             raise ValueError(
-                f"mask_token_id {self.mask_token_id} is outside the embedding table of {name}; "
-                f"accepted: 0 to {rows - 1}"
+                f"mask_token_id {self.mask_token_id} is outside the embedding table of {name}: expected 0 to {rows - 1}"
             )
         if any(p.is_meta for p in self.module.parameters()):  # offloaded weights: nothing can be run cheaply
             self.vocab_size = rows or 0
@@ -285,7 +286,7 @@ class BackboneModel:
         mask = self.mask_token_id
         first = torch.tensor([[tokens[0], mask, tokens[1], mask, tokens[2]]], device=self.device)
         real = torch.ones_like(first, dtype=torch.bool)
-        found: list[Tensor] = []
+        found: list[torch.Tensor] = []
         self.position_limit = learned_positions(lambda: found.append(self._full(first, real)), first.shape[1])
         (logits,) = found
         if logits.dim() != 3 or logits.shape[:2] != first.shape:
@@ -331,7 +332,7 @@ class BackboneModel:
 
 
 @contextmanager
-def _only_rows(head: nn.Module, shape: torch.Size, positions: Tensor) -> Iterator[list[bool]]:
+def _only_rows(head: nn.Module, shape: torch.Size, positions: torch.Tensor) -> Iterator[list[bool]]:
     """Hand a head only some rows of its input while inside; yields a list that is non-empty once it has happened.
 
     Whatever the network does to its logits afterwards (soft-capping, scaling, casting) it does to those rows, so
@@ -344,7 +345,7 @@ def _only_rows(head: nn.Module, shape: torch.Size, positions: Tensor) -> Iterato
         hidden = args[0] if args else None
         if (
             threading.get_ident() != thread
-            or not isinstance(hidden, Tensor)
+            or not isinstance(hidden, torch.Tensor)
             or not hidden.is_floating_point()  # a tied head may be the embedding itself, called with ids first
             or hidden.shape[:-1] != shape
         ):
@@ -361,7 +362,7 @@ def _only_rows(head: nn.Module, shape: torch.Size, positions: Tensor) -> Iterato
 
 
 @contextmanager
-def _writing_to(head: nn.Module, out: Tensor | None) -> Iterator[None]:
+def _writing_to(head: nn.Module, out: torch.Tensor | None) -> Iterator[None]:
     """Let a plain linear head write into given memory while inside; any other head is left as it is.
 
     What the network does to its logits afterwards then works on that memory, or on copies, as it always does.
@@ -372,7 +373,7 @@ def _writing_to(head: nn.Module, out: Tensor | None) -> Iterator[None]:
         return
     thread, transposed = threading.get_ident(), weight.t()
 
-    def forward(hidden: Tensor) -> Tensor:
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1])
         fits = out.shape == (rows.shape[0], transposed.shape[1]) and out.dtype == rows.dtype == transposed.dtype
         if threading.get_ident() != thread or not fits:
@@ -387,7 +388,7 @@ def _writing_to(head: nn.Module, out: Tensor | None) -> Iterator[None]:
         del head.forward
 
 
-def same_result(a: Tensor, b: Tensor) -> bool:
+def same_result(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two results of one computation agree within what their dtype's rounding explains."""
     scale = float(b.abs().amax()) + 1e-12
     return float((a - b).abs().amax()) <= _SAME.get(b.dtype, 0.1) * scale
@@ -396,7 +397,7 @@ def same_result(a: Tensor, b: Tensor) -> bool:
 def embedding_rows(module: nn.Module) -> int | None:
     """Number of rows of the input embedding (the config's vocab_size without one), None when unknown."""
     weight = getattr(input_embedding(module), "weight", None)
-    if isinstance(weight, Tensor) and weight.dim() == 2:
+    if isinstance(weight, torch.Tensor) and weight.dim() == 2:
         return weight.shape[0]
     size = getattr(getattr(module, "config", None), "vocab_size", None)
     return size if isinstance(size, int) else None
@@ -415,12 +416,12 @@ def _ordinary_tokens(rows: int, reserved: set[int | None]) -> list[int]:
     return (picked * 6)[:6] if len(picked) < 6 else picked
 
 
-def _check_canvas(canvas: Tensor, attention_mask: Tensor, masked: Tensor) -> None:
+def _check_canvas(canvas: torch.Tensor, attention_mask: torch.Tensor, masked: torch.Tensor) -> None:
     if canvas.dim() != 2 or canvas.is_floating_point() or canvas.dtype == torch.bool:
-        raise ValueError(f"canvas must be [B, S] token ids, got shape {tuple(canvas.shape)} of {canvas.dtype}")
+        raise ValueError(f"canvas has shape {tuple(canvas.shape)} of {canvas.dtype}: expected [B, S] token ids")
     for name, tensor in (("attention_mask", attention_mask), ("masked", masked)):
         if tensor.shape != canvas.shape or tensor.dtype != torch.bool:
             raise ValueError(
-                f"{name} must be bool of the canvas's shape {tuple(canvas.shape)}, "
-                f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}: "
+                f"expected bool of the canvas's shape {tuple(canvas.shape)}"
             )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from .base import BackboneModel
 from .compat import mend_generation_config, repair_rotary
@@ -35,7 +36,7 @@ class Dream(BackboneModel):
             mend_generation_config(module)
         super().__init__(module, mask_token_id, shift)
 
-    def inputs(self, attention_mask: Tensor, padded: bool) -> dict[str, Any]:
+    def inputs(self, attention_mask: torch.Tensor, padded: bool) -> dict[str, Any]:
         """``"full"`` without padding, else a bool mask [B, 1, S, S] and position ids counting real tokens."""
         arguments: dict[str, Any] = {"attention_mask": "full"}
         if padded:

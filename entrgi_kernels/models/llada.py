@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from .base import BackboneModel
 
@@ -28,7 +29,7 @@ class LLaDA(BackboneModel):
     def __init__(self, module: nn.Module, mask_token_id: int, shift: bool = False) -> None:
         super().__init__(module, mask_token_id, shift)
 
-    def inputs(self, attention_mask: Tensor, padded: bool) -> dict[str, Any]:
+    def inputs(self, attention_mask: torch.Tensor, padded: bool) -> dict[str, Any]:
         """The 2-D mask where there is padding, nothing otherwise: without a mask LLaDA skips its attention bias."""
         arguments: dict[str, Any] = {}
         if padded:

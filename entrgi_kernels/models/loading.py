@@ -51,12 +51,10 @@ def wrap(
         if isinstance(model, DiffusionModel):
             return _unchanged(model, mask_token_id, shift)
         if isinstance(model, str):
-            raise TypeError(
-                f"model must be a loaded network, got the string {model!r}; models.load({model!r}) loads it"
-            )
+            raise TypeError(f"model={model!r}: expected a loaded network (models.load({model!r}) loads it)")
         raise TypeError(
-            "model must be a torch.nn.Module or follow entrgi_kernels.models.DiffusionModel, "
-            f"got {type(model).__name__}"
+            f"model is {type(model).__name__}: expected a torch.nn.Module, or what follows "
+            "entrgi_kernels.models.DiffusionModel"
         )
     config = getattr(model, "config", None)
     mark = _mark(config)
@@ -100,9 +98,9 @@ def load(
     import transformers
 
     if not isinstance(path, str) and not hasattr(path, "__fspath__"):
-        raise TypeError(f"path must be a folder or a repository name, got {type(path).__name__}")
+        raise TypeError(f"path is {type(path).__name__}: expected a folder or a repository name")
     if not isinstance(trust_remote_code, bool):
-        raise TypeError(f"trust_remote_code must be True or False, got {trust_remote_code!r}")
+        raise TypeError(f"trust_remote_code={trust_remote_code!r}: expected True or False")
     path = str(path)
     check_source(path)
     if is_adapter(path):
@@ -296,7 +294,7 @@ def _mark(config: Any) -> dict[str, Any]:
     if mark is None:
         return {}
     if not isinstance(mark, dict) or mark.get("kind", "masked_diffusion") != "masked_diffusion":
-        raise ValueError(f"config.entrgi must be a dict of kind 'masked_diffusion' for a diffusion LM, got {mark!r}")
+        raise ValueError(f"config.entrgi={mark!r}: expected a dict of kind 'masked_diffusion' for a diffusion LM")
     return mark
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .base import BackboneModel, same_result
 
@@ -38,7 +38,7 @@ class MaskedDiffusion(BackboneModel):
         self._positions = False
         super().__init__(module, mask_token_id, shift)
 
-    def inputs(self, attention_mask: Tensor, padded: bool) -> dict[str, Any]:
+    def inputs(self, attention_mask: torch.Tensor, padded: bool) -> dict[str, Any]:
         """``attention_mask`` in the form this network wants, position ids where it takes them, no cache."""
         arguments: dict[str, Any] = {}
         if self.mask_form == "4d":
@@ -51,7 +51,7 @@ class MaskedDiffusion(BackboneModel):
             arguments["use_cache"] = False
         return arguments
 
-    def _mask_4d(self, attention_mask: Tensor) -> Tensor:
+    def _mask_4d(self, attention_mask: torch.Tensor) -> torch.Tensor:
         """[B, 1, S, S]: every position may look at every real token.
 
         Padding rows may too: a row that sees nothing yields NaN in some attention kernels, and a NaN value spreads
@@ -112,6 +112,6 @@ class MaskedDiffusion(BackboneModel):
         )
 
 
-def position_ids(attention_mask: Tensor) -> Tensor:
+def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
     """Position ids [B, S] that count real tokens from 0; padding gets 1, as in Dream's own generation code."""
     return (attention_mask.long().cumsum(-1) - 1).masked_fill(~attention_mask, 1)

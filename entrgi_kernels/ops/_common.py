@@ -21,8 +21,6 @@ Number = float | torch.Tensor  # a number, or the 0-d tensor that holds it
 # gradients among it, then stays within float32.
 _LEAST, _MOST = 1e-12, 1e12
 
-ALGS = ("entropy", "maskgit_plus", "topk_margin", "anchor")
-
 
 def check_logits(logits: torch.Tensor, name: str = "logits") -> None:
     """Raise unless `logits` is a floating [N, V] tensor with V >= 1."""

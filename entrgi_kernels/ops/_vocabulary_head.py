@@ -20,7 +20,7 @@ import torch
 from ..backends.eager import accumulation_dtype, legal_targets, places
 
 # Bytes of a chunk's logits. Large enough that merging chunks ([N, D] each) costs little beside their products.
-_CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 32 << 20
 
 
 def _chunks(
@@ -29,7 +29,7 @@ def _chunks(
     """(slice of the vocabulary, head's rows, logits [N, v]) in the wider of the two dtypes."""
     dtype = torch.promote_types(hidden.dtype, head.dtype)
     x, v = hidden.to(dtype), head.shape[0]
-    parts = max(1, math.ceil(hidden.shape[0] * v * dtype.itemsize / _CHUNK_BYTES))
+    parts = max(1, math.ceil(hidden.shape[0] * v * dtype.itemsize / CHUNK_BYTES))
     length = max(256, math.ceil(v / parts / 256) * 256)
     wide = x.device.type == "cuda" and dtype.itemsize == 2
     # oneDNN's bfloat16 product on AMX reads past a row that does not fill its tiles, and multiplies what it finds by 0:

@@ -22,13 +22,13 @@ from typing import NamedTuple
 import torch
 
 from ..backends.arguments import Draw, Placement
+from ..names import WEIGHT_MODES
 from . import _common
 from ._operator import operator
 from .soft_embedding import _soft_embedding_backward
 from .softmax_entropy import _softmax_entropy
 
 Weight = str | torch.Tensor | Callable[[torch.Tensor, int], torch.Tensor]
-WEIGHTS = ("entropy", "one", "zero")
 
 
 class ForwardState(NamedTuple):
@@ -215,10 +215,10 @@ def _check_destination(
 def _weight(logits: torch.Tensor, weight: Weight, backend: str) -> tuple[str, torch.Tensor | None]:
     """(mode, values): the backends' form of the caller's weight."""
     if isinstance(weight, str):
-        if weight not in WEIGHTS:
+        if weight not in WEIGHT_MODES:
             raise ValueError(
-                f"weight={weight!r}: expected one of {', '.join(map(repr, WEIGHTS))}, a tensor [N], or a callable of "
-                "(entropy [N] in nats, V)"
+                f"weight={weight!r}: expected one of {', '.join(map(repr, WEIGHT_MODES))}, a tensor [N], or a "
+                "callable of (entropy [N] in nats, V)"
             )
         return weight, None
     if callable(weight) and not isinstance(weight, torch.Tensor):

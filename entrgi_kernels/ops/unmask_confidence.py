@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from ..names import SCORED_ALGS
 from . import _common
 from ._operator import operator
 
@@ -66,8 +67,8 @@ def unmask_confidence(
     """
     _common.check_logits(logits)
     _common.check_vector(logits, tokens, "tokens", torch.int64)
-    if not isinstance(alg, str) or alg not in _common.ALGS:
-        raise ValueError(f"alg={alg!r}: expected one of {', '.join(map(repr, _common.ALGS))}")
+    if not isinstance(alg, str) or alg not in SCORED_ALGS:
+        raise ValueError(f"alg={alg!r}: expected one of {', '.join(map(repr, SCORED_ALGS))}")
     temperature = _common.distribution_temperature(temperature)
     top_k, top_p = _common.check_filters(top_k, top_p)
     backend = _common.check_backend(backend)

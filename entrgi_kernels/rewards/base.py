@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
 from ..text.template import Conversation, check_unicode
 from .decoding.sequences import PreparedPrompts
@@ -28,10 +27,10 @@ class Targets:
 
     tokenizer: Any
     vocab_size: int
-    tokens: Tensor
-    rows: Tensor | None = None
-    slots: Tensor | None = None
-    logits: Tensor | None = None
+    tokens: torch.Tensor
+    rows: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     temperature: float = 1.0
     backend: str = "auto"
 
@@ -40,7 +39,7 @@ class Targets:
 class Reward(Protocol):
     """A reward as the guided sampler sees it: differentiable in the response's embeddings, and able to score texts."""
 
-    def embedding_table(self, tokenizer: Any, vocab_size: int) -> Tensor:
+    def embedding_table(self, tokenizer: Any, vocab_size: int) -> torch.Tensor:
         """E [V, D]: the embedding that stands for each token of the diffusion LM; cached."""
         ...
 
@@ -48,7 +47,9 @@ class Reward(Protocol):
         """Everything about the prompts that stays the same during a run."""
         ...
 
-    def score_embeddings(self, prepared: PreparedPrompts, index: Tensor, response: Tensor, alive: Tensor) -> Tensor:
+    def score_embeddings(
+        self, prepared: PreparedPrompts, index: torch.Tensor, response: torch.Tensor, alive: torch.Tensor
+    ) -> torch.Tensor:
         """Rewards [B] of responses given as embeddings.
 
         Args:
@@ -72,7 +73,9 @@ class Reward(Protocol):
         ...
 
 
-def reward_gradient(value: Tensor, embeddings: Tensor, name: str, *, retain_graph: bool = False) -> Tensor:
+def reward_gradient(
+    value: torch.Tensor, embeddings: torch.Tensor, name: str, *, retain_graph: bool = False
+) -> torch.Tensor:
     """d value / d embeddings, of a value [] made of rewards.
 
     Args:
@@ -96,12 +99,12 @@ def reward_gradient(value: Tensor, embeddings: Tensor, name: str, *, retain_grap
 def check_texts(conversations: list[Conversation], responses: list[str], batch_size: int) -> None:
     """Raise ValueError or TypeError unless these are texts to score."""
     if len(conversations) != len(responses):
-        raise ValueError(f"there must be one conversation per response, got {len(conversations)} and {len(responses)}")
+        raise ValueError(f"{len(conversations)} conversations, {len(responses)} responses: expected as many")
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
+        raise ValueError(f"batch_size={batch_size!r}: expected a positive int")
     for response in responses:
         if not isinstance(response, str):
-            raise TypeError(f"a response must be a string, got {type(response).__name__}")
+            raise TypeError(f"a response is {type(response).__name__}: expected a string")
         check_unicode(response, "a response")
     for turn in (turn for turns in conversations for turn in turns):
         check_unicode(turn["content"], f"a conversation's {turn['role']} turn")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..models.modules import input_embedding, module_device, module_dtype, plain_precision
 from ..text.template import Conversation, encode_answered, split_template
@@ -36,19 +36,19 @@ class EmbeddingReward(Combinable):
         self, module: nn.Module, tokenizer: Any, *, unmatched: str = "unk", chat_template: str | None = None
     ) -> None:
         if not isinstance(module, nn.Module):
-            raise TypeError(f"a reward model must be a torch.nn.Module, got {type(module).__name__}")
+            raise TypeError(f"a reward model is {type(module).__name__}: expected a torch.nn.Module")
         if tokenizer is not None:
             check_tokenizer(tokenizer, "the reward model's tokenizer")
         check_unmatched(unmatched)
         embedding = input_embedding(module)
-        if embedding is None or not isinstance(getattr(embedding, "weight", None), Tensor):
+        if embedding is None or not isinstance(getattr(embedding, "weight", None), torch.Tensor):
             raise TypeError(f"{type(module).__name__} exposes no input embedding (get_input_embeddings)")
         self.module = module
         self.tokenizer = tokenizer
         self.unmatched = unmatched
         self.chat_template = chat_template
         self._maps: dict[tuple[int, int, int], tuple[Any, VocabularyMap]] = {}
-        self._tables: dict[tuple[Any, ...], tuple[tuple[Any, ...], Tensor]] = {}
+        self._tables: dict[tuple[Any, ...], tuple[tuple[Any, ...], torch.Tensor]] = {}
         # Now rather than in the middle of a run: says what to pass when the tokenizer has no usable chat template.
         if tokenizer is not None:
             if embedding.weight.dim() == 2:
@@ -84,7 +84,7 @@ class EmbeddingReward(Combinable):
             self._maps[key] = tokenizer, built  # the tokenizer is kept, so that its id stays its own
         return self._maps[key][1]
 
-    def embedding_table(self, tokenizer: Any, vocab_size: int) -> Tensor:
+    def embedding_table(self, tokenizer: Any, vocab_size: int) -> torch.Tensor:
         """E [V, D] in the reward model's dtype, on its device; cached until the model's embedding changes.
 
         Args:
@@ -93,7 +93,7 @@ class EmbeddingReward(Combinable):
         """
         return self._table("input", tokenizer, vocab_size, self.embedding)
 
-    def _table(self, role: str, tokenizer: Any, vocab_size: int, embedding: nn.Embedding) -> Tensor:
+    def _table(self, role: str, tokenizer: Any, vocab_size: int, embedding: nn.Embedding) -> torch.Tensor:
         """A table [V, D] of the rows of an embedding that stand for a diffusion LM's tokens; cached by its role."""
         vocabulary = self.vocabulary_map(tokenizer, vocab_size)
         weight = embedding.weight
@@ -116,7 +116,7 @@ class EmbeddingReward(Combinable):
     def prepare(self, conversations: list[Conversation]) -> PreparedPrompts:
         """Prefix and suffix of every prompt, as ids and as padded embeddings."""
         if not conversations:
-            raise ValueError("there are no prompts to prepare; accepted: at least one conversation")
+            raise ValueError("there are no prompts to prepare: expected at least one conversation")
         split = [self._as_read(*self.split(turns)) for turns in conversations]
         prefix_ids, suffix_ids = [list(ids) for ids, _ in split], [list(ids) for _, ids in split]
         prefix, prefix_valid = self.embed_right_aligned(prefix_ids)
@@ -147,10 +147,10 @@ class EmbeddingReward(Combinable):
         if self.position_limit is not None and length > self.position_limit:
             raise ValueError(
                 f"{type(self.module).__name__} has learned {self.position_limit} positions, and {what} takes {length} "
-                f"tokens of the reward model, its chat template included; accepted: at most {self.position_limit}"
+                f"tokens of the reward model, its chat template included: expected at most {self.position_limit}"
             )
 
-    def embed_right_aligned(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def embed_right_aligned(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings [R, T, D] of token ids, padded with zeros on the left, and which positions are real [R, T]."""
         device = self.device
         longest = max(map(len, rows))

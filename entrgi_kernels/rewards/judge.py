@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..models.base import logits_of
 from ..text.plain import plain_ids
@@ -81,12 +81,14 @@ class JudgeReward(PooledReward):
         exact_savings: str | Iterable[str] | None = "all",
     ) -> None:
         if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"a judge needs a question, got {question!r}; accepted: 'Is the response polite?'")
+            raise ValueError(
+                f"question={question!r}: expected a question that yes or no answers, as 'Is the response polite?'"
+            )
         check_unicode(question, "the question")
         check_unicode(instruction, "the instruction")
         for field in ("{response}", "{question}"):
             if instruction.count(field) != 1:
-                raise ValueError(f"the instruction must hold {field} once, got {instruction!r}")
+                raise ValueError(f"instruction={instruction!r}: expected a text that holds {field} once")
         self.question, self.instruction = question.strip(), instruction
         self._causal = CausalHead(module)
         super().__init__(
@@ -113,7 +115,7 @@ class JudgeReward(PooledReward):
         if tag is not None:
             raise ValueError(
                 f"the chat template opens {tag!r} in its generation prompt ({asked[-80:]!r}), enable_thinking=False or "
-                "not, so yes or no would be read inside a thought; accepted: a template that asks for the answer "
+                "not, so yes or no would be read inside a thought: expected a template that asks for the answer "
                 "itself (pass chat_template=)"
             )
         if before is None or asked.strip() == before.strip():
@@ -159,21 +161,21 @@ class JudgeReward(PooledReward):
         turns = self.ask(conversation, response)
         return encode_prompt(self.tokenizer, turns, chat_template=self.chat_template, enable_thinking=False)
 
-    def _odds(self, logits: Tensor) -> Tensor:
+    def _odds(self, logits: torch.Tensor) -> torch.Tensor:
         """[B] from the logits [B, Y + N] of the tokens that count."""
         return logits[:, : len(self.yes_ids)].logsumexp(-1) - logits[:, len(self.yes_ids) :].logsumexp(-1)
 
     @property
-    def _ids(self) -> Tensor:
+    def _ids(self) -> torch.Tensor:
         return torch.tensor([*self.yes_ids, *self.no_ids], device=self.device)
 
-    def _own(self, ids: list[int]) -> Tensor:
+    def _own(self, ids: list[int]) -> torch.Tensor:
         return self._odds(self._causal.own_logits(ids)[-1:, self._ids])[0]
 
-    def _head(self, states: Tensor) -> Tensor:
+    def _head(self, states: torch.Tensor) -> torch.Tensor:
         return self._odds(self._causal.logits(states, self._ids))
 
-    def _whole(self, sequences: Sequences) -> Tensor:
+    def _whole(self, sequences: Sequences) -> torch.Tensor:
         logits = logits_of(self._output(self.module, self._whole_accepts, sequences))
         return self._odds(wide(logits[:, -1, self._ids]))
 

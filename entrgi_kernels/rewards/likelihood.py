@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..ops import soft_embedding
 from ..text.template import Conversation, open_tag, surroundings
@@ -80,10 +80,10 @@ class LikelihoodReward(NetworkReward):
         if tag is not None:
             raise ValueError(
                 f"the chat template opens {tag!r} before an answer and leaves it open, so the response's likelihood "
-                "would be that of a thought; accepted: a template that does not (pass chat_template=)"
+                "would be that of a thought: expected a template that does not (pass chat_template=)"
             )
-        self._matrices: dict[VocabularyMap, Tensor] = {}
-        self._known: dict[tuple[VocabularyMap, torch.device], Tensor] = {}
+        self._matrices: dict[VocabularyMap, torch.Tensor] = {}
+        self._known: dict[tuple[VocabularyMap, torch.device], torch.Tensor] = {}
         self._find_way("causal language models")
 
     # ---- what is expected where
@@ -93,12 +93,12 @@ class LikelihoodReward(NetworkReward):
         prepared = super().prepare(conversations)
         if not all(prepared.prefix_ids):
             raise ValueError(
-                "the chat template puts nothing before the response, so its first token cannot be predicted; "
-                "accepted: templates that write the prompt or a beginning-of-sequence token"
+                "the chat template puts nothing before the response, so its first token cannot be predicted: "
+                "expected templates that write the prompt or a beginning-of-sequence token"
             )
         return prepared
 
-    def head_table(self, tokenizer: Any, vocab_size: int) -> Tensor:
+    def head_table(self, tokenizer: Any, vocab_size: int) -> torch.Tensor:
         """[V, D]: the row of the head that predicts each token of the diffusion LM; cached.
 
         The very tensor of :meth:`embedding_table` where input and output embeddings are one and the same.
@@ -111,10 +111,10 @@ class LikelihoodReward(NetworkReward):
     def _sequences(
         self,
         prepared: PreparedPrompts,
-        index: Tensor,
-        response: Tensor,
-        alive: Tensor,
-        targets: Targets | Tensor | None,
+        index: torch.Tensor,
+        response: torch.Tensor,
+        alive: torch.Tensor,
+        targets: Targets | torch.Tensor | None,
     ) -> Sequences:
         if targets is None:
             raise ValueError(
@@ -126,7 +126,7 @@ class LikelihoodReward(NetworkReward):
         sequences.book = book = _Book(self, targets)
         codes = book.codes(targets).to(device)
         if codes.shape != response.shape[:2]:
-            raise ValueError(f"targets must be [B, L] = {tuple(response.shape[:2])}, got {tuple(codes.shape)}")
+            raise ValueError(f"targets has shape {tuple(codes.shape)}: expected [B, L] = {tuple(response.shape[:2])}")
         if "suffix_codes" not in prepared.extra:
             ids = torch.full(prepared.suffix_valid.shape, -1)
             for row, suffix in enumerate(prepared.suffix_ids):
@@ -150,16 +150,16 @@ class LikelihoodReward(NetworkReward):
         same = next((i for i, (a, b) in enumerate(zip(prefix, ids, strict=False)) if a != b), len(prefix))
         return max(1, same)  # tokens may merge over the boundary; the first one of all is never predicted
 
-    def _probe_targets(self, ids: list[list[int]]) -> Tensor:
+    def _probe_targets(self, ids: list[list[int]]) -> torch.Tensor:
         return torch.tensor(ids)
 
     # ---- how it is read
 
-    def _own(self, ids: list[int]) -> Tensor:
+    def _own(self, ids: list[int]) -> torch.Tensor:
         logits = self._causal.own_logits(ids)[:-1].log_softmax(-1)
         return logits.gather(1, torch.tensor(ids[1:], device=logits.device)[:, None]).mean()
 
-    def _plain(self, sequences: Sequences, last: Tensor | None = None) -> Tensor:
+    def _plain(self, sequences: Sequences, last: torch.Tensor | None = None) -> torch.Tensor:
         if self.pooling == "last":
             states = self._hidden(sequences)
         else:
@@ -172,10 +172,10 @@ class LikelihoodReward(NetworkReward):
         self,
         use: frozenset[str],
         prepared: PreparedPrompts,
-        index: Tensor,
+        index: torch.Tensor,
         sequences: Sequences,
-        committed: Tensor | int | None,
-    ) -> Tensor:
+        committed: torch.Tensor | int | None,
+    ) -> torch.Tensor:
         assert self._savings is not None and sequences.expected is not None
         run = self._savings.run(use, prepared, index, sequences, committed, everywhere=True)
         assert run.columns is not None and run.valid is not None
@@ -194,7 +194,7 @@ class LikelihoodReward(NetworkReward):
         run.keep(states=run.hidden, scores=scores, counted=counted)
         return _mean(torch.cat(total, dim=1), torch.cat(count, dim=1))
 
-    def _ends(self, sequences: Sequences) -> Tensor:
+    def _ends(self, sequences: Sequences) -> torch.Tensor:
         assert self._savings is not None and sequences.expected is not None
         columns = sequences.mask.shape[1]
         first = int((sequences.expected >= 0).any(0).long().argmax())
@@ -206,14 +206,14 @@ class LikelihoodReward(NetworkReward):
 
     def _scores(
         self,
-        states: Tensor,
-        live: Tensor,
-        expected: Tensor,
+        states: torch.Tensor,
+        live: torch.Tensor,
+        expected: torch.Tensor,
         book: _Book,
         *,
-        before: Tensor | None = None,
+        before: torch.Tensor | None = None,
         sparse: bool,
-    ) -> Tensor:
+    ) -> torch.Tensor:
         """Log-likelihoods [B, T] of what is expected at each place, 0 where nothing is.
 
         Args:
@@ -243,7 +243,7 @@ class LikelihoodReward(NetworkReward):
         """R, the tokens that the model predicts."""
         return (self._causal.weight if self.pooling == "last" else self.embedding.weight).shape[0]
 
-    def _matrix(self, vocabulary: VocabularyMap) -> Tensor:
+    def _matrix(self, vocabulary: VocabularyMap) -> torch.Tensor:
         """The map as a sparse matrix [R, V]; cached."""
         if vocabulary not in self._matrices:
             dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -258,7 +258,7 @@ class _Book:
     slots, by their row in ``targets.logits``.
     """
 
-    def __init__(self, reward: LikelihoodReward, targets: Targets | Tensor | None) -> None:
+    def __init__(self, reward: LikelihoodReward, targets: Targets | torch.Tensor | None) -> None:
         self.head = reward._causal if reward.pooling == "last" else None
         self.rows = reward._rows
         self.width = self.rows
@@ -289,7 +289,7 @@ class _Book:
                     backend=self.targets.backend,
                 )
 
-    def codes(self, targets: Targets | Tensor) -> Tensor:
+    def codes(self, targets: Targets | torch.Tensor) -> torch.Tensor:
         """[B, L] int64: the code of each response slot, -1 for tokens that take no part."""
         if not isinstance(targets, Targets):
             return targets
@@ -302,7 +302,7 @@ class _Book:
         codes = nn.functional.pad(codes, (0, 0, 0, 1))
         return codes.index_put((targets.rows.to(codes.device), targets.slots.to(codes.device)), opened)[:-1]
 
-    def log_likelihood(self, states: Tensor, codes: Tensor) -> Tensor:
+    def log_likelihood(self, states: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """[n] nats, of what codes [n] expect under the predictions of states [n, D] (code -1: of anything)."""
         logits = wide(states) if self.head is None else self.head.logits(states)
         if self.linear:
@@ -312,7 +312,7 @@ class _Book:
             expected = (logits * self._distributions(codes, logits.dtype)).sum(-1)
         return expected - logits.logsumexp(-1)
 
-    def _vectors(self, codes: Tensor) -> Tensor:
+    def _vectors(self, codes: torch.Tensor) -> torch.Tensor:
         """Rows [n, D] of the head, expected ones at open slots."""
         assert self.head is not None
         vectors = self.head.weight.detach()[codes.clamp(0, self.rows - 1)]
@@ -326,7 +326,7 @@ class _Book:
             vectors = torch.where((codes >= self.open)[:, None], soft, vectors)
         return vectors
 
-    def _distributions(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    def _distributions(self, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Distributions [n, R] over the reward model's tokens."""
         own = torch.nn.functional.one_hot(codes.clamp(0, self.rows - 1), self.rows).to(dtype)
         if self.targets is None:
@@ -343,6 +343,6 @@ class _Book:
         return torch.where((codes >= self.rows)[:, None], mapped, own)
 
 
-def _mean(scores: Tensor, counted: Tensor) -> Tensor:
+def _mean(scores: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
     """[B] from scores [B, T] that are 0 where nothing counts."""
     return wide(scores.sum(1) / counted.sum(1).clamp_min(1))

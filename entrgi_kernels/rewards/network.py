@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..models.base import same_result
 from ..models.modules import (
@@ -109,12 +109,12 @@ class NetworkReward(EmbeddingReward):
         """What the representation says beyond the network's name, with a comma behind it."""
         return ""
 
-    def _own(self, ids: list[int]) -> Tensor:
+    def _own(self, ids: list[int]) -> torch.Tensor:
         """The reward [] of token ids, read off the network's own forward, with which all else is compared."""
         raise NotImplementedError
 
     def _sequences(
-        self, prepared: PreparedPrompts, index: Tensor, response: Tensor, alive: Tensor, targets: Any
+        self, prepared: PreparedPrompts, index: torch.Tensor, response: torch.Tensor, alive: torch.Tensor, targets: Any
     ) -> Sequences:
         """The rows of a batch of responses; see :meth:`Reward.score_embeddings`."""
         return assemble(prepared, index, response, alive)
@@ -124,7 +124,7 @@ class NetworkReward(EmbeddingReward):
         embeddings, mask = self.embed_right_aligned(rows)
         return Sequences(embeddings, mask, (mask.long().cumsum(1) - 1).clamp_min(0))
 
-    def _plain(self, sequences: Sequences, last: Tensor | None = None) -> Tensor:
+    def _plain(self, sequences: Sequences, last: torch.Tensor | None = None) -> torch.Tensor:
         """Rewards [B] of rows, read by a decoder at position ``last`` [B] of each (None: the last position of all)."""
         raise NotImplementedError
 
@@ -132,14 +132,14 @@ class NetworkReward(EmbeddingReward):
         self,
         use: frozenset[str],
         prepared: PreparedPrompts,
-        index: Tensor,
+        index: torch.Tensor,
         sequences: Sequences,
-        committed: Tensor | int | None,
-    ) -> Tensor:
+        committed: torch.Tensor | int | None,
+    ) -> torch.Tensor:
         """Rewards [B] with savings."""
         raise NotImplementedError
 
-    def _ends(self, sequences: Sequences) -> Tensor:
+    def _ends(self, sequences: Sequences) -> torch.Tensor:
         """Rewards [B] of whole texts, the last layer being run at their ends alone."""
         raise NotImplementedError
 
@@ -175,14 +175,14 @@ class NetworkReward(EmbeddingReward):
     def score_embeddings(
         self,
         prepared: PreparedPrompts,
-        index: Tensor,
-        response: Tensor,
-        alive: Tensor,
+        index: torch.Tensor,
+        response: torch.Tensor,
+        alive: torch.Tensor,
         *,
-        committed: Tensor | int | None = None,
-        ended: Tensor | None = None,
-        targets: Targets | Tensor | None = None,
-    ) -> Tensor:
+        committed: torch.Tensor | int | None = None,
+        ended: torch.Tensor | None = None,
+        targets: Targets | torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Rewards [B] (float32, float64 for a float64 model), differentiable in ``response`` [B, L, D].
 
         See :meth:`Reward.score_embeddings`. Gradients reach the response alone, never the model's parameters.
@@ -256,7 +256,7 @@ class NetworkReward(EmbeddingReward):
                 raise ValueError(
                     f"the chat template writes the token {self.tokenizer.convert_ids_to_tokens(index)!r} (id {index}), "
                     f"at which {type(self.module).__name__} does more than look up an embedding (it tells padding or "
-                    "the end of a text by it), so it gives another score for embeddings than for tokens; accepted: a "
+                    "the end of a text by it), so it gives another score for embeddings than for tokens: expected a "
                     "template without it (chat_template=), or a config whose pad_token_id no text holds"
                 )
         end = len(suffix)
@@ -294,12 +294,12 @@ class NetworkReward(EmbeddingReward):
             arguments["use_cache"] = False
         return network(**arguments)
 
-    def _hidden(self, sequences: Sequences) -> Tensor:
+    def _hidden(self, sequences: Sequences) -> torch.Tensor:
         """The backbone's final states [B, T, D]."""
         assert self._backbone is not None
         output = self._output(self._backbone, self._backbone_accepts, sequences)
         hidden = getattr(output, "last_hidden_state", None)
-        return hidden if isinstance(hidden, Tensor) else output[0]
+        return hidden if isinstance(hidden, torch.Tensor) else output[0]
 
     @torch.no_grad()
     def _score_ids(self, rows: list[list[int]], starts: list[int]) -> list[float]:
@@ -310,7 +310,7 @@ class NetworkReward(EmbeddingReward):
                 return self._ends(sequences).tolist()
             return self._plain(sequences).tolist()
 
-    def _by_layout(self, prepared: PreparedPrompts, index: Tensor, sequences: Sequences) -> Tensor:
+    def _by_layout(self, prepared: PreparedPrompts, index: torch.Tensor, sequences: Sequences) -> torch.Tensor:
         """Rewards [B] of rows run in groups of equal prefix and suffix lengths, so that no row holds padding."""
         width, device = sequences.mask.shape[1], sequences.mask.device
         prefix_width, suffix_width = prepared.prefix_valid.shape[1], prepared.suffix_valid.shape[1]
@@ -329,11 +329,11 @@ class NetworkReward(EmbeddingReward):
 
     # ---- what is found out by trial
 
-    def _find_way(self, accepted: str) -> None:
+    def _find_way(self, expected: str) -> None:
         """Find the way of running the model that gives the answer of its own forward on token ids.
 
         Args:
-            accepted: what to name in the error when there is none.
+            expected: what to name in the error when there is none.
         """
         name = type(self.module).__name__
         if any(parameter.is_meta for parameter in self.module.parameters()):
@@ -366,7 +366,7 @@ class NetworkReward(EmbeddingReward):
                     tried.append(f"{self._way()}: {found[0].item():.4g} for embeddings, {own[0].item():.4g} for tokens")
         raise ValueError(
             f"{name} does not give the same score for input embeddings as for the tokens they come from, so it cannot "
-            f"guide; accepted: {accepted} whose forward takes inputs_embeds. Tried: {'; '.join(dict.fromkeys(tried))}"
+            f"guide: expected {expected} whose forward takes inputs_embeds. Tried: {'; '.join(dict.fromkeys(tried))}"
         )
 
     def _ways(self) -> Iterator[str]:
@@ -391,15 +391,15 @@ class NetworkReward(EmbeddingReward):
         rows = self.embedding.weight.shape[0]
         return {index for index in found if isinstance(index, int) and 0 <= index < rows}
 
-    def _look_closer(self, texts: list[list[int]], own: Tensor, special: set[int]) -> None:
+    def _look_closer(self, texts: list[list[int]], own: torch.Tensor, special: set[int]) -> None:
         """Find out what padding, single tokens, masked places and lengths do to a network that is run the right way."""
 
         @functools.cache
-        def answers(ids: tuple[int, ...]) -> Tensor:
+        def answers(ids: tuple[int, ...]) -> torch.Tensor:
             return self._own(list(ids))
 
         @functools.cache
-        def ours(ids: tuple[int, ...]) -> Tensor:
+        def ours(ids: tuple[int, ...]) -> torch.Tensor:
             return self._plain(self._text_sequences([list(ids)], [1]))[0]
 
         # Float64 under eager attention gives NaN where a position sees nothing, as padding does.
@@ -444,7 +444,7 @@ class NetworkReward(EmbeddingReward):
             if not same_result(one, other):
                 raise ValueError(
                     f"{type(self.module).__name__} reads places that attention_mask leaves out, so slots behind the "
-                    "end of a response would count; accepted: networks that mask them"
+                    "end of a response would count: expected networks that mask them"
                 )
 
     @torch.no_grad()
@@ -473,7 +473,7 @@ class NetworkReward(EmbeddingReward):
         alive[0, 5:] = alive[1, 3] = alive[2, 1] = alive[2, 4:] = alive[3, 4:] = False
         targets = self._probe_targets(ids)
 
-        def measure(use: frozenset[str]) -> tuple[Tensor, Tensor]:
+        def measure(use: frozenset[str]) -> tuple[torch.Tensor, torch.Tensor]:
             # Prepared anew, lest anything be left of another attempt.
             prepared = PreparedPrompts(
                 [[], []], prefixes, suffixes, *self.embed_right_aligned(prefixes), *self.embed_right_aligned(suffixes)
@@ -496,6 +496,6 @@ class NetworkReward(EmbeddingReward):
         savings.probe(measure)
         savings.warn()
 
-    def _probe_targets(self, ids: list[list[int]]) -> Tensor | None:
+    def _probe_targets(self, ids: list[list[int]]) -> torch.Tensor | None:
         """What the probe's responses hold; ``ids`` are the reward model's own tokens."""
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from .decoding.sequences import PreparedPrompts, Sequences, wide
 from .network import NetworkReward
@@ -16,15 +15,15 @@ class PooledReward(NetworkReward):
     network returns.
     """
 
-    def _head(self, states: Tensor) -> Tensor:
+    def _head(self, states: torch.Tensor) -> torch.Tensor:
         """Rewards [B] of final states [B, D]."""
         raise NotImplementedError
 
-    def _whole(self, sequences: Sequences) -> Tensor:
+    def _whole(self, sequences: Sequences) -> torch.Tensor:
         """Rewards [B] of rows without padding, by the network's own forward."""
         raise NotImplementedError
 
-    def _plain(self, sequences: Sequences, last: Tensor | None = None) -> Tensor:
+    def _plain(self, sequences: Sequences, last: torch.Tensor | None = None) -> torch.Tensor:
         if self.pooling != "last":
             return wide(self._whole(sequences))
         hidden = self._hidden(sequences)
@@ -35,15 +34,15 @@ class PooledReward(NetworkReward):
         self,
         use: frozenset[str],
         prepared: PreparedPrompts,
-        index: Tensor,
+        index: torch.Tensor,
         sequences: Sequences,
-        committed: Tensor | int | None,
-    ) -> Tensor:
+        committed: torch.Tensor | int | None,
+    ) -> torch.Tensor:
         assert self._savings is not None
         run = self._savings.run(use, prepared, index, sequences, committed)
         run.keep()
         return wide(self._head(run.hidden[:, 0]))
 
-    def _ends(self, sequences: Sequences) -> Tensor:
+    def _ends(self, sequences: Sequences) -> torch.Tensor:
         assert self._savings is not None
         return wide(self._head(self._savings.end_of_texts(sequences, 1)[:, 0]))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..models.modules import input_embedding
 from .decoding.sequences import PreparedPrompts, Sequences, last_real
@@ -61,7 +61,7 @@ class SequenceClassifierReward(PooledReward):
         # Elsewhere, an untouched config says 2 whatever the head's width.
         if isinstance(module, nn.Module) and labels != 1 and is_classifier(module):
             raise ValueError(
-                f"{type(module).__name__} has num_labels={labels}; accepted: a reward model with one label. "
+                f"{type(module).__name__} has num_labels={labels}: expected a reward model with one label. "
                 "Load it with AutoModelForSequenceClassification.from_pretrained(..., num_labels=1), or pass a reward "
                 "of your own that makes one number of its outputs"
             )
@@ -88,7 +88,7 @@ class SequenceClassifierReward(PooledReward):
     def _way(self) -> str:
         return super()._way() if self.pooling == "whole" else f"its backbone and {self._head_name!r} at the last token"
 
-    def _own(self, ids: list[int]) -> Tensor:
+    def _own(self, ids: list[int]) -> torch.Tensor:
         given = {"input_ids": torch.tensor([ids], device=self.device)}
         if self._whole_accepts & {"attention_mask", "**"}:
             given["attention_mask"] = torch.ones_like(given["input_ids"])
@@ -96,25 +96,25 @@ class SequenceClassifierReward(PooledReward):
             output = self.module(**given)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{type(self.module).__name__} does not run on token ids ({type(error).__name__}: {error}); accepted: "
+                f"{type(self.module).__name__} does not run on token ids ({type(error).__name__}: {error}): expected "
                 f"networks called with {' and '.join(given)}"
             ) from error
         return _numbers(self.module, output, 1, len(ids))[0]
 
-    def _head(self, states: Tensor) -> Tensor:
+    def _head(self, states: torch.Tensor) -> torch.Tensor:
         assert self._score is not None
         weight = next(self._score.parameters())
         if weight.is_floating_point():  # value heads may be of higher precision than their backbone
             states = states.to(weight.dtype)
         return self._score(states).reshape(len(states))
 
-    def _whole(self, sequences: Sequences) -> Tensor:
+    def _whole(self, sequences: Sequences) -> torch.Tensor:
         with _padding_token(self.module):
             output = self._output(self.module, self._whole_accepts, sequences)
         return _numbers(self.module, output, *sequences.mask.shape)
 
     def _sequences(
-        self, prepared: PreparedPrompts, index: Tensor, response: Tensor, alive: Tensor, targets: Any
+        self, prepared: PreparedPrompts, index: torch.Tensor, response: torch.Tensor, alive: torch.Tensor, targets: Any
     ) -> Sequences:
         sequences = super()._sequences(prepared, index, response, alive, targets)
         if self._passed_over and not all(prepared.suffix_ids):
@@ -142,7 +142,7 @@ class SequenceClassifierReward(PooledReward):
             raise ValueError(
                 f"{type(self.module).__name__} is read at its reward token {wanted} "
                 f"({self.tokenizer.convert_ids_to_tokens(wanted)!r}, config.reward_token_id), and the chat template "
-                "does not end with it; accepted: chat_template= with one that does"
+                "does not end with it: expected chat_template= with one that does"
             )
 
 
@@ -177,17 +177,19 @@ def _backbone_and_heads(module: nn.Module) -> tuple[nn.Module | None, list[tuple
     return getattr(inner, "base_model", inner), heads  # of a causal LM, what lies below its own head
 
 
-def _numbers(module: nn.Module, output: Any, rows: int, places: int) -> Tensor:
+def _numbers(module: nn.Module, output: Any, rows: int, places: int) -> torch.Tensor:
     """The rewards [rows] in what a network returns for texts of ``places`` tokens."""
     found: dict[str, Any]
-    if isinstance(output, Tensor):
+    if isinstance(output, torch.Tensor):
         found = {"a tensor": output}
     elif isinstance(output, (tuple, list)):
         found = {f"[{place}]": value for place, value in enumerate(output)}
     else:
         read = output.get if isinstance(output, dict) else lambda name: getattr(output, name, None)
         found = {name: read(name) for name in _NAMES}
-    found = {name: value for name, value in found.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    found = {
+        name: value for name, value in found.items() if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
     for value in found.values():
         if value.shape in ((rows,), (rows, 1)) or (rows == 1 and not value.dim()):
             return value.reshape(rows)
@@ -196,8 +198,8 @@ def _numbers(module: nn.Module, output: Any, rows: int, places: int) -> Tensor:
             return value.reshape(rows, places)[:, -1]
     shapes = ", ".join(f"{name} of shape {tuple(value.shape)}" for name, value in found.items()) or "no tensor"
     raise ValueError(
-        f"{type(module).__name__} returns {type(output).__name__} with {shapes} for {rows} text of {places} tokens; "
-        f"accepted: one number a text, or one a token, alone or under one of the names {', '.join(_NAMES)}"
+        f"{type(module).__name__} returns {type(output).__name__} with {shapes} for {rows} text of {places} tokens: "
+        f"expected one number a text, or one a token, alone or under one of the names {', '.join(_NAMES)}"
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from ..models.modules import (
@@ -82,10 +82,10 @@ class SimilarityReward(EmbeddingReward):
         unmatched: str = "unk",
     ) -> None:
         if not isinstance(target, str) or not target.strip():
-            raise ValueError(f"a similarity needs a target text, got {target!r}")
+            raise ValueError(f"target={target!r}: expected a text to come close to")
         check_unicode(target, "the target")
         if pooling is not None and pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(map(repr, POOLINGS))}, got {pooling!r}")
+            raise ValueError(f"pooling={pooling!r}: expected one of {', '.join(map(repr, POOLINGS))}")
         super().__init__(module, tokenizer, unmatched=unmatched)
         bad = first_nonfinite_parameter(module)
         if bad is not None:
@@ -100,7 +100,7 @@ class SimilarityReward(EmbeddingReward):
         said = getattr(getattr(module, "config", None), "max_position_embeddings", None)
         limits = [limit for limit in (max_length or length, said, self._positions()) if limit]
         self.max_length: int | None = min(limits) if limits else None
-        self._aim: tuple[Any, Tensor] | None = None
+        self._aim: tuple[Any, torch.Tensor] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -126,12 +126,12 @@ class SimilarityReward(EmbeddingReward):
     def score_embeddings(
         self,
         prepared: PreparedPrompts,
-        index: Tensor,
-        response: Tensor,
-        alive: Tensor,
+        index: torch.Tensor,
+        response: torch.Tensor,
+        alive: torch.Tensor,
         *,
-        ended: Tensor | None = None,
-    ) -> Tensor:
+        ended: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Cosines [B] (float32, float64 for a float64 model), differentiable in ``response`` [B, L, D].
 
         See :meth:`Reward.score_embeddings`; ``ended`` [B, L] tells which slots end a response.
@@ -162,10 +162,10 @@ class SimilarityReward(EmbeddingReward):
 
     # ---- how the model is run
 
-    def _cosine(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+    def _cosine(self, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return functional.cosine_similarity(self._sentences(embeddings, mask), self._target(), dim=-1)
 
-    def _target(self) -> Tensor:
+    def _target(self) -> torch.Tensor:
         """The target's sentence embedding [1, D'], computed again when the model has moved or changed."""
         weight = self.embedding.weight
         state = weight.device, weight.dtype, weight.data_ptr(), -1 if weight.is_inference() else weight._version
@@ -174,7 +174,7 @@ class SimilarityReward(EmbeddingReward):
                 self._aim = state, self._sentences(*self.embed_right_aligned([self.encode([], self.target)]))
         return self._aim[1]
 
-    def _sentences(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+    def _sentences(self, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Pooled embeddings [B, D'] of rows [B, T, D], packed to the left: absolute positions count from there."""
         order = (~mask).long().argsort(dim=1, stable=True)
         embeddings, mask = embeddings.take_along_dim(order[..., None], 1), mask.gather(1, order)
@@ -192,14 +192,14 @@ class SimilarityReward(EmbeddingReward):
             return hidden.masked_fill(~mask[..., None], torch.finfo(hidden.dtype).min).amax(1)
         return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
 
-    def _states(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+    def _states(self, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The network's final states [B, T, D'] of rows [B, T, D]."""
         arguments: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": mask.long()}
         if "use_cache" in self._accepts:
             arguments["use_cache"] = False
         output = self.module(**arguments)
         hidden = getattr(output, "last_hidden_state", None)
-        return wide(hidden if isinstance(hidden, Tensor) else output[0])
+        return wide(hidden if isinstance(hidden, torch.Tensor) else output[0])
 
     def _positions(self) -> int | None:
         """How many positions the network has learned, None where it computes them."""
@@ -240,7 +240,7 @@ def _settings(config: Any, pooling: bool) -> tuple[str | None, int | None]:
     if strange:
         raise ValueError(
             f"the sentence-embedding model {source} has modules of type {', '.join(sorted(strange))}, which are not "
-            "supported; accepted: Transformer, Pooling and Normalize (or pass pooling= to leave the others out)"
+            "supported: expected Transformer, Pooling and Normalize (or pass pooling= to leave the others out)"
         )
     settings = _read(source, f"{kinds.get('Pooling') or '1_Pooling'}/config.json", dict, revision) or {}
     chosen = [name for flag, name in _FLAGS.items() if settings.get(flag)]
@@ -249,7 +249,7 @@ def _settings(config: Any, pooling: bool) -> tuple[str | None, int | None]:
     others = [flag for flag, on in settings.items() if flag.startswith("pooling_mode_") and on is True]
     if len(chosen) != 1 or chosen[0] not in POOLINGS or set(others) - _FLAGS.keys():
         raise ValueError(
-            f"the sentence-embedding model {source} pools by {settings.get('pooling_mode') or others}; accepted: one "
+            f"the sentence-embedding model {source} pools by {settings.get('pooling_mode') or others}: expected one "
             f"of {', '.join(map(repr, POOLINGS))} (pass pooling= to choose)"
         )
     return chosen[0], length

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..text.template import Conversation
 from .base import Reward, Targets
+from .decoding.savings import parse_savings
 from .decoding.sequences import PreparedPrompts
 
 
@@ -60,7 +60,7 @@ class WeightedSum(Combinable):
     Attributes:
         weights, rewards, names: of the parts.
         last_components: unweighted rewards [B] of each part in the last :meth:`score_embeddings`, by name.
-        exact_savings: of the parts, in order; may be set to one setting for all.
+        exact_savings: of the parts, by name; may be set to one setting for all, or to a mapping of parts' names.
 
     Raises:
         TypeError: a part is no reward, or a weight no number.
@@ -75,15 +75,15 @@ class WeightedSum(Combinable):
         self.rewards: list[Reward] = []
         for part in parts:
             if not isinstance(part, (tuple, list)) or len(part) != 2:
-                raise TypeError(f"a part of a sum must be (weight, reward), got {part!r:.100}")
+                raise TypeError(f"part={part!r:.100}: expected (weight, reward)")
             weight, reward = part
             if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-                raise TypeError(f"a weight must be a number, got {weight!r:.100}")
+                raise TypeError(f"weight={weight!r:.100}: expected a number")
             if not math.isfinite(weight):
-                raise ValueError(f"a weight must be finite, got {weight}")
+                raise ValueError(f"weight={weight}: expected a finite number")
             if isinstance(reward, type) or not isinstance(reward, Reward):
                 raise TypeError(
-                    f"a part of a sum cannot be {type(reward).__name__}; accepted: rewards (make one of a model with "
+                    f"a part of a sum cannot be {type(reward).__name__}: expected rewards (make one of a model with "
                     "entrgi_kernels.rewards.wrap)"
                 )
             inner = list(zip(reward.weights, reward.rewards, strict=True)) if isinstance(reward, WeightedSum) else None
@@ -91,12 +91,12 @@ class WeightedSum(Combinable):
                 self.weights.append(float(weight) * factor)
                 self.rewards.append(one)
         if not self.rewards:
-            raise ValueError("a sum of no rewards; accepted: at least one (weight, reward)")
+            raise ValueError("a sum of no rewards: expected at least one (weight, reward)")
         self.names = _names(self.rewards) if names is None else [str(name) for name in names]
         if len(self.names) != len(self.rewards) or len(set(self.names)) != len(self.names):
-            raise ValueError(f"names must be {len(self.rewards)} different ones, got {self.names}")
-        self.last_components: dict[str, Tensor] = {}
-        self._tables: dict[tuple[int, int], tuple[list[Tensor], Tensor]] = {}
+            raise ValueError(f"names={self.names}: expected {len(self.rewards)} different ones")
+        self.last_components: dict[str, torch.Tensor] = {}
+        self._tables: dict[tuple[int, int], tuple[list[torch.Tensor], torch.Tensor]] = {}
 
     def __repr__(self) -> str:
         terms = (f"{weight:g} * {reward!r}" for weight, reward in zip(self.weights, self.rewards, strict=True))
@@ -108,18 +108,25 @@ class WeightedSum(Combinable):
         return any(getattr(reward, "takes_targets", False) for reward in self.rewards)
 
     @property
-    def exact_savings(self) -> tuple[Any, ...]:
-        """What each part has, None for parts without savings."""
-        return tuple(getattr(reward, "exact_savings", None) for reward in self.rewards)
+    def exact_savings(self) -> dict[str, frozenset[str]]:
+        """The savings that each part was asked for, by its name; parts that know none are left out."""
+        found = {
+            name: getattr(part, "exact_savings", None) for name, part in zip(self.names, self.rewards, strict=True)
+        }
+        return {name: own for name, own in found.items() if own is not None}
 
     @exact_savings.setter
-    def exact_savings(self, names: Any) -> None:
-        each = names if isinstance(names, tuple) else (names,) * len(self.rewards)
-        for reward, own in zip(self.rewards, each, strict=True):
-            if getattr(reward, "exact_savings", None) is not None:
-                reward.exact_savings = own  # type: ignore[attr-defined]
+    def exact_savings(self, names: str | Iterable[str] | Mapping[str, Any] | None) -> None:
+        known = self.exact_savings
+        each = names if isinstance(names, Mapping) else dict.fromkeys(known, names)
+        if not each.keys() <= known.keys():
+            raise ValueError(f"exact_savings={names!r}: expected the names of parts that know savings, {sorted(known)}")
+        asked = {name: parse_savings(own) for name, own in each.items()}  # all are right before any is set
+        for name, part in zip(self.names, self.rewards, strict=True):
+            if name in asked:
+                part.exact_savings = asked[name]  # type: ignore[attr-defined]
 
-    def embedding_table(self, tokenizer: Any, vocab_size: int) -> Tensor:
+    def embedding_table(self, tokenizer: Any, vocab_size: int) -> torch.Tensor:
         """E [V, D1 + D2 + ...] in the widest of the parts' dtypes; cached until a part's table changes."""
         tables = [reward.embedding_table(tokenizer, vocab_size) for reward in self.rewards]
         key = id(tokenizer), vocab_size
@@ -149,14 +156,14 @@ class WeightedSum(Combinable):
     def score_embeddings(
         self,
         prepared: PreparedPrompts,
-        index: Tensor,
-        response: Tensor,
-        alive: Tensor,
+        index: torch.Tensor,
+        response: torch.Tensor,
+        alive: torch.Tensor,
         *,
-        committed: Tensor | int | None = None,
-        ended: Tensor | None = None,
+        committed: torch.Tensor | int | None = None,
+        ended: torch.Tensor | None = None,
         targets: Targets | None = None,
-    ) -> Tensor:
+    ) -> torch.Tensor:
         """Weighted rewards [B], differentiable in ``response`` [B, L, D1 + D2 + ...].
 
         See :meth:`Reward.score_embeddings`; ``committed``, ``ended`` and ``targets`` go to the parts that take them.
@@ -173,7 +180,7 @@ class WeightedSum(Combinable):
             self.last_components[name] = value.detach()
             total = weight * value if total is None else total + weight * value
         if start != response.shape[-1]:
-            raise ValueError(f"response must be [B, L, {start}], got shape {tuple(response.shape)}")
+            raise ValueError(f"response has shape {tuple(response.shape)}: expected [B, L, {start}]")
         assert total is not None
         return total
 
@@ -208,6 +215,6 @@ def _width(prepared: PreparedPrompts, reward: Reward) -> int:
     if prepared.prefix is not None:
         return prepared.prefix.shape[-1]
     raise ValueError(
-        f"{type(reward).__name__}.prepare left no prefix embeddings, by which a sum knows its width; accepted: "
+        f"{type(reward).__name__}.prepare left no prefix embeddings, by which a sum knows its width: expected "
         "PreparedPrompts with prefix [P, A, D]"
     )

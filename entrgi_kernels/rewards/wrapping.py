@@ -16,8 +16,8 @@ from .likelihood import LikelihoodReward
 from .sequence_classification import SequenceClassifierReward, has_head, is_classifier
 from .similarity import SimilarityReward
 
-_ACCEPTED = (
-    "accepted, each loaded and with its tokenizer: a sequence classifier with one label "
+_EXPECTED = (
+    "expected, each loaded and with its tokenizer: a sequence classifier with one label "
     "(AutoModelForSequenceClassification), another reward model that gives one number to a text, a causal language "
     "model (AutoModelForCausalLM; with question= a judge), a sentence-embedding model (AutoModel) with target=; or an "
     "object that follows entrgi_kernels.rewards.Reward"
@@ -64,21 +64,21 @@ def wrap(
     if isinstance(model_or_reward, Reward) and not isinstance(model_or_reward, type):
         return model_or_reward
     if isinstance(model_or_reward, str):
-        raise TypeError(f"a reward cannot be the string {model_or_reward!r}; load the model first; {_ACCEPTED}")
+        raise TypeError(f"a reward cannot be the string {model_or_reward!r}; load the model first; {_EXPECTED}")
     name = type(model_or_reward).__name__
     if not isinstance(model_or_reward, nn.Module):
         if callable(model_or_reward):
             name = getattr(model_or_reward, "__name__", name)
             raise TypeError(
                 f"a function ({name}) needs an embedding table: pass "
-                "entrgi_kernels.rewards.CallableReward(function, embedding, tokenizer)"
+                "entrgi_kernels.rewards.CallableReward(function, table, tokenizer)"
             )
         if isinstance(model_or_reward, (list, tuple)):
             raise TypeError(
                 f"a reward cannot be a {name}: pass entrgi_kernels.rewards.WeightedSum([(weight, reward), ...]), or "
                 "0.7 * a + 0.3 * b"
             )
-        raise TypeError(f"a reward cannot be {name}; {_ACCEPTED}")
+        raise TypeError(f"a reward cannot be {name}; {_EXPECTED}")
     if tokenizer is None:
         raise TypeError(f"the reward model {name} needs its tokenizer; pass it as the reward tokenizer")
     common: dict[str, Any] = {"unmatched": unmatched}
@@ -98,6 +98,6 @@ def wrap(
     # No head at all: an embedding model, unless a reward model of somebody's own is meant.
     if name.endswith("Model") and not has_head(model_or_reward):
         raise TypeError(
-            f"{name} has no head, so it makes no reward without target= (a text to come close to); {_ACCEPTED}"
+            f"{name} has no head, so it makes no reward without target= (a text to come close to); {_EXPECTED}"
         )
     return SequenceClassifierReward(model_or_reward, tokenizer, **common, **savings)

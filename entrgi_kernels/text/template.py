@@ -33,7 +33,7 @@ CHATML = (
 
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 _PRIVATE = "\U000f0000"  # the first of the private characters that stand for control tokens
-_decoded_once = False
+said_that_decoded = False
 # Tags of whatever brackets, and what their names say. A channel's name stands behind its tag.
 _TAG = re.compile(r"[<\[◁⟨【]([^\s<>\[\]◁▷⟨⟩【】]{1,40})[>\]▷⟩】]")
 _THOUGHT = re.compile(r"think|thought|reason|reflect|scratchpad|analy[sz]|deliberat", re.IGNORECASE)
@@ -54,41 +54,43 @@ def conversation_from(prompt: Any) -> Conversation:
         TypeError: it is neither, or a turn is not a dict with a string as content.
         ValueError: it is empty or no Unicode text, a role is unknown, or the last turn is not the user's.
     """
-    accepted = "accepted: a non-empty string, or a list of {'role': ..., 'content': ...} that ends with a user turn"
+    expected = "expected a non-empty string, or a list of {'role': ..., 'content': ...} that ends with a user turn"
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise ValueError(f"the prompt is empty ({prompt!r}); {accepted}")
+            raise ValueError(f"the prompt is empty ({prompt!r}): {expected}")
         check_unicode(prompt, "the prompt")
         return [{"role": "user", "content": prompt}]
     if not isinstance(prompt, (list, tuple)):
-        raise TypeError(f"a prompt cannot be {type(prompt).__name__} ({_short(prompt)}); {accepted}")
+        raise TypeError(f"a prompt cannot be {type(prompt).__name__} ({_short(prompt)}): {expected}")
     if not prompt:
-        raise ValueError(f"the prompt has no turns ([]); {accepted}")
+        raise ValueError(f"the prompt has no turns ([]): {expected}")
     turns: Conversation = []
     for place, turn in enumerate(prompt):
         if not isinstance(turn, dict):
-            raise TypeError(f"turn {place} of the prompt is {type(turn).__name__} ({_short(turn)}); {accepted}")
+            raise TypeError(f"turn {place} of the prompt is {type(turn).__name__} ({_short(turn)}): {expected}")
         missing = [key for key in ("role", "content") if key not in turn]
         if missing:
             raise ValueError(
-                f"turn {place} of the prompt has no {' and no '.join(missing)}: {_short(turn)}; {accepted}"
+                f"turn {place} of the prompt has no {' and no '.join(missing)}: {_short(turn)}: {expected}"
             )
         if turn["role"] not in _ROLES:
-            raise ValueError(f"turn {place} of the prompt has role {turn['role']!r}; accepted: {', '.join(_ROLES)}")
+            raise ValueError(
+                f"turn {place} of the prompt has role {turn['role']!r}: expected one of {', '.join(_ROLES)}"
+            )
         if not isinstance(turn["content"], str):
             raise TypeError(
                 f"turn {place} of the prompt has content of type {type(turn['content']).__name__} "
-                f"({_short(turn['content'])}); accepted: a string"
+                f"({_short(turn['content'])}): expected a string"
             )
         check_unicode(turn["content"], f"turn {place} of the prompt")
         turns.append({"role": turn["role"], "content": turn["content"]})
     if turns[-1]["role"] != "user":
         raise ValueError(
-            f"the prompt's last turn is the {turns[-1]['role']}'s; accepted: a conversation that ends with a "
+            f"the prompt's last turn is the {turns[-1]['role']}'s: expected a conversation that ends with a "
             "user turn, which the model then answers"
         )
     if not turns[-1]["content"].strip():
-        raise ValueError(f"the prompt's last user turn is empty ({turns[-1]['content']!r}); {accepted}")
+        raise ValueError(f"the prompt's last user turn is empty ({turns[-1]['content']!r}): {expected}")
     return turns
 
 
@@ -99,7 +101,7 @@ def check_unicode(text: str, name: str) -> None:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{name} has a lone surrogate, {text[error.start]!a}, at character {error.start}, which is half of a "
-            "character; accepted: Unicode text (text.encode('utf-8', 'replace').decode() puts '?' in its place)"
+            "character: expected Unicode text (text.encode('utf-8', 'replace').decode() puts '?' in its place)"
         ) from None
 
 
@@ -347,10 +349,10 @@ def conversation_from_ids(tokenizer: Any, ids: Sequence[int], *, chat_template: 
     Raises:
         ValueError: the ids are empty or decode to nothing.
     """
-    global _decoded_once
+    global said_that_decoded
     ids = [int(index) for index in ids]
     if not ids:
-        raise ValueError("the prompt has no tokens; accepted: at least one token id")
+        raise ValueError("the prompt has no tokens: expected at least one token id")
     if chat_template is not None or getattr(tokenizer, "chat_template", None):
         conversation = _parse(tokenizer, ids, chat_template)
         if conversation is not None:
@@ -358,8 +360,8 @@ def conversation_from_ids(tokenizer: Any, ids: Sequence[int], *, chat_template: 
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
     if not text:
         raise ValueError(f"the prompt's {len(ids)} token ids decode to no text, and its rewards cannot be computed")
-    if not _decoded_once:
-        _decoded_once = True
+    if not said_that_decoded:
+        said_that_decoded = True
         logger.warning(
             "a prompt's token ids do not follow the tokenizer's chat template; its decoded text is taken as one user "
             "turn: %s",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .plain import plain_ids
 from .tokens import added_tokens, special_roles, spellings, token_kind
@@ -111,7 +111,7 @@ class VocabularyMap:
         """Share of the ids that can be drawn that have a counterpart, from 0 to 1."""
         return self._matched / self._drawable if self._drawable else 0.0
 
-    def matrix(self, rows: int) -> Tensor:
+    def matrix(self, rows: int) -> torch.Tensor:
         """The map as a sparse float64 matrix [rows, V]: column v holds what stands for id v, and sums to one or zero.
 
         Args:
@@ -138,7 +138,7 @@ class VocabularyMap:
         )
 
     @torch.no_grad()
-    def table(self, embedding: nn.Embedding) -> Tensor:
+    def table(self, embedding: nn.Embedding) -> torch.Tensor:
         """The embedding table E [V, D] in the reward model's dtype and on its device.
 
         Args:
@@ -166,7 +166,7 @@ class VocabularyMap:
         return table
 
 
-def undrawable_ids(tokenizer: Any, vocab_size: int, mask_token_id: int | None = None) -> Tensor:
+def undrawable_ids(tokenizer: Any, vocab_size: int, mask_token_id: int | None = None) -> torch.Tensor:
     """Ids [U] of a diffusion LM that must never be drawn: rows of its head without a token, and the mask token.
 
     Args:
@@ -178,7 +178,7 @@ def undrawable_ids(tokenizer: Any, vocab_size: int, mask_token_id: int | None = 
         ValueError: ``vocab_size`` is not a positive number.
     """
     if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
-        raise ValueError(f"vocab_size must be a positive int, got {vocab_size!r}")
+        raise ValueError(f"vocab_size={vocab_size!r}: expected a positive int")
     known = set(tokenizer.get_vocab().values())
     banned = {index for index in range(vocab_size) if index not in known}
     for mask in (mask_token_id, getattr(tokenizer, "mask_token_id", None)):
@@ -190,7 +190,7 @@ def undrawable_ids(tokenizer: Any, vocab_size: int, mask_token_id: int | None = 
 def check_unmatched(unmatched: Any) -> None:
     """Raise ValueError unless ``unmatched`` is one of the modes."""
     if unmatched not in UNMATCHED_MODES:
-        raise ValueError(f"unmatched must be one of {', '.join(map(repr, UNMATCHED_MODES))}, got {unmatched!r}")
+        raise ValueError(f"unmatched={unmatched!r}: expected one of {', '.join(map(repr, UNMATCHED_MODES))}")
 
 
 def check_tokenizer(tokenizer: Any, name: str) -> None:
@@ -198,7 +198,7 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
     if tokenizer is None:
         raise TypeError(f"{name} is None; pass the tokenizer that belongs to the model")
     if not callable(tokenizer) or not hasattr(tokenizer, "get_vocab"):
-        raise TypeError(f"{name} must be a Hugging Face tokenizer, got {type(tokenizer).__name__}")
+        raise TypeError(f"{name} is {type(tokenizer).__name__}: expected a Hugging Face tokenizer")
 
 
 def check_rows(tokenizer: Any, rows: int, owner: str) -> None:
@@ -263,7 +263,7 @@ def _by_text(vocabulary: dict[str, int], kind: str, added: dict[str, tuple[int, 
 
 
 def _pieces(
-    tokenizer: Any, reward_tokenizer: Any, ids: Tensor, vocabulary: dict[str, int], rows: int
+    tokenizer: Any, reward_tokenizer: Any, ids: torch.Tensor, vocabulary: dict[str, int], rows: int
 ) -> dict[int, list[int]]:
     """Reward tokens of each unmatched id's text; nothing for special tokens, ids without one, and fragments of a
     character that are no text of their own."""

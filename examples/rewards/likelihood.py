@@ -5,7 +5,7 @@ python examples/rewards/likelihood.py        (needs the extra "real")
 
 from before_after import before_after
 
-from entrgi import published
+from entrgi import packaged
 from entrgi_kernels.rewards import LikelihoodReward
 
 
@@ -15,4 +15,4 @@ def make(model, tokenizer) -> LikelihoodReward:
 
 
 if __name__ == "__main__":
-    before_after(make(*published.load_smollm2()))
+    before_after(make(*packaged.load_smollm2()))

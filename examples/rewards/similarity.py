@@ -5,7 +5,7 @@ python examples/rewards/similarity.py        (needs the extra "real")
 
 from before_after import before_after
 
-from entrgi import published
+from entrgi import packaged
 from entrgi_kernels.rewards import SimilarityReward
 
 
@@ -15,4 +15,4 @@ def make(model, tokenizer) -> SimilarityReward:
 
 
 if __name__ == "__main__":
-    before_after(make(*published.load_minilm()))
+    before_after(make(*packaged.load_minilm()))

@@ -5,7 +5,7 @@ python examples/rewards/weighted_sum.py      (needs the extra "real")
 
 from before_after import before_after
 
-from entrgi import published, tiny
+from entrgi import packaged, tiny
 from entrgi_kernels.rewards import SimilarityReward, WeightedSum, wrap
 
 
@@ -17,4 +17,4 @@ def make(encoder, encoder_tokenizer) -> WeightedSum:
 
 
 if __name__ == "__main__":
-    before_after(make(*published.load_minilm()))
+    before_after(make(*packaged.load_minilm()))

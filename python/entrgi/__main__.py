@@ -1,6 +1,6 @@
 """``python -m entrgi`` is the ``entrgi`` command."""
 
-from entrgi.cli import main
+from .cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         check_writable(args.json)
     started = time.perf_counter()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    engines, absent = _engines(device)
+    engines, absent = engines_of(device)
     print(f"{proof.machine(device)}\n{_said(engines, absent)}", flush=True)
     if engines and device.type == "cuda":
         _compile(engines)
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     return int(bool(wrong))
 
 
-def _engines(device: Any) -> tuple[dict[str, Any], dict[str, str]]:
+def engines_of(device: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """(name to module of what runs on the device beside eager, name to the reason why the rest does not)."""
     import torch
 
@@ -215,7 +215,7 @@ class Clock:
         return statistics.median(taken)
 
 
-def _rates(device: Any, clock: Clock, dtype: Any) -> Rates:
+def rates_of(device: Any, clock: Clock, dtype: Any) -> Rates:
     import torch
 
     size = 512 << 20 if device.type == "cuda" else 64 << 20
@@ -260,7 +260,7 @@ def _work(size: Size, dtype: Any, device: Any) -> Iterator[tuple[str, tuple[Any,
     yield "soft_embedding_grad_table", (logits, grad, lse, 0.7, dtype), 0.0, product
 
 
-def _sizes(device: Any) -> Sequence[Size]:
+def sizes_of(device: Any) -> Sequence[Size]:
     import torch
 
     if device.type != "cuda":
@@ -277,8 +277,8 @@ def _measure(engines: dict[str, Any], device: Any) -> tuple[Rates, list[dict[str
     from entrgi_kernels.backends import eager, proof, trials
 
     clock, dtype = Clock(device), torch.bfloat16 if device.type == "cuda" else torch.float32
-    rates, rows = _rates(device, clock, dtype), []
-    for size in _sizes(device) if engines else ():
+    rates, rows = rates_of(device, clock, dtype), []
+    for size in sizes_of(device) if engines else ():
         for op, args, moved, flop in _work(size, dtype, device):
             taken: dict[str, float] = {}
             for name, module in {**engines, "eager": eager}.items():

@@ -1,4 +1,4 @@
-"""``entrgi compare``: the same prompts under best-of-N, Expectation, APS and EntRGi, side by side."""
+"""``entrgi compare``: the same prompts under every method, side by side."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from entrgi_kernels.names import METHODS
 
 from . import loading
 from .comparison import EXPLAINED, METRICS, TINY_NOTE, Comparison, MethodRun
@@ -32,7 +34,7 @@ _SHORT = 4  # prompts of --short
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``entrgi compare``."""
     parser.description = (
-        "Run the same prompts under best-of-N, Expectation, APS and EntRGi. "
+        f"Run the same prompts under {', '.join(method.label for method in METHODS.values())}. "
         "Exit code 1: a guided method is not above best-of-N."
     )
     add_prompt_arguments(parser, "the tiny models' own")
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how many prompts (default: all that are given; 24 of the tiny models' own)",
     )
     parser.add_argument(
-        "--methods", default=",".join(loading.METHODS), metavar="LIST", help="comma-separated (default: %(default)s)"
+        "--methods", default=",".join(METHODS), metavar="LIST", help="comma-separated (default: %(default)s)"
     )
     parser.add_argument("--short", action="store_true", help="a few prompts only: a check in seconds")
     parser.add_argument("--no-check", action="store_true", help="exit code 0 even when guidance does not help")
@@ -114,7 +116,7 @@ def compare(
     Args:
         loaded: models; a judge and the rule score are used where they are there.
         prompts: the same for every method; each method also starts from the same random numbers.
-        methods: names out of :data:`entrgi.loading.METHODS`.
+        methods: names out of :data:`entrgi_kernels.names.METHODS`.
         config: settings; its method is replaced.
         trace: keep every step of the samples, for the report (a reward forward more at each step).
         progress: bars on standard error, where it is a terminal.
@@ -171,8 +173,7 @@ def measure(
         asked = [conversation_from(prompt) for prompt in prompts]
         metrics["judge"] = whole(judge.score_texts(asked, texts, batch_size=64) if texts else [])
     if loaded.tiny:
-        from entrgi import tiny
-
+        from . import tiny
         from .naturalness import nats_per_token
 
         metrics["rule"] = whole([tiny.gold_score(prompt_text(p), s.text) for p, s in zip(prompts, best, strict=True)])
@@ -242,9 +243,9 @@ def _texts(comparison: Comparison, count: int) -> list[str]:
 
 def _methods(text: str) -> list[str]:
     methods = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in methods if name not in loading.METHODS]
+    unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods or len(set(methods)) != len(methods):
-        raise UsageError(f"--methods takes distinct names out of {', '.join(loading.METHODS)}, got {text!r}")
+        raise UsageError(f"--methods takes distinct names out of {', '.join(METHODS)}, got {text!r}")
     return methods
 
 
@@ -252,7 +253,7 @@ def _prompts(args: argparse.Namespace, tiny: bool) -> list[tuple[str, Prompt]]:
     if args.num_prompts is not None and args.num_prompts < 1:
         raise UsageError(f"--num-prompts must be at least 1, got {args.num_prompts}")
     if tiny and not args.prompts and not args.file:
-        from entrgi import tiny as tiny_models
+        from . import tiny as tiny_models
 
         count = args.num_prompts or (_SHORT if args.short else 24)
         return [("a tiny prompt", prompt) for prompt in tiny_models.prompts(count, seed=args.seed)]
@@ -265,7 +266,7 @@ def versions() -> dict[str, Any]:
     import torch
     import transformers
 
-    from entrgi import __version__
+    from . import __version__
 
     return {
         "entrgi_kernels": __version__,

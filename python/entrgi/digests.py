@@ -46,7 +46,7 @@ def fingerprint(role: str, name: str | None, *, local: bool = False) -> str | No
         UsageError: a file that cannot be read.
     """
     if name is None:
-        from entrgi import tiny
+        from . import tiny
 
         try:
             name = str(tiny.weights_path(role))

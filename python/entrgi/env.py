@@ -154,7 +154,7 @@ def _version() -> str:
     return __version__
 
 
-def _location() -> str:
+def location() -> str:
     spec = importlib.util.find_spec("entrgi_kernels")
     if spec is None or spec.origin is None:
         raise Unavailable("entrgi_kernels cannot be found")
@@ -162,7 +162,7 @@ def _location() -> str:
 
 
 def _revision() -> str:
-    root = Path(_location()).parent
+    root = Path(location()).parent
     if not (root / ".git").exists():
         raise Unavailable("installed without a git checkout")
     git = ["git", "-C", str(root)]
@@ -294,10 +294,10 @@ def _gpu_section() -> dict[str, Callable[[], Any]]:
 def _backend_section() -> dict[str, Callable[[], Any]]:
     from entrgi_kernels import ops
 
-    return {name: lambda info=info: _backend(info) for name, info in ops.backends().items()}
+    return {name: lambda info=info: backend_line(info) for name, info in ops.backends().items()}
 
 
-def _backend(info: Any) -> str:
+def backend_line(info: Any) -> str:
     if not info.available:
         raise Unavailable(info.reason)
     return f"available on {', '.join(info.devices)}" + (f"; {info.proof}" if info.proof else "")
@@ -305,11 +305,11 @@ def _backend(info: Any) -> str:
 
 def _record() -> dict[str, Any]:
     """What setup.py wrote when this package was installed."""
-    path = Path(_location()) / "_build_info.json"
+    path = Path(location()) / "_build_info.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _extension(name: str) -> Any:
+def extension_facts(name: str) -> Any:
     record = guarded(_record)
     if importlib.util.find_spec(name) is None:
         recorded = record.get("extensions", {})
@@ -335,7 +335,7 @@ def _extension(name: str) -> Any:
 def _extension_section() -> dict[str, Callable[[], Any]]:
     recorded = set(guarded(_record).get("extensions", {}))
     return {
-        name: lambda name=name: _extension(name)
+        name: lambda name=name: extension_facts(name)
         for name in EXTENSIONS
         if name == EXTENSIONS[0] or name in recorded or guarded(lambda name=name: importlib.util.find_spec(name))
     }
@@ -356,7 +356,7 @@ def _tiny(name: str) -> str:
 
 
 PROBES: dict[str, Mapping[str, Callable[[], Any]] | Callable[[], Mapping[str, Callable[[], Any]]]] = {
-    "entrgi-kernels": {"version": _version, "revision": _revision, "location": _location},
+    "entrgi-kernels": {"version": _version, "revision": _revision, "location": location},
     "python": {
         "version": platform.python_version,
         "executable": lambda: sys.executable,

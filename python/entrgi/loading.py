@@ -13,6 +13,8 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from entrgi_kernels import names
+
 from .errors import UsageError
 from .prompts import Prompt
 
@@ -21,10 +23,8 @@ if TYPE_CHECKING:
     from entrgi_kernels.guidance.config import GuidanceConfig
     from entrgi_kernels.guidance.results import GenerationResult
 
-METHODS = ("none", "expectation", "aps", "entrgi")
 # Settings that change speed, not texts (kernels agree on every backend but for ties within rounding).
 SPEED_ONLY = ("backend", "batch_size", "exact_savings")
-ALGS = ("entropy", "maskgit_plus", "topk_margin", "anchor", "origin")
 # Fields of GuidanceConfig that flags of the same name set.
 _OPTIONS = (
     "method",
@@ -119,11 +119,13 @@ def add_sampler_arguments(
     """
     group = parser.add_argument_group("guidance")
     if method:
-        group.add_argument("--method", default="entrgi", choices=METHODS, help="none is best-of-N (default: entrgi)")
+        group.add_argument(
+            "--method", default="entrgi", choices=tuple(names.METHODS), help="none is best-of-N (default: entrgi)"
+        )
     group.add_argument(
         "--weight",
         default=None,
-        metavar="SCHEDULE",
+        metavar="WEIGHT",
         help="for entrgi: another weight of the entropy, as in 'threshold(1.0, 0.5)' or 'step(1.0)'",
     )
     group.add_argument(
@@ -140,7 +142,7 @@ def add_sampler_arguments(
     group.add_argument(
         "--backend",
         default="auto",
-        choices=("auto", "eager", "native", "triton", "cuda"),
+        choices=("auto", *names.BACKENDS),
         help="engine of the kernels (default: auto)",
     )
     group = parser.add_argument_group("sampling")
@@ -160,7 +162,10 @@ def add_sampler_arguments(
     group.add_argument("--top-p", type=float, default=0.95, help="nucleus mass, 1 for no filter (default: 0.95)")
     group.add_argument("--top-k", type=int, default=None, help="keep the K likeliest tokens (default: no filter)")
     group.add_argument(
-        "--alg", default="entropy", choices=ALGS, help="confidence by which positions are committed (default: entropy)"
+        "--alg",
+        default="entropy",
+        choices=names.ALGS,
+        help="confidence by which positions are committed (default: entropy)",
     )
     group.add_argument(
         "--alg-temp", type=float, default=None, help="draw positions at this temperature (default: take the best)"
@@ -168,13 +173,13 @@ def add_sampler_arguments(
     group.add_argument(
         "--confidence",
         default="base",
-        choices=("base", "guided"),
+        choices=names.CONFIDENCES,
         help="whose logits give the entropy: before or after guidance (default: base)",
     )
     group.add_argument(
         "--schedule",
         default="linspace",
-        choices=("linspace", "even"),
+        choices=names.SCHEDULES,
         help="how many tokens a step commits (default: linspace)",
     )
     group.add_argument(
@@ -328,7 +333,7 @@ def tokenizer_of(role: str, name: str, trust_remote_code: bool = False) -> Any:
     from entrgi_kernels.models.loading import load_tokenizer
 
     if name == "tiny":
-        from entrgi import tiny
+        from . import tiny
 
         name = str(tiny.weights_path(role))
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
@@ -366,7 +371,7 @@ def dtype_of(name: str, auto: Any) -> Any:
 def _load_tiny(dtype_name: str, device: Any, judge: bool) -> Loaded:
     import torch
 
-    from entrgi import tiny
+    from . import tiny
 
     dtype = dtype_of(dtype_name, torch.float32)
     try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-LABELS = {"none": "Best-of-N", "expectation": "Expectation", "aps": "APS", "entrgi": "EntRGi"}
+from entrgi_kernels.names import METHODS
+
+LABELS = {name: method.label for name, method in METHODS.items()}
 SYMBOLS = {
     "guidance_steps": "M",
     "learning_rate": "η",

@@ -11,6 +11,7 @@ import torch
 
 from entrgi_kernels.backends import eager, native
 from entrgi_kernels.backends.arguments import Adam, Draw
+from entrgi_kernels.names import SCORED_ALGS
 
 _REASON = native.why_not(torch.device("cpu"), torch.float32)
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
@@ -240,7 +241,7 @@ def test_update(isa: str, dtype: torch.dtype, table_dtype: torch.dtype, state_dt
 
 @pytest.mark.parametrize(
     "isa, alg, dtype, filters",
-    pairwise(ISAS, ("entropy", "maskgit_plus", "topk_margin", "anchor"), DTYPES, FILTERS),
+    pairwise(ISAS, SCORED_ALGS, DTYPES, FILTERS),
     indirect=["isa"],
 )
 def test_confidence(isa: str, alg: str, dtype: torch.dtype, filters: tuple[int, float]) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from entrgi_kernels.backends import eager, native
 from entrgi_kernels.backends.arguments import Adam, Draw
+from entrgi_kernels.names import SCORED_ALGS
 
 _REASON = native.why_not(torch.device("cpu"), torch.float32)
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
@@ -58,7 +59,7 @@ def test_bad_rows(isa: str) -> None:
         for i in (0, 2, 3, 4, 5):
             assert ours[i][:3].isnan().all() and ours[i][3:].isfinite().all()
         assert torch.equal(ours[0][3], table[77]) and ours[3][3] == 0
-        for alg in ("entropy", "maskgit_plus", "topk_margin", "anchor"):
+        for alg in SCORED_ALGS:
             got = native.unmask_confidence(x, torch.full((5,), 77), alg, 0.7, 0, 0.9)
             assert got[:3].isnan().all() and got[3:].isfinite().all()
         gradient = native.soft_embedding_backward(x, table, grad, ours[4], ours[5], 0.7)

@@ -53,6 +53,7 @@ if INTERPRETED:
     from entrgi_kernels.backends import triton as kernels
     from entrgi_kernels.backends.arguments import Adam, Draw, Placement
     from entrgi_kernels.backends.triton import config, filters, launch, philox, statistics
+    from entrgi_kernels.names import SCORED_ALGS
     from entrgi_kernels.ops import _vocabulary_head
 
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's opinion of inf - inf
@@ -545,7 +546,7 @@ def test_guidance_update_in_place_on_strided_tensors():
 
 
 @inner
-@pytest.mark.parametrize("alg", ["entropy", "maskgit_plus", "topk_margin", "anchor"])
+@pytest.mark.parametrize("alg", SCORED_ALGS)
 def test_confidence(alg):
     for dtype, shape in ((torch.float32, (8, 150, 1)), (torch.float16, (3, 300, 1)), (torch.float32, (1, 1, 1))):
         logits, _, _ = make(*shape, dtype)
@@ -580,7 +581,7 @@ def test_same_bits_twice():
 @pytest.mark.parametrize("bias", [True, False])
 def test_token_log_prob(dtype, bias, monkeypatch):
     """Chunks of 256 entries, so that their log-sum-exps have to be put together; one chunk has no mass at all."""
-    monkeypatch.setattr(_vocabulary_head, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(_vocabulary_head, "CHUNK_BYTES", 1)
     g = torch.Generator().manual_seed(3)
     hidden, head = torch.randn(5, 20, generator=g).to(dtype), torch.randn(600, 20, generator=g).to(dtype) / 4
     b = torch.randn(600, generator=g).to(dtype) if bias else None

@@ -55,7 +55,7 @@ def test_the_floor_replays_the_runs_own_calls():
     world = SIZE.world(torch.float64)
     ours = sampler(world, SIZE, "eager")
     recording = Recording(ours, SIZE.texts)
-    names = [name for name, _, _ in recording._calls]
+    names = [name for name, _, _ in recording.calls]
     assert names.count("masked_logits") == 2 and names.count("score_embeddings") == 4 and names.count("prepare") == 1
     counted = []
     for run in (recording.replay, lambda: ours.generate(SIZE.texts, progress=False)):

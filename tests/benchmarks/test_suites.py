@@ -46,13 +46,13 @@ def test_a_baseline_is_held_to_what_its_arithmetic_can_give():
     suite = OpSuite(Problem.make(Shape(4, 8, 151_936), torch.float32))
     logits = suite.problem.phi[suite.problem.rows].double() / suite.problem.settings.temperature
     logsumexp = logits.logsumexp(dim=-1)
-    noise = suite._plain_entropy_noise(logits - logsumexp[:, None], logsumexp)
+    noise = suite.plain_entropy_noise(logits - logsumexp[:, None], logsumexp)
     assert suite.least < noise < 1e-3
     assert suite.candidate("softmax_entropy", "vectorized").check().detail.count(f"{suite.least + noise:.1e}") == 1
     exact = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
     bound = suite.least + noise
-    assert suite._compare("entropy", exact + 0.9 * noise * exact.max(), exact, bound).passed
-    assert not suite._compare("entropy", exact + 9 * noise * exact.max(), exact, bound).passed
+    assert suite.compare("entropy", exact + 0.9 * noise * exact.max(), exact, bound).passed
+    assert not suite.compare("entropy", exact + 9 * noise * exact.max(), exact, bound).passed
 
 
 def test_in_nucleus_sees_a_token_outside():

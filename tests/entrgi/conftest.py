@@ -60,11 +60,11 @@ class FakeSampler:
                 raise KeyboardInterrupt
             self.prompts_seen.append(prompt)
             text = json.dumps(prompt)
-            samples = [self._sample((text, seen[text], k), trace) for k in range(self.config.num_samples)]
+            samples = [self.sample((text, seen[text], k), trace) for k in range(self.config.num_samples)]
             seen[text] += 1
             yield index, GenerationResult(prompt, samples, self.config)
 
-    def _sample(self, key: tuple[Any, ...], trace: bool) -> Sample:
+    def sample(self, key: tuple[Any, ...], trace: bool) -> Sample:
         digest = hashlib.sha256(repr((self.config.seed, key)).encode()).digest()
         slots, method = self.config.max_new_tokens, self.config.method
         length = 1 + digest[0] % (slots - 1)

@@ -22,9 +22,9 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> types.ModuleType:
     small = comparison.Scale(v=128, d=32, split=270, more=4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(comparison, "_scale", lambda device: small)
-    monkeypatch.setattr(check, "_sizes", lambda device: (check.Size(4, 300, 16), check.Size(9, 128, 32)))
-    monkeypatch.setattr(check, "_engines", lambda device: ({"native": module}, {"cuda": "there is no GPU"}))
-    monkeypatch.setattr(check, "_rates", lambda device, clock, dtype: check.Rates(1e10, 1e11))
+    monkeypatch.setattr(check, "sizes_of", lambda device: (check.Size(4, 300, 16), check.Size(9, 128, 32)))
+    monkeypatch.setattr(check, "engines_of", lambda device: ({"native": module}, {"cuda": "there is no GPU"}))
+    monkeypatch.setattr(check, "rates_of", lambda device, clock, dtype: check.Rates(1e10, 1e11))
     monkeypatch.setattr(check.Clock, "__init__", lambda self, device: None)
     monkeypatch.setattr(check.Clock, "__call__", lambda self, call: (call(), 2.0)[1])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -92,13 +92,13 @@ def test_want_of_memory_is_told_and_is_no_fault(engine, capsys) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(engine, monkeypatch, capsys, tmp_path) -> None:
-    monkeypatch.setattr(check, "_engines", lambda device: pytest.fail("kernels were looked for"))
+    monkeypatch.setattr(check, "engines_of", lambda device: pytest.fail("kernels were looked for"))
     assert cli.main(["check", "--json", str(tmp_path / "none" / "x.json")]) == 2
     assert "there is no folder" in capsys.readouterr().err
 
 
 def test_a_machine_with_eager_alone_has_nothing_to_prove(engine, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(check, "_engines", lambda device: ({}, {"native": "it was not built"}))
+    monkeypatch.setattr(check, "engines_of", lambda device: ({}, {"native": "it was not built"}))
     assert cli.main(["check"]) == 0
     text = capsys.readouterr().out
     assert "not here: native: it was not built" in text and "nothing to prove" in text
@@ -107,7 +107,7 @@ def test_a_machine_with_eager_alone_has_nothing_to_prove(engine, monkeypatch, ca
 def test_the_engines_of_this_machine_are_those_of_the_registry(monkeypatch) -> None:
     from entrgi_kernels import ops
 
-    engines, absent = check._engines(torch.device("cpu"))
+    engines, absent = check.engines_of(torch.device("cpu"))
     info = ops.backends()["native"]
     assert (list(engines), list(absent)) == ((["native"], []) if info.available else ([], ["native"]))
     assert info.available or absent["native"] == info.reason

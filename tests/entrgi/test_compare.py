@@ -8,9 +8,9 @@ import statistics
 
 import pytest
 
-from entrgi import loading
 from entrgi.compare import render
 from entrgi.comparison import Comparison, MethodRun
+from entrgi_kernels.names import METHODS
 
 SIZE = ("-L", 8, "-T", 8)
 PROMPTS = ["a", "b", "c </script>", "d"]
@@ -25,7 +25,7 @@ def compare(entrgi, tmp_path, *arguments) -> tuple[int, dict]:
 def test_numbers_against_the_samples(fake, entrgi, tmp_path, capsys) -> None:
     code, got = compare(entrgi, tmp_path)
     assert code == 0
-    assert [m["method"] for m in got["methods"]] == list(loading.METHODS)
+    assert [m["method"] for m in got["methods"]] == list(METHODS)
     best = {m["method"]: [max(s["reward"] for s in samples) for samples in m["samples"]] for m in got["methods"]}
     for method in got["methods"]:
         values = best[method["method"]]

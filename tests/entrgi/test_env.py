@@ -113,16 +113,16 @@ def test_ascii_terminal() -> None:
 
 
 def test_absent_extension_is_explained_by_the_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(env, "_location", lambda: str(tmp_path))
-    probe = env.guarded(lambda: env._extension("entrgi_no_such_module"))
+    monkeypatch.setattr(env, "location", lambda: str(tmp_path))
+    probe = env.guarded(lambda: env.extension_facts("entrgi_no_such_module"))
     assert "no record of an installation" in probe["unavailable"]
 
     record = {"extensions": {"entrgi_no_such_module": "line one\nline two"}}
     (tmp_path / "_build_info.json").write_text(json.dumps(record))
-    probe = env.guarded(lambda: env._extension("entrgi_no_such_module"))
+    probe = env.guarded(lambda: env.extension_facts("entrgi_no_such_module"))
     assert probe == {"unavailable": "line one\nline two"}
     (tmp_path / "_build_info.json").write_text('{"extensions": {"entrgi_no_such_module": null}, "python": "3.1.4"}')
-    again = env.guarded(lambda: env._extension("entrgi_no_such_module"))
+    again = env.guarded(lambda: env.extension_facts("entrgi_no_such_module"))
     assert "built for Python 3.1.4" in again["unavailable"] and "install again" in again["unavailable"]
     text = env.render({"extension": {"_C": probe}})
     assert text.splitlines() == ["extension", "  _C  unavailable: line one", "      line two"]
@@ -131,9 +131,9 @@ def test_absent_extension_is_explained_by_the_record(monkeypatch: pytest.MonkeyP
 def test_extension_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / f"entrgi_torn{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"torn")
     (tmp_path / "_build_info.json").write_text(json.dumps({"torch": "0.0.1", "extensions": {"entrgi_torn": None}}))
-    monkeypatch.setattr(env, "_location", lambda: str(tmp_path))
+    monkeypatch.setattr(env, "location", lambda: str(tmp_path))
     monkeypatch.syspath_prepend(str(tmp_path))
-    reason = env.guarded(lambda: env._extension("entrgi_torn"))["unavailable"]
+    reason = env.guarded(lambda: env.extension_facts("entrgi_torn"))["unavailable"]
     assert "importing it failed" in reason and "built for torch 0.0.1" in reason and "install again" in reason
 
 
@@ -141,4 +141,4 @@ def test_a_gpu_backend_tells_what_is_proven() -> None:
     from entrgi_kernels.backends import BackendInfo
 
     info = BackendInfo("triton", True, ("cuda",), None, "12 kinds of calls proven here")
-    assert env._backend(info) == "available on cuda; 12 kinds of calls proven here"
+    assert env.backend_line(info) == "available on cuda; 12 kinds of calls proven here"

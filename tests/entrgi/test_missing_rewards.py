@@ -11,7 +11,7 @@ import statistics
 import pytest
 
 from entrgi.evaluate.analysis import read_results
-from entrgi.evaluate.judges import _by_candidate
+from entrgi.evaluate.judges import by_candidate
 from entrgi.evaluate.render import as_latex, as_text, tables_of
 from entrgi.statistics import best_of, bootstrap_interval, estimate, paired_difference
 
@@ -24,14 +24,14 @@ def spoil(fake):
 
     def patch(method: str, places: dict[tuple[str, int], float]) -> None:
         def prepare(sampler) -> None:
-            draw = sampler._sample
+            draw = sampler.sample
 
             def drawn(key, trace):
                 bad = places.get((json.loads(key[0]), key[2])) if sampler.config.method == method else None
                 sample = draw(key, trace)
                 return sample if bad is None else dataclasses.replace(sample, reward=bad)
 
-            sampler._sample = drawn
+            sampler.sample = drawn
 
         fake.prepare = prepare
 
@@ -63,7 +63,7 @@ def test_best_of_n_with_one_missing(bad, place) -> None:
 
 
 def test_a_judges_missing_grades_are_counted() -> None:
-    found = _by_candidate([math.nan, 4.0, None, None, 2.0, 3.0], 2)
+    found = by_candidate([math.nan, 4.0, None, None, 2.0, 3.0], 2)
     assert [(j.score, j.tests) for j in found] == [(4.0, [None, 4.0]), (None, [None, None]), (2.5, [2.0, 3.0])]
 
 

@@ -82,7 +82,8 @@ def test_one_sample_of_each_prompt_is_the_best(page, parse_page) -> None:
 
 
 def test_large_runs_keep_the_best_samples_only(fake, entrgi, parse_page, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(report, "_BUDGET", 4 * 8 * 4 + 1)  # 4 steps of 8 slots: one prompt's best under four methods
+    # 4 steps of 8 slots: one prompt's best under four methods.
+    monkeypatch.setattr(report, "REPLAY_BUDGET", 4 * 8 * 4 + 1)
     out = tmp_path / "r.html"
     assert entrgi("compare", "a", "b", "-L", 8, "-T", 4, "--report", out) == 0
     data = parse_page(out.read_text(encoding="utf-8")).data

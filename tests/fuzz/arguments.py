@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from entrgi_kernels import ops
+from entrgi_kernels.names import SCORED_ALGS
 
 from .draws import DTYPES, Draws, Failure, tensors_of
-from .operators import ALGS, prepare
+from .operators import prepare
 from .truth import acc_of
 
 __all__ = ["prepare", "run"]
@@ -38,11 +39,11 @@ THINGS: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def _real(value: Any) -> bool:
+def real(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _integral(value: Any) -> bool:
+def integral(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -54,43 +55,43 @@ def _scalar_tensor(value: Any) -> bool:
 def temperature(value: Any) -> Verdict:
     if _scalar_tensor(value):
         return None
-    return _real(value) and (value == 0 or 1e-12 <= value <= 1e12)
+    return real(value) and (value == 0 or 1e-12 <= value <= 1e12)
 
 
 def top_p(value: Any) -> Verdict:
     if _scalar_tensor(value):
         return None
-    return value is None or (_real(value) and 0 < value <= 1)
+    return value is None or (real(value) and 0 < value <= 1)
 
 
 def top_k(value: Any) -> Verdict:
     if value is None:
         return True
-    return _integral(value) and 1 <= value < 1 << 63
+    return integral(value) and 1 <= value < 1 << 63
 
 
 def seed(value: Any) -> Verdict:
     if isinstance(value, torch.Tensor):
         return value.dtype == torch.int64 and (value.dim() == 0 or value.shape == (2,))
-    return _integral(value) and -(1 << 63) <= value < 1 << 63
+    return integral(value) and -(1 << 63) <= value < 1 << 63
 
 
 def counter(value: Any) -> Verdict:
     if isinstance(value, torch.Tensor):
         return value.dtype == torch.int64 and value.dim() == 0
-    return _integral(value) and 0 <= value < 1 << 32
+    return integral(value) and 0 <= value < 1 << 32
 
 
 def lr(value: Any) -> Verdict:
-    return None if _scalar_tensor(value) else _real(value) and 0 <= value <= 1e12
+    return None if _scalar_tensor(value) else real(value) and 0 <= value <= 1e12
 
 
 def eps(value: Any) -> Verdict:
-    return None if _scalar_tensor(value) else _real(value) and 1e-12 <= value <= 1e12
+    return None if _scalar_tensor(value) else real(value) and 1e-12 <= value <= 1e12
 
 
 def betas(value: Any) -> Verdict:
-    return isinstance(value, tuple) and len(value) == 2 and all(_real(beta) and 0 <= beta < 1 for beta in value)
+    return isinstance(value, tuple) and len(value) == 2 and all(real(beta) and 0 <= beta < 1 for beta in value)
 
 
 NUMBERS: dict[str, Callable[[Any], Verdict]] = {
@@ -143,8 +144,9 @@ class Given:
             return d.pick([None, ops.AdamState.zeros(self.arguments["logits"])])
         simple: dict[str, list[Any]] = {
             "temperature": [1.0, 0, 0.5, np.float32(0.5)], "top_p": [None, 0.9, 1], "top_k": [None, 1, np.int64(3)],
-            "seed": [0, 7, torch.tensor(3), torch.tensor([3, 4])], "counter": [0, 5], "alg": list(ALGS), "lr": [0.1, 0],
-            "eps": [1e-8], "betas": [(0.9, 0.999)], "keep": [True, False], "backend": ["auto", "eager", "native"],
+            "seed": [0, 7, torch.tensor(3), torch.tensor([3, 4])], "counter": [0, 5], "lr": [0.1, 0],
+            "alg": list(SCORED_ALGS), "eps": [1e-8], "betas": [(0.9, 0.999)], "keep": [True, False],
+            "backend": ["auto", "eager", "native"],
         }  # fmt: skip
         return d.pick(simple[argument])
 
@@ -292,8 +294,8 @@ def _other(d: Draws, given: Given, name: str) -> tuple[str, Any, Verdict]:
         right = None if value == "native" else value in ("auto", "eager") if isinstance(value, str) else False
         return repr(value), value, right
     if name == "alg":
-        value = d.pick([*ALGS, "origin", "", None, 3, ["entropy"], b"entropy", {}])
-        return repr(value), value, isinstance(value, str) and value in ALGS
+        value = d.pick([*SCORED_ALGS, "origin", "", None, 3, ["entropy"], b"entropy", {}])
+        return repr(value), value, isinstance(value, str) and value in SCORED_ALGS
     if name == "keep":
         value = d.pick([True, False])
         return repr(value), value, True

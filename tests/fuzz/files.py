@@ -17,10 +17,9 @@ from entrgi.errors import UsageError
 from entrgi.evaluate.config import cells_of, from_dict, presets, read_config
 from entrgi.prompts import read_prompts
 from entrgi_kernels.guidance import GuidanceConfig
-from entrgi_kernels.guidance.config import ALGS, CONFIDENCES
-from entrgi_kernels.guidance.weights import METHODS
+from entrgi_kernels.names import ALGS, CONFIDENCES, METHODS
 
-from .arguments import THINGS, _integral, _real, eps, lr, temperature
+from .arguments import THINGS, eps, integral, lr, real, temperature
 from .draws import Draws, Failure
 
 _folder: list[tempfile.TemporaryDirectory[str]] = []
@@ -210,7 +209,7 @@ def _lines(d: Draws) -> str:
 
 
 def _whole(low: int, high: int, none: bool = False) -> Callable[[Any], bool | None]:
-    return lambda x: (none and x is None) or (_integral(x) and low <= x <= high)
+    return lambda x: (none and x is None) or (integral(x) and low <= x <= high)
 
 
 def _number(
@@ -219,7 +218,7 @@ def _number(
     def right(x: Any) -> bool | None:
         if x is None:
             return none
-        if not _real(x) or not low <= x <= high or (above and x == low) or x == math.inf:
+        if not real(x) or not low <= x <= high or (above and x == low) or x == math.inf:
             return False
         # How far out is still taken is the machine's business.
         return None if x and not 1e-30 < x < 1e30 else True
@@ -242,8 +241,8 @@ SETTINGS: dict[str, Callable[[Any], bool | None]] = {
     "alg": _one(*ALGS), "alg_temp": lambda x: x is None or temperature(x), "confidence": _one(*CONFIDENCES),
     "schedule": _one("linspace", "even"), "schedule_eps": _number(0, 1, above=True),
     "deprioritize_eos": lambda x: isinstance(x, bool), "suppress_undrawable": lambda x: isinstance(x, bool),
-    "batch_size": lambda x: x == "auto" if isinstance(x, str) else _integral(x) and x >= 1,
-    "memory_budget": lambda x: x is None or (_real(x) and (x >= 1 if _integral(x) else 0 < x <= 1)),
+    "batch_size": lambda x: x == "auto" if isinstance(x, str) else integral(x) and x >= 1,
+    "memory_budget": lambda x: x is None or (real(x) and (x >= 1 if integral(x) else 0 < x <= 1)),
     "torch_compile": lambda x: None if isinstance(x, str) else isinstance(x, bool),
     "cuda_graphs": lambda x: isinstance(x, bool),
     "exact_savings": lambda x: None if isinstance(x, (str, tuple, list, set, dict)) else False,

@@ -12,6 +12,7 @@ import torch
 from entrgi_kernels import ops
 from entrgi_kernels.backends import native
 from entrgi_kernels.guidance import LogitOptimizer
+from entrgi_kernels.names import SCORED_ALGS
 
 from .draws import DTYPES, Draws, Failure, same_bits, tensors_of, twice
 from .truth import EPS, Race, Rows, acc_of, all_nan, array, kept, near
@@ -19,7 +20,6 @@ from .truth import EPS, Race, Rows, acc_of, all_nan, array, kept, near
 _TRITON = os.environ.get("TRITON_INTERPRET") == "1"
 _ISAS: list[str] = []
 _LEAST = 2.0**-24 * _TRITON  # float16's smallest number
-ALGS = ("entropy", "maskgit_plus", "topk_margin", "anchor")
 
 
 def prepare() -> None:
@@ -419,7 +419,7 @@ def _adam_range(pull, pull_bound, moments, step, lr, betas, eps, facts, acc) -> 
 def unmask_confidence(c: Case) -> None:
     (n, v), (dtype, _) = c.shape(), c.dtypes()
     x, tau = c.d.laid(c.d.logits(n, v, dtype), "logits"), c.d.temperature()
-    tokens, alg, chosen = c.d.laid(c.d.integers(0, v - 1, n), "tokens"), c.d.pick(ALGS), c.d.filters(v)
+    tokens, alg, chosen = c.d.laid(c.d.integers(0, v - 1, n), "tokens"), c.d.pick(SCORED_ALGS), c.d.filters(v)
     c.d.note(alg=alg)
     facts = Rows(x, tau, acc_of(x))
     own = np.arange(len(facts.x)), tokens.numpy()[facts.good]

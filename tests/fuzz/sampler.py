@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 from entrgi_kernels.backends import native
 from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler
 from entrgi_kernels.guidance.savings import SAVINGS
+from entrgi_kernels.names import ALGS, CONFIDENCES, METHODS, SCHEDULES
 
 from .draws import Draws, Failure
 
@@ -80,7 +81,7 @@ def prepare() -> None:
 def settings(d: Draws, wide: bool) -> dict[str, Any]:
     slots = d.pick([1, 2, 3, 4, 5, 6, 8, 9])
     chosen: dict[str, Any] = {
-        "method": d.pick(["entrgi", "entrgi", "aps", "expectation", "none"]),
+        "method": d.pick(["entrgi", *reversed(METHODS)]),
         "guidance_steps": d.pick([0, 1, 1, 2, 3]),
         "learning_rate": d.pick([0.5, 0.1, 2.0, 0.0]),
         "num_samples": d.pick([1, 1, 2, 3]),
@@ -89,10 +90,10 @@ def settings(d: Draws, wide: bool) -> dict[str, Any]:
         "temperature": d.pick([0.7, 0.7, 1.0, 0, 0.1, 2.0, d.uniform(0.05, 1.5)]),
         "top_p": d.pick([None, 0.95, 0.5, 1.0, 1e-6]),
         "top_k": d.pick([None, None, 1, 5, 10_000]),
-        "alg": d.pick(["entropy", "entropy", "maskgit_plus", "topk_margin", "anchor", "origin"]),
+        "alg": d.pick(["entropy", *ALGS]),
         "alg_temp": d.pick([None, None, 0.5, 0.0]),
-        "confidence": d.pick(["base", "guided"]),
-        "schedule": d.pick(["linspace", "even"]),
+        "confidence": d.pick(CONFIDENCES),
+        "schedule": d.pick(SCHEDULES),
         "schedule_eps": d.pick([1e-3, 1e-3, 0.5, 1.0, 1e-12]),
         "deprioritize_eos": d.chance(0.5),
         "suppress_undrawable": d.chance(0.85),

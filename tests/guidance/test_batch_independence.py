@@ -8,8 +8,7 @@ from torch import nn
 
 from entrgi_kernels import ops
 from entrgi_kernels.guidance import GuidedSampler
-from entrgi_kernels.guidance.config import ALGS
-from entrgi_kernels.guidance.weights import METHODS
+from entrgi_kernels.names import ALGS, METHODS, SCORED_ALGS
 
 PROMPTS = ["Why?", "A much longer question than the other one.", "Why?", "Hm."]
 SHORT = dict(num_samples=2, max_new_tokens=5, steps=3, seed=3)
@@ -46,7 +45,7 @@ def test_statistics_and_draws_of_a_row_do_not_depend_on_the_others(backend, dtyp
     def found(rows):
         x, common = logits[rows], dict(temperature=temperature, backend=backend)
         tokens = ops.sample_tokens(x, top_p=0.9, seed=1, keys=keys[rows], **common)
-        confidences = [ops.unmask_confidence(x, tokens, alg=alg, top_p=0.9, **common) for alg in ALGS[:-1]]
+        confidences = [ops.unmask_confidence(x, tokens, alg=alg, top_p=0.9, **common) for alg in SCORED_ALGS]
         return tokens, *ops.softmax_entropy(x, **common), *confidences
 
     together = found(torch.arange(40))

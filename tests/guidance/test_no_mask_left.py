@@ -10,8 +10,8 @@ from torch import nn
 
 from entrgi_kernels.guidance import GuidedSampler, denoising, schedules
 from entrgi_kernels.guidance.canvas import Canvas
-from entrgi_kernels.guidance.config import ALGS
 from entrgi_kernels.guidance.keys import row_keys
+from entrgi_kernels.names import ALGS, SCHEDULES
 
 CHAT = [{"role": "user", "content": "Why?"}]
 SIZES = [(1, 1), (1, 7), (8, 19), (8, 8), (7, 3), (5, 64), (12, 13)]
@@ -66,7 +66,7 @@ def filled(sampler, slots, **settings) -> torch.Tensor:
     return response
 
 
-@pytest.mark.parametrize("schedule", schedules.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("alg", ALGS)
 def test_no_mask_is_left_whatever_the_settings(sampler, alg, schedule):
     for (slots, steps), variant in itertools.product(SIZES, VARIANTS):
@@ -75,7 +75,7 @@ def test_no_mask_is_left_whatever_the_settings(sampler, alg, schedule):
 
 
 def test_every_schedule_ends_with_all_that_is_left():
-    for schedule, n, steps in itertools.product(schedules.SCHEDULES, (1, 2, 7, 8, 33), (1, 2, 3, 8, 19, 65)):
+    for schedule, n, steps in itertools.product(SCHEDULES, (1, 2, 7, 8, 33), (1, 2, 3, 8, 19, 65)):
         plan = schedules.plan(schedule, [n, n // 2, 0], steps)
         assert [sum(column) for column in zip(*plan.counts, strict=True)] == [n, n // 2, 0]
         assert plan.shares[-1] == 1 and min(plan.shares) >= 0 and len(plan) == len(plan.counts) <= steps

@@ -13,6 +13,7 @@ import torch
 
 from entrgi_kernels import guide, rewards
 from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler, NonFiniteLogitsError
+from entrgi_kernels.names import ALGS, SCHEDULES
 
 SHORT = dict(num_samples=2, max_new_tokens=6, steps=4, temperature=0.9, top_p=0.95, seed=3)
 
@@ -80,10 +81,7 @@ def test_samples_do_not_depend_on_their_number(diffusion, reward, tokenizer):
     assert tokens_of(sampler.generate(["Why?"], **SHORT))[0] == four[:2]
 
 
-ALGS = ["entropy", "maskgit_plus", "topk_margin", "anchor", "origin"]
-
-
-@pytest.mark.parametrize(("alg", "schedule"), list(itertools.product(ALGS, ["linspace", "even"])))
+@pytest.mark.parametrize(("alg", "schedule"), list(itertools.product(ALGS, SCHEDULES)))
 def test_every_alg_and_schedule_fills_the_response(sampler, tokenizer, alg, schedule):
     for extra in (
         dict(confidence="guided", top_k=5),

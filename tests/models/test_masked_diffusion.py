@@ -266,7 +266,7 @@ def test_learned_positions_are_counted(name, limit):
     if limit is None:
         assert model.masked_logits(ids, real, masked).isfinite().all()
         return
-    with pytest.raises(ValueError, match=f"learned {limit} positions.* 66 tokens; accepted: at most {limit}"):
+    with pytest.raises(ValueError, match=f"learned {limit} positions.* 66 tokens: expected at most {limit}"):
         model.masked_logits(ids, real, masked)
 
 

@@ -11,7 +11,6 @@ import torch
 from entrgi_kernels import backends
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-ALGS = ["entropy", "maskgit_plus", "topk_margin", "anchor"]
 
 
 def served(backend: str, *tensors: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from entrgi import published, tiny
+from entrgi import packaged, tiny
 
 FOLDER = Path(__file__).parents[2] / "examples" / "rewards"
 NAMES = ("classifier", "likelihood", "judge", "similarity", "weighted_sum", "function")
@@ -57,7 +57,7 @@ def test_on_random_networks(example, random_networks, name, capsys):
 
 @pytest.fixture(scope="module")
 def real_networks():
-    causal, encoder = published.load_smollm2(), published.load_minilm()
+    causal, encoder = packaged.load_smollm2(), packaged.load_minilm()
     return {"likelihood": causal, "judge": causal, "similarity": encoder, "weighted_sum": encoder}
 
 

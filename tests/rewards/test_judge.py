@@ -126,7 +126,7 @@ def test_errors(yes_no, tokenizer, causal_lm):
     with pytest.raises(ValueError, match="count as yes and as no"):
         JudgeReward(module, yes_no, QUESTION, yes=["yes"], no=["yes", "no"])
     for question in ("", " ", None, 3):
-        with pytest.raises(ValueError, match="a judge needs a question"):
+        with pytest.raises(ValueError, match="expected a question"):
             JudgeReward(module, yes_no, question)
-    with pytest.raises(ValueError, match="must hold {response} once"):
+    with pytest.raises(ValueError, match="expected a text that holds {response} once"):
         JudgeReward(module, yes_no, QUESTION, instruction="{question}")

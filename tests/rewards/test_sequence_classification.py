@@ -361,7 +361,7 @@ def test_bad_shapes_are_named(reward):
             reward.score_embeddings(prepared, *arguments)
     with pytest.raises(ValueError, match="no prompts"):
         reward.prepare([])
-    with pytest.raises(ValueError, match="2 and 1"):
+    with pytest.raises(ValueError, match="2 conversations, 1 responses"):
         reward.score_texts([SHORT, SHORT], ["x"])
     with pytest.raises(ValueError, match="batch_size.*0"):
         reward.score_texts([SHORT], ["x"], batch_size=0)

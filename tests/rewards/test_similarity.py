@@ -186,9 +186,9 @@ def test_errors(words):
     module = encoder(len(words))
     with pytest.raises(TypeError, match="BertModel has no head.*target="):
         rewards.wrap(module, words)
-    with pytest.raises(ValueError, match="needs a target text"):
+    with pytest.raises(ValueError, match="expected a text to come close to"):
         rewards.wrap(module, words, target=" ")
-    with pytest.raises(ValueError, match="pooling must be one of 'mean', 'cls'"):
+    with pytest.raises(ValueError, match="pooling=.*: expected one of 'mean', 'cls'"):
         SimilarityReward(module, words, TARGET, pooling="median")
     with pytest.raises(TypeError, match="pass one of them"):
         rewards.wrap(module, words, target=TARGET, question="Is it?")

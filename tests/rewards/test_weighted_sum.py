@@ -85,15 +85,21 @@ def test_written_as_arithmetic(parts):
 def test_savings_go_to_the_parts_and_come_back(parts):
     from entrgi_kernels.guidance.savings import reward_savings
 
-    total = parts[0] + parts[1] + parts[2]
+    total = WeightedSum(list(zip((1, 1, 1), parts, strict=True)), names=["a", "b", "c"])
     parts[1].exact_savings = {"reward_dead"}
     before = total.exact_savings
-    assert before == (frozenset(NAMES), frozenset({"reward_dead"}), None)
+    assert before == {"a": set(NAMES), "b": {"reward_dead"}}
     with reward_savings(total, "none"):
         assert parts[0].savings == parts[1].savings == ()
     assert total.exact_savings == before
     total.exact_savings = "all"
     assert parts[1].savings == NAMES
+    total.exact_savings = ("reward_prefix", "reward_dead")  # names, as everywhere: not one a part
+    assert parts[0].exact_savings == parts[1].exact_savings == {"reward_prefix", "reward_dead"}
+    for wrong in ({"a": "none", "c": "all"}, {"a": "none", "b": "reward_nothing"}, "reward_nothing"):
+        with pytest.raises(ValueError, match="expected"):
+            total.exact_savings = wrong
+    assert total.exact_savings == dict.fromkeys("ab", {"reward_prefix", "reward_dead"})
 
 
 def test_what_is_no_sum(parts):
@@ -103,7 +109,7 @@ def test_what_is_no_sum(parts):
     for wrong in ([parts[0]], [("1", parts[0])], [(1, "reward")], [(1, WeightedSum)]):
         with pytest.raises(TypeError):
             WeightedSum(wrong)
-    with pytest.raises(ValueError, match="names must be 2 different ones"):
+    with pytest.raises(ValueError, match="names=.*: expected 2 different ones"):
         WeightedSum([(1, parts[0]), (1, parts[1])], names=["a", "a"])
     with pytest.raises(TypeError, match=r"WeightedSum\(\[\(weight, reward\)"):
         rewards.wrap([(0.5, parts[0])])
@@ -139,16 +145,16 @@ def test_a_function_sees_rows_masks_and_positions(tokenizer):
 
 def test_what_is_no_function(tokenizer):
     weights = torch.randn(len(tokenizer), 8)
-    with pytest.raises(TypeError, match="embedding must be floating-point"):
+    with pytest.raises(TypeError, match="table is .*: expected floating-point"):
         CallableReward(mean_square, torch.ones(3, dtype=torch.long), tokenizer)
-    with pytest.raises(TypeError, match="embedding must be an nn.Embedding"):
+    with pytest.raises(TypeError, match="table is .*: expected an nn.Embedding"):
         CallableReward(mean_square, "weights", tokenizer)
     with pytest.raises(TypeError, match="a reward function cannot be int"):
         CallableReward(3, weights, tokenizer)
     with pytest.raises(TypeError, match=r"mean_square\) needs an embedding table.*CallableReward"):
         rewards.wrap(mean_square, tokenizer)
     wrong = CallableReward(lambda embeds, mask, positions: embeds.mean(), weights, tokenizer)
-    with pytest.raises(ValueError, match=r"returned torch.float32 \(\); accepted: floating-point \[B\] = \(1,\)"):
+    with pytest.raises(ValueError, match=r"returned torch.float32 \(\): expected floating-point \[B\] = \(1,\)"):
         wrong.score_texts([SHORT], ["x"])
 
 

@@ -194,7 +194,7 @@ def test_templates_that_lose_or_repeat_the_answer_are_refused(tokenizer, broken,
 
 
 def test_ids_without_a_template_are_one_user_turn_and_said_so_once(tokenizer, caplog, monkeypatch):
-    monkeypatch.setattr(template, "_decoded_once", False)
+    monkeypatch.setattr(template, "said_that_decoded", False)
     ids = tokenizer("just a bare prompt", add_special_tokens=False)["input_ids"]
     with caplog.at_level(logging.WARNING, logger="entrgi_kernels"):
         for _ in range(2):
@@ -242,7 +242,7 @@ def test_ids_without_text_are_refused(tokenizer, ids):
 def test_bad_prompts_are_named(prompt, error, named):
     with pytest.raises(error, match=named) as caught:
         template.conversation_from(prompt)
-    assert "accepted" in str(caught.value)
+    assert "expected" in str(caught.value)
 
 
 def test_good_prompts():

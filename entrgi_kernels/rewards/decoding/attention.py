@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 NAME = "entrgi_products"  # as transformers' registry of attention functions knows it
@@ -29,7 +28,9 @@ class _Products(torch.autograd.Function):
     """softmax(scale q k^T + mask) v with the probabilities kept for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
         rows, heads, count, width = query.shape
         shared, total = key.shape[1:3]
         wide = torch.promote_types(query.dtype, torch.float32)
@@ -46,10 +47,10 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, p = ctx.saved_tensors
         grad = grad.reshape(*p.shape[:2], -1).to(p.dtype)
-        found: list[Tensor | None] = [None, None, None]
+        found: list[torch.Tensor | None] = [None, None, None]
         if ctx.needs_input_grad[2]:
             found[2] = torch.bmm(p.mT, grad)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
@@ -64,23 +65,23 @@ class _Products(torch.autograd.Function):
         return *back, None, None
 
 
-def _attention(
+def attend(
     module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[torch.Tensor, None]:
     """transformers' interface: query [B, H, Q, d], keys and values [B, H', K, d] to [B, Q, H, d].
 
     What the products do not cover, or are not faster for, goes to the function in whose place this one is.
     """
     scores = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
     covered = (
-        isinstance(attention_mask, Tensor)
+        isinstance(attention_mask, torch.Tensor)
         and attention_mask.dtype == torch.bool
         and attention_mask.dim() == 4
         and attention_mask.shape[1] == 1
@@ -108,7 +109,7 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, _attention)
+    AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 

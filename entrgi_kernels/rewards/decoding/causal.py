@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from ...models.base import logits_of, same_result
@@ -39,7 +39,7 @@ class CausalHead:
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         projection: Any = output_head(core)
         backbone = getattr(core, getattr(core, "base_model_prefix", "") or "model", None)
-        whole = not isinstance(backbone, nn.Module) or not isinstance(getattr(projection, "weight", None), Tensor)
+        whole = not isinstance(backbone, nn.Module) or not isinstance(getattr(projection, "weight", None), torch.Tensor)
         self.backbone: nn.Module | None = None if whole or backbone is core else backbone
         self.projection: nn.Linear | None = None if self.backbone is None else projection
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -50,7 +50,7 @@ class CausalHead:
             self.scale /= getattr(config, name, None) or 1.0
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> torch.Tensor:
         """[R, D], a row per token."""
         assert self.projection is not None
         return self.projection.weight
@@ -60,7 +60,7 @@ class CausalHead:
         """Whether the mean of two tokens' logits is the logit of the mean of their rows."""
         return self.projection is not None and self.cap is None and getattr(self.projection, "bias", None) is None
 
-    def logits(self, states: Tensor, ids: Tensor | None = None) -> Tensor:
+    def logits(self, states: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [n, R] of final states [n, D], or of the tokens ``ids`` alone; float32, float64 where states are."""
         assert self.projection is not None
         if ids is None:
@@ -72,13 +72,13 @@ class CausalHead:
         logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
-    def own_logits(self, ids: list[int]) -> Tensor:
+    def own_logits(self, ids: list[int]) -> torch.Tensor:
         """[T, R], the model's own logits of token ids."""
         logits = logits_of(self.module(torch.tensor([ids], device=module_device(self.module))))
         if logits.dim() != 3 or logits.shape[:2] != (1, len(ids)):
             raise ValueError(
                 f"{type(self.module).__name__} returns logits of shape {tuple(logits.shape)} for a text of {len(ids)} "
-                "tokens; accepted: causal language models, [1, T, R]"
+                "tokens: expected causal language models, [1, T, R]"
             )
         return wide(logits[0])
 
@@ -90,12 +90,12 @@ class CausalHead:
             one, other = self.own_logits([1, 0, 1, 0]), self.own_logits([1, 0, 1, 1])
         if not same_result(one[:3], other[:3]):
             raise ValueError(
-                f"{type(self.module).__name__} sees the tokens that follow, so its logits are no predictions; "
-                "accepted: causal language models (AutoModelForCausalLM)"
+                f"{type(self.module).__name__} sees the tokens that follow, so its logits are no predictions: "
+                "expected causal language models (AutoModelForCausalLM)"
             )
 
 
-def by_chunks(states: Tensor, width: int, score: Callable[[Tensor, slice], Tensor]) -> Tensor:
+def by_chunks(states: torch.Tensor, width: int, score: Callable[[torch.Tensor, slice], torch.Tensor]) -> torch.Tensor:
     """A scalar [n] of each row of states [n, D], computed in chunks of rows, so that what is as wide as a vocabulary
     is never held for all of them.
 
@@ -112,7 +112,9 @@ def by_chunks(states: Tensor, width: int, score: Callable[[Tensor, slice], Tenso
 
 class _ByChunks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, chunk: int, score: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, states: torch.Tensor, chunk: int, score: Callable[[torch.Tensor, slice], torch.Tensor]
+    ) -> torch.Tensor:
         values, gradients = [wide(states.new_zeros(0))], [states.new_zeros(0, states.shape[1])]
         for start in range(0, len(states), chunk):
             some = slice(start, start + chunk)
@@ -128,6 +130,6 @@ class _ByChunks(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (rows,) = ctx.saved_tensors
         return gradient[:, None].to(rows.dtype) * rows, None, None

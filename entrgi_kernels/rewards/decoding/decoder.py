@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...models.modules import accepted_arguments, input_embedding
 from .attention import IN_PLACE_OF, products_in
@@ -30,7 +30,7 @@ KNOWN_FAMILIES = (*_WINDOWED, "llama", "gemma")
 # Rotary embeddings whose frequencies depend on the longest position of a call, so that parts would not agree.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
-KeyValues = list[tuple[Tensor, Tensor]]  # per layer: keys and values [B, heads, T, head width]
+KeyValues = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: keys and values [B, heads, T, head width]
 
 
 @dataclass
@@ -42,17 +42,17 @@ class Rows:
         group: K when the rows are K of the first prompt, K of the second and so on: then nothing need be gathered.
     """
 
-    index: Tensor
+    index: torch.Tensor
     group: int | None
 
     @classmethod
-    def of(cls, index: Tensor, prompts: int) -> Rows:
+    def of(cls, index: torch.Tensor, prompts: int) -> Rows:
         """Look at an index; costs one host synchronisation on an accelerator, so keep the result."""
         group = len(index) // prompts
         even = torch.arange(prompts, device=index.device).repeat_interleave(group)
         return cls(index, group if len(index) and even.shape == index.shape and torch.equal(even, index) else None)
 
-    def join(self, shared: Tensor, *own: Tensor) -> Tensor:
+    def join(self, shared: torch.Tensor, *own: torch.Tensor) -> torch.Tensor:
         """[B, heads, A + T.., width] of what prompts share, [P, heads, A, width], and what rows have of their own."""
         if self.group is None:
             return torch.cat([shared.index_select(0, self.index), *own], dim=-2)
@@ -82,9 +82,11 @@ class Past:
         record: int = 0,
     ) -> None:
         self.columns, self.shared, self.rows, self.own, self.record = columns, shared, rows, own, record
-        self._recorded: dict[int, tuple[Tensor, Tensor]] = {}
+        self._recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values that a layer attends to: those held and, behind them, the new ones."""
         if self.record:
             self._recorded[layer_idx] = key[..., : self.record, :].detach(), value[..., : self.record, :].detach()
@@ -147,7 +149,9 @@ class CachedDecoder:
         """What the configuration calls the architecture."""
         return getattr(self.config, "model_type", None)
 
-    def encode(self, embeddings: Tensor, positions: Tensor, valid: Tensor) -> tuple[KeyValues, Tensor]:
+    def encode(
+        self, embeddings: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor
+    ) -> tuple[KeyValues, torch.Tensor]:
         """Keys and values of all positions of [B, T, D] embeddings and the last one's final state, without gradient."""
         past = Past(record=embeddings.shape[1])
         with torch.no_grad():
@@ -156,16 +160,16 @@ class CachedDecoder:
 
     def hidden(
         self,
-        embeddings: Tensor,
-        positions: Tensor,
-        valid: Tensor,
-        key_positions: Tensor,
-        key_valid: Tensor,
+        embeddings: torch.Tensor,
+        positions: torch.Tensor,
+        valid: torch.Tensor,
+        key_positions: torch.Tensor,
+        key_valid: torch.Tensor,
         past: Past | None = None,
         *,
-        last_layer_at: Tensor | int | None = None,
+        last_layer_at: torch.Tensor | int | None = None,
         products: bool = False,
-    ) -> Tensor:
+    ) -> torch.Tensor:
         """Final hidden states [B, T, D]; with ``last_layer_at``, those of some positions of each row alone.
 
         Args:
@@ -199,11 +203,11 @@ class CachedDecoder:
         if not applied:
             raise RuntimeError("the last layer did not ask a cache for keys and values")
         hidden = getattr(output, "last_hidden_state", None)
-        return hidden if isinstance(hidden, Tensor) else output[0]
+        return hidden if isinstance(hidden, torch.Tensor) else output[0]
 
     def _masks(
-        self, positions: Tensor, key_positions: Tensor, key_valid: Tensor, dtype: torch.dtype
-    ) -> Tensor | dict[str, Tensor]:
+        self, positions: torch.Tensor, key_positions: torch.Tensor, key_valid: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
         """4-D attention masks in the form the network wants; causal and windowed by position, not by place.
 
         So rows may have places cut out or lie behind padding, and every position may look at itself: one that sees
@@ -215,7 +219,7 @@ class CachedDecoder:
         itself = itself.triu(total - count).tril(total - count)
         seen = (distance >= 0) & key_valid[:, None, :] | itself
 
-        def form(allowed: Tensor) -> Tensor:
+        def form(allowed: torch.Tensor) -> torch.Tensor:
             allowed = allowed[:, None]
             if getattr(self.config, "_attn_implementation", None) != "eager":
                 return allowed
@@ -253,7 +257,7 @@ class CachedDecoder:
             Why none was found, None when one was.
         """
         embedding = getattr(input_embedding(self.backbone), "weight", None)
-        if not isinstance(embedding, Tensor):
+        if not isinstance(embedding, torch.Tensor):
             return f"{type(self.backbone).__name__} exposes no input embedding to try a cache with"
         token = torch.zeros(1, 1, embedding.shape[1], dtype=embedding.dtype, device=embedding.device)
         place = torch.zeros(1, 1, dtype=torch.long, device=embedding.device)
@@ -316,9 +320,11 @@ class _Catch:
 
     def __init__(self, past: Past | None) -> None:
         self.past = past
-        self.states: tuple[Tensor, Tensor] | None = None
+        self.states: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.states = (key, value) if self.past is None else self.past.update(key, value, layer_idx)
         raise _CaughtError
 
@@ -329,13 +335,15 @@ class _Catch:
 class _Given(_Catch):
     """A cache that answers with given keys and values, whatever it is told."""
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.states is not None
         return self.states
 
 
 @contextmanager
-def _at_places(layer: nn.Module, cache: str, places: Tensor | int) -> Iterator[list[bool]]:
+def _at_places(layer: nn.Module, cache: str, places: torch.Tensor | int) -> Iterator[list[bool]]:
     """Run a decoder layer for some queries, with the keys and values of all; yields a list, non-empty once done.
 
     Wanted is one place of each row [B], or a number of places at the end of all rows. `cache` names the argument by
@@ -354,7 +362,7 @@ def _at_places(layer: nn.Module, cache: str, places: Tensor | int) -> Iterator[l
         if threading.get_ident() != thread:
             return None
 
-        def pick(tensor: Tensor) -> Tensor:
+        def pick(tensor: torch.Tensor) -> torch.Tensor:
             if isinstance(places, int):
                 return tensor[:, -places:]
             rows = torch.arange(len(places), device=places.device)
@@ -376,9 +384,9 @@ def _at_places(layer: nn.Module, cache: str, places: Tensor | int) -> Iterator[l
         else:
             changed["hidden_states"] = pick(kwargs["hidden_states"])
         mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor):
+        if isinstance(mask, torch.Tensor):
             changed["attention_mask"] = pick(mask.transpose(1, 2)).transpose(1, 2)
-        if isinstance(kwargs.get("position_ids"), Tensor):
+        if isinstance(kwargs.get("position_ids"), torch.Tensor):
             changed["position_ids"] = pick(kwargs["position_ids"])
         if isinstance(kwargs.get("position_embeddings"), tuple):
             changed["position_embeddings"] = tuple(pick(part) for part in kwargs["position_embeddings"])

@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .decoder import KNOWN_FAMILIES, CachedDecoder, KeyValues, Past, Rows
 from .sequences import PreparedPrompts, Sequences, last_real
@@ -53,16 +52,16 @@ def parse_savings(names: str | Iterable[str] | None) -> frozenset[str]:
         ValueError: a name is not one of :data:`NAMES`.
         TypeError: neither a string nor a set of strings.
     """
-    accepted = f"accepted: 'all', 'none', or a set of {', '.join(map(repr, NAMES))}"
+    expected = f"expected 'all', 'none', or a set of {', '.join(map(repr, NAMES))}"
     if names is None or isinstance(names, str) and names in ("all", "none"):
         return frozenset(NAMES if names == "all" else ())
     try:
         found = frozenset([names] if isinstance(names, str) else names)
     except TypeError:
-        raise TypeError(f"exact_savings={names!r}; {accepted}") from None
+        raise TypeError(f"exact_savings={names!r}: {expected}") from None
     unknown = [name for name in found if name not in NAMES]
     if unknown:
-        raise ValueError(f"exact_savings holds {', '.join(sorted(map(repr, unknown)))}; {accepted}")
+        raise ValueError(f"exact_savings holds {', '.join(sorted(map(repr, unknown)))}: {expected}")
     return found
 
 
@@ -83,8 +82,8 @@ class _Committed:
     layers: KeyValues = field(default_factory=list)
     response: Any = None
     alive: Any = None
-    read: dict[str, Tensor] = field(default_factory=dict)
-    given: Tensor | None = None
+    read: dict[str, torch.Tensor] = field(default_factory=dict)
+    given: torch.Tensor | None = None
     version: int = -1
     wanted: int = 0
 
@@ -96,7 +95,9 @@ class _Committed:
             self.response, self.alive, self.count = self.response[:, :count], self.alive[:, :count], count
             self.read = {name: values[:, :count] for name, values in self.read.items()}
 
-    def extend(self, layers: KeyValues, response: Tensor, alive: Tensor, read: dict[str, Tensor]) -> None:
+    def extend(
+        self, layers: KeyValues, response: torch.Tensor, alive: torch.Tensor, read: dict[str, torch.Tensor]
+    ) -> None:
         """Add the slots that follow; ``response`` and ``alive`` are all slots up to there, the rest is of the new."""
         if self.count:
             old = self.layers
@@ -122,28 +123,28 @@ class PartialRun:
         before: [B, D], the state at the last position of the prefix; None where the prefix is among the columns.
     """
 
-    hidden: Tensor
+    hidden: torch.Tensor
     sequences: Sequences
     prefix_width: int
     past: Past | None
     state: _Committed | None
     grow: int
-    columns: Tensor | None = None
-    valid: Tensor | None = None
-    before: Tensor | None = None
+    columns: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+    before: torch.Tensor | None = None
 
     @property
-    def kept(self) -> dict[str, Tensor]:
+    def kept(self) -> dict[str, torch.Tensor]:
         """What was read off the committed slots that were not run, by name [B, count, ...]; empty without any."""
         return self.state.read if self.state is not None else {}
 
     @property
-    def kept_alive(self) -> Tensor:
+    def kept_alive(self) -> torch.Tensor:
         """[B, count] bool: which of these are alive."""
         assert self.state is not None and self.state.alive is not None
         return self.state.alive
 
-    def keep(self, **read: Tensor) -> None:
+    def keep(self, **read: torch.Tensor) -> None:
         """Keep keys and values of the slots that are committed now, and what was read off each slot run [B, T', ..]."""
         if self.state is None or not self.grow:
             return
@@ -184,7 +185,7 @@ class ExactSavings:
     def reasons(self, device: torch.device) -> dict[str, str]:
         """Why each saving that is not in use on a device is not."""
         off = {name: "switched off" for name in NAMES if name not in self.requested} | self.refused
-        if not _reads_are_free(device):
+        if not reads_are_free(device):
             off.setdefault(DEAD, f"on {device.type}, counting the live slots would mean waiting for the device")
         if device.type != "cpu":
             off.setdefault(ATTENTION, f"on {device.type}, torch's own kernels are made for it")
@@ -206,7 +207,7 @@ class ExactSavings:
             if name in self.requested and reason is not None and reason not in explained:
                 lost.setdefault(reason, []).append(name)
         for reason, names in lost.items():
-            _warn_once(f"{type(self.decoder.backbone).__name__} is guided without {', '.join(names)}: {reason}")
+            warn_once(f"{type(self.decoder.backbone).__name__} is guided without {', '.join(names)}: {reason}")
 
     def for_call(self, prepared: PreparedPrompts, columns: int, device: torch.device) -> frozenset[str]:
         """The savings that a call over sequences of this many positions is served with."""
@@ -223,9 +224,9 @@ class ExactSavings:
         self,
         use: frozenset[str],
         prepared: PreparedPrompts,
-        index: Tensor,
+        index: torch.Tensor,
         sequences: Sequences,
-        committed: Tensor | int | None,
+        committed: torch.Tensor | int | None,
         *,
         everywhere: bool = False,
     ) -> PartialRun:
@@ -264,7 +265,7 @@ class ExactSavings:
         key_places = torch.cat([positions[:, :start], places], dim=1)
         # Behind an empty suffix the last slot may be a dead one; otherwise the last position is the last token.
         last = None if everywhere or all(prepared.suffix_ids) else last_real(valid)
-        at: Tensor | int | None = None
+        at: torch.Tensor | int | None = None
         if LAST_LAYER in use:
             if not everywhere:
                 at = 1 if last is None else last
@@ -282,12 +283,12 @@ class ExactSavings:
             hidden, sequences, prefix_width, past, state, grow, columns[:, -count:], valid[:, -count:], before
         )
 
-    def end_of_texts(self, sequences: Sequences, count: int) -> Tensor:
+    def end_of_texts(self, sequences: Sequences, count: int) -> torch.Tensor:
         """Final hidden states [B, count, D] at the end of whole sequences, the last layer being run there alone."""
         mask, positions = sequences.mask, sequences.positions
         return self.decoder.hidden(sequences.embeddings, positions, mask, positions, mask, last_layer_at=count)
 
-    def _prefix(self, prepared: PreparedPrompts, index: Tensor) -> tuple[KeyValues, Rows, Tensor]:
+    def _prefix(self, prepared: PreparedPrompts, index: torch.Tensor) -> tuple[KeyValues, Rows, torch.Tensor]:
         extra = prepared.extra
         if "prefix_states" not in extra:
             positions = (prepared.prefix_valid.long().cumsum(1) - 1).clamp_min(0)
@@ -299,15 +300,20 @@ class ExactSavings:
         return layers, seen[2], last[index]
 
     def _committed(
-        self, prepared: PreparedPrompts, rows: Rows, response: Tensor, alive: Tensor, committed: Tensor | int
+        self,
+        prepared: PreparedPrompts,
+        rows: Rows,
+        response: torch.Tensor,
+        alive: torch.Tensor,
+        committed: torch.Tensor | int,
     ) -> tuple[_Committed, int]:
         """What is kept of the committed slots, made to fit this call, and by how many slots it grows now."""
         length = response.shape[1]
         state: _Committed | None = prepared.extra.get("committed")
         if state is None or state.rows is not rows:
             state = _Committed(rows)
-        given = committed if isinstance(committed, Tensor) else None
-        free = _reads_are_free(response.device)
+        given = committed if isinstance(committed, torch.Tensor) else None
+        free = reads_are_free(response.device)
         repeated = given is not None and given is state.given and _version(given) == state.version != -1
         if repeated and not free:
             wanted, same = state.wanted, True
@@ -326,7 +332,7 @@ class ExactSavings:
         return state, wanted - state.count
 
     @staticmethod
-    def _unchanged(state: _Committed, response: Tensor, alive: Tensor) -> Tensor:
+    def _unchanged(state: _Committed, response: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
         if not state.count:
             return torch.ones((), dtype=torch.long, device=response.device)
         now, live = response[:, : state.count], alive[:, : state.count]
@@ -335,7 +341,7 @@ class ExactSavings:
 
     # ---- the probe
 
-    def probe(self, measure: Callable[[frozenset[str]], tuple[Tensor, Tensor]]) -> None:
+    def probe(self, measure: Callable[[frozenset[str]], tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Refuse each saving with which rewards or gradients are not those of the plain forward.
 
         Args:
@@ -362,7 +368,9 @@ class ExactSavings:
 
     @staticmethod
     def _difference(
-        measure: Callable[[frozenset[str]], tuple[Tensor, Tensor]], use: frozenset[str], plain: tuple[Tensor, Tensor]
+        measure: Callable[[frozenset[str]], tuple[torch.Tensor, torch.Tensor]],
+        use: frozenset[str],
+        plain: tuple[torch.Tensor, torch.Tensor],
     ) -> str | None:
         try:
             rewards, gradient = measure(use)
@@ -377,22 +385,22 @@ class ExactSavings:
 
 
 @functools.cache
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
     logger.warning("%s; rewards are right, but cost up to twice the time (docs/savings.md)", text)
 
 
-def _reads_are_free(device: torch.device) -> bool:
+def reads_are_free(device: torch.device) -> bool:
     """Whether the host may look at a result without waiting for anything."""
     return device.type == "cpu"
 
 
-def _version(tensor: Tensor) -> int:
+def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
 def _without_dead(
-    tokens: Tensor, valid: Tensor, places: Tensor, numbers: Tensor, first: int, end: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens: torch.Tensor, valid: torch.Tensor, places: torch.Tensor, numbers: torch.Tensor, first: int, end: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cut dead columns of ``[first, end)`` out of a batch, down to the most live ones that a row has.
 
     Args:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...text.template import Conversation
 
@@ -31,10 +30,10 @@ class PreparedPrompts:
     conversations: list[Conversation]
     prefix_ids: list[list[int]] = field(default_factory=list)
     suffix_ids: list[list[int]] = field(default_factory=list)
-    prefix: Tensor = _NOTHING
-    prefix_valid: Tensor = _NOTHING
-    suffix: Tensor = _NOTHING
-    suffix_valid: Tensor = _NOTHING
+    prefix: torch.Tensor = _NOTHING
+    prefix_valid: torch.Tensor = _NOTHING
+    suffix: torch.Tensor = _NOTHING
+    suffix_valid: torch.Tensor = _NOTHING
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -54,20 +53,20 @@ class Sequences:
         book: what ``expected`` refers to.
     """
 
-    embeddings: Tensor
-    mask: Tensor
-    positions: Tensor
-    expected: Tensor | None = None
+    embeddings: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+    expected: torch.Tensor | None = None
     book: Any = None
 
-    def without_padding(self, rows: Tensor, columns: Tensor) -> Sequences:
+    def without_padding(self, rows: torch.Tensor, columns: torch.Tensor) -> Sequences:
         """Some rows, cut to the columns in which they hold no padding, with positions counted from 0."""
         positions = torch.arange(len(columns), device=columns.device).expand(len(rows), -1)
         expected = None if self.expected is None else self.expected[rows][:, columns]
         return Sequences(self.embeddings[rows][:, columns], self.mask[rows][:, columns], positions, expected, self.book)
 
 
-def assemble(prepared: PreparedPrompts, index: Tensor, response: Tensor, alive: Tensor) -> Sequences:
+def assemble(prepared: PreparedPrompts, index: torch.Tensor, response: torch.Tensor, alive: torch.Tensor) -> Sequences:
     """Lay out [prefix | response | suffix] for a batch of responses.
 
     Positions are counted as if nothing were dead and nothing padded: a prefix starts at 0 behind its left padding, a
@@ -90,13 +89,13 @@ def assemble(prepared: PreparedPrompts, index: Tensor, response: Tensor, alive: 
         raise ValueError("these prompts were prepared without embeddings")
     width = prepared.prefix.shape[-1]
     if response.dim() != 3 or response.shape[-1] != width:
-        raise ValueError(f"response must be [B, L, {width}], got shape {tuple(response.shape)}")
+        raise ValueError(f"response has shape {tuple(response.shape)}: expected [B, L, {width}]")
     if alive.shape != response.shape[:2] or alive.dtype != torch.bool:
         raise ValueError(
-            f"alive must be bool [B, L] = {tuple(response.shape[:2])}, got {alive.dtype} {tuple(alive.shape)}"
+            f"alive is {alive.dtype} {tuple(alive.shape)}: expected bool [B, L] = {tuple(response.shape[:2])}"
         )
     if index.shape != response.shape[:1]:
-        raise ValueError(f"index must be [B] = {tuple(response.shape[:1])}, got {tuple(index.shape)}")
+        raise ValueError(f"index has shape {tuple(index.shape)}: expected [B] = {tuple(response.shape[:1])}")
     device, length = prepared.prefix.device, response.shape[1]
     index = index.to(device)
     prefix_valid, suffix_valid = prepared.prefix_valid[index], prepared.suffix_valid[index]
@@ -108,11 +107,11 @@ def assemble(prepared: PreparedPrompts, index: Tensor, response: Tensor, alive: 
     return Sequences(embeddings, mask, positions)
 
 
-def last_real(mask: Tensor) -> Tensor:
+def last_real(mask: torch.Tensor) -> torch.Tensor:
     """Last True position [B] of each row of a mask [B, T]."""
     return mask.shape[1] - 1 - mask.long().flip(1).argmax(1)
 
 
-def wide(values: Tensor) -> Tensor:
+def wide(values: torch.Tensor) -> torch.Tensor:
     """Float32, or float64 where they are."""
     return values if values.dtype == torch.float64 else values.float()

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from entrgi_kernels.names import METHODS
+
 from ..errors import UsageError, require
 from .config import EvaluationConfig, presets, read_config
 
@@ -71,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names of CONFIG's datasets, tiny, files (.jsonl, .csv, .txt, ...) or hub names",
     )
     group.add_argument("-n", "--num-prompts", type=int, metavar="N", help="prompts of every dataset")
-    group.add_argument("--methods", type=_list, metavar="LIST", help="none, expectation, aps, entrgi")
+    group.add_argument("--methods", type=_list, metavar="LIST", help=", ".join(METHODS))
     group.add_argument("--temperatures", type=_values, metavar="LIST")
     group.add_argument("--seeds", type=_values, metavar="LIST")
     group.add_argument("-K", "--num-samples", type=int, metavar="K", help="samples per prompt")

@@ -108,7 +108,7 @@ class Row:
 
     @property
     def method(self) -> str:
-        """Its name, as in :data:`entrgi.loading.METHODS`."""
+        """Its name, as in :data:`entrgi_kernels.names.METHODS`."""
         return self.settings["method"]
 
     @property

@@ -14,6 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from entrgi_kernels.names import METHODS
+
 from .. import __version__
 from ..digests import digest
 from ..errors import UsageError, read_text, require
@@ -80,7 +82,7 @@ class EvaluationConfig:
     model: str = TINY
     rewards: tuple[str, ...] = (TINY,)
     datasets: tuple[Dataset, ...] = (Dataset(TINY, TINY, num_prompts=24),)
-    methods: tuple[Any, ...] = ("none", "expectation", "aps", "entrgi")
+    methods: tuple[Any, ...] = tuple(METHODS)
     temperatures: tuple[float, ...] = (0.7,)
     seeds: tuple[int, ...] = (0,)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -64,7 +64,7 @@ def make_judge(spec: JudgeSpec, device: str, diffusion: Callable[[], tuple[Any, 
     Raises:
         UsageError: a model that cannot be loaded.
     """
-    from entrgi import loading
+    from .. import loading
 
     loading.quiet()
     if spec.kind == "reward":
@@ -80,8 +80,9 @@ class RewardJudge:
     """A reward model that guided nothing."""
 
     def __init__(self, spec: JudgeSpec, device: str) -> None:
-        from entrgi import loading, tiny
         from entrgi_kernels import rewards
+
+        from .. import loading, tiny
 
         where = loading.device_of(device, spec.model == TINY)
         if spec.model == TINY:
@@ -111,7 +112,7 @@ class RuleJudge:
     """The rule that labelled the texts which the tiny models learned from."""
 
     def judge(self, candidates: Sequence[Candidate]) -> list[Judgement]:
-        from entrgi import tiny
+        from .. import tiny
 
         return [Judgement(float(tiny.gold_score(prompt_text(c.prompt), c.text))) for c in candidates]
 
@@ -137,9 +138,10 @@ class LanguageModelJudge:
     def __init__(self, spec: JudgeSpec, device: str) -> None:
         from transformers import AutoModelForCausalLM
 
-        from entrgi import loading
         from entrgi_kernels.models.loading import load_network, load_tokenizer
         from entrgi_kernels.text.vocabulary import check_rows
+
+        from .. import loading
 
         try:
             self._tokenizer = load_tokenizer(spec.model, padding_side="left")
@@ -161,7 +163,7 @@ class LanguageModelJudge:
         scores: list[float] = []
         for start in range(0, len(texts), self._spec.batch_size):
             scores += self._grade(texts[start : start + self._spec.batch_size])
-        return _by_candidate(scores, len(self._spec.tests))
+        return by_candidate(scores, len(self._spec.tests))
 
     def _prompt(self, candidate: Candidate, test: str) -> str:
         question = unit_test_question(candidate, test, self._spec.resolved_format)
@@ -207,7 +209,7 @@ class EndpointJudge:
         ]
         with ThreadPoolExecutor(self._spec.concurrency) as pool:
             scores = list(pool.map(self._grade, questions))
-        return _by_candidate(scores, len(self._spec.tests))
+        return by_candidate(scores, len(self._spec.tests))
 
     def _grade(self, question: str) -> float | None:
         request: dict[str, Any] = {
@@ -252,7 +254,7 @@ def grade_of(answer: Mapping[str, Any]) -> float | None:
     return None if named is None else min(5.0, float(named.group(0)))
 
 
-def _by_candidate(scores: Sequence[float | None], tests: int) -> list[Judgement]:
+def by_candidate(scores: Sequence[float | None], tests: int) -> list[Judgement]:
     out = []
     for start in range(0, len(scores), tests):
         part = [number(score) for score in scores[start : start + tests]]

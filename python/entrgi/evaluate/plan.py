@@ -213,7 +213,7 @@ _KNOWN = {
 def _model_config(role: str, name: str, trust_remote_code: bool) -> dict[str, Any] | None:
     """A model's config.json, without running code that comes with it; None where it is not to be found."""
     if name == TINY:
-        from entrgi import tiny
+        from .. import tiny
 
         name = str(tiny.weights_path("diffusion" if role == "model" else "reward"))
     if name in _KNOWN:

@@ -113,7 +113,7 @@ def _permutation(n: int, seed: int) -> list[int]:
 def _read(dataset: Dataset) -> list[tuple[str, Prompt]]:
     suffix = Path(dataset.path).suffix.lower()
     if dataset.path == TINY:
-        from entrgi import tiny
+        from .. import tiny
 
         return [("a tiny prompt", prompt) for prompt in tiny.prompts(dataset.num_prompts or _TINY_PROMPTS)]
     if suffix in _LINES:

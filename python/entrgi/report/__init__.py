@@ -14,12 +14,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from entrgi_kernels.names import METHODS
+
 from ..comparison import EXPLAINED, METRICS, TINY_NOTE, Comparison, MethodRun
 from ..errors import write_text
 from ..prompts import prompt_text
 
 # Replays grow with steps x slots; beyond this many numbers only the best samples are replayed, then fewer prompts.
-_BUDGET = 1_500_000
+REPLAY_BUDGET = 1_500_000
 
 
 def write_report(path: Path, comparison: Comparison, tokenizer: Any) -> int:
@@ -55,7 +57,8 @@ def build_page(data: dict[str, Any], section: str = "") -> str:
         "evaluation": section,
         "first": "evaluation" if section else "results",
         "results": " hidden" if section else "",
-        "style": _asset("style.css"),
+        "style": _colours() + _asset("style.css"),
+        "methods": _methods(),
         "script": _asset("charts.js") + "\n" + _asset("app.js"),
         "data": embed(data),
     }
@@ -94,6 +97,7 @@ def payload(comparison: Comparison, tokenizer: Any) -> dict[str, Any]:
             {
                 "key": run.method,
                 "label": run.label,
+                "color": f"var(--{run.method if run.method in METHODS else 'accent'})",
                 "seconds": round(run.seconds, 2),
                 "estimates": {name: value.to_dict() for name, value in run.estimates().items() if name in names},
             }
@@ -140,9 +144,9 @@ def _samples(result: Any) -> list[dict[str, Any]]:
 def _replays(comparison: Comparison, tokenizer: Any) -> tuple[dict[str, list[list[Any]]], dict[str, str]]:
     """(traces by method, prompt and sample; text of every token that occurs)."""
     used: set[int] = set()
-    budget = _BUDGET
+    budget = REPLAY_BUDGET
     cost = max((_cost(s) for run in comparison.runs for r in run.results for s in r.samples), default=0)
-    everything = sum(len(r.samples) for run in comparison.runs for r in run.results) * cost <= _BUDGET
+    everything = sum(len(r.samples) for run in comparison.runs for r in run.results) * cost <= REPLAY_BUDGET
     traces: dict[str, list[list[Any]]] = {run.method: [] for run in comparison.runs}
     for index in range(len(comparison.prompts)):
         for run in comparison.runs:
@@ -211,6 +215,19 @@ def _plain(value: Any) -> str:
 
 def _flat(rows: Iterable[Iterable[Any]]) -> Iterable[Any]:
     return (item for row in rows for item in row)
+
+
+def _colours() -> str:
+    """The methods' colours as CSS variables, by theme."""
+    light = " ".join(f"--{name}: {method.light};" for name, method in METHODS.items())
+    dark = " ".join(f"--{name}: {method.dark};" for name, method in METHODS.items())
+    return f':root {{ {light} }}\n:root[data-theme="dark"] {{ {dark} }}\n'
+
+
+def _methods() -> str:
+    """What differs between the methods, as entries of a list of definitions; the paper's own first."""
+    entries = [(html.escape(method.label), html.escape(method.about)) for method in reversed(METHODS.values())]
+    return "\n".join(f"    <dt>{label}</dt><dd>{about}</dd>" for label, about in entries)
 
 
 def _asset(name: str) -> str:

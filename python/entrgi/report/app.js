@@ -23,7 +23,7 @@
     return node;
   }
   const methodOf = (key) => data.methods.find((m) => m.key === key);
-  const color = (key) => `var(--${["none", "expectation", "aps", "entrgi"].includes(key) ? key : "accent"})`;
+  const color = (key) => methodOf(key).color;
   const swatch = (key) => el("span", { className: "swatch", style: `--method:${color(key)}` });
 
   // ---- theme -------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def _page(results: Results, path: Path) -> str:
     ]
     section = template.render(parts=parts, missing=results.missing, intervals=INTERVALS)
     comparison = _replay(results)
-    data = payload(comparison, _tokenizer(results))
+    data = payload(comparison, tokenizer_of(results))
     data |= {
         "title": f"Evaluation: {results.title}",
         "heading": f"Evaluation: {results.title}",
@@ -171,13 +171,13 @@ class _NoTokenizer:
     eos_token_id = None
 
 
-def _tokenizer(results: Results) -> Any:
+def tokenizer_of(results: Results) -> Any:
     """The diffusion model's tokenizer; only recorded denoising needs it."""
     config = results.configs[0]
     if not results.traces:
         return _NoTokenizer()
     if config.model == "tiny":
-        from entrgi import tiny
+        from .. import tiny
 
         return _auto_tokenizer(str(tiny.weights_path("diffusion")), False)
     return _auto_tokenizer(config.model, config.trust_remote_code)

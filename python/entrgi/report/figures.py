@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from entrgi_kernels.names import METHODS
+
 from ..errors import UsageError, require
 
 if TYPE_CHECKING:
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 
 # Colours that a page replaces by its variables; in files they are what is seen.
 _INK, _LINE = "#1c1b22", "#e2ded6"
-_METHODS = {"none": "#6a6873", "expectation": "#0064a5", "aps": "#b34a00", "entrgi": "#00785a"}
 _MORE = (
     "#8f3f97",
     "#a58200",
@@ -37,7 +38,7 @@ _MORE = (
     "#7c6fd0",
 )
 _MOST_BANDS = 6  # rows; beyond that bands hide each other
-_VARIABLES = {_INK: "--ink", _LINE: "--line", **{color: f"--{name}" for name, color in _METHODS.items()}}
+_VARIABLES = {_INK: "--ink", _LINE: "--line", **{method.light: f"--{name}" for name, method in METHODS.items()}}
 _STYLE = {
     "font.size": 10,
     "font.family": ["DejaVu Sans"],
@@ -122,11 +123,9 @@ def save(figure: Any, path: Path) -> None:
 
 
 def _colors(rows: list[Row]) -> dict[str, str]:
-    """A colour for every label: the four methods have theirs."""
-    from ..tables import LABELS
-
+    """A colour for every label: the methods have theirs."""
     spare = iter(_MORE * (1 + len(rows) // len(_MORE)))
-    own = {LABELS[name]: color for name, color in _METHODS.items()}
+    own = {method.label: method.light for method in METHODS.values()}
     return {row.label: own.get(row.label) or next(spare) for row in rows}
 
 

@@ -10,11 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .arguments import METHODS, PUBLISHED_SAMPLING, GuidedTrainingArguments
+    from .arguments import PUBLISHED_SAMPLING, GuidedTrainingArguments
+    from .methods import METHODS
     from .trainer import GuidedTrainer
 
 __all__ = ["METHODS", "PUBLISHED_SAMPLING", "GuidedTrainer", "GuidedTrainingArguments"]
-_HOME = {"GuidedTrainer": "trainer"}
+_HOME = {"GuidedTrainer": "trainer", "METHODS": "methods"}
 
 
 def __getattr__(name: str) -> Any:

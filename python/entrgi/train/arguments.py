@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from transformers import TrainingArguments
 
 from entrgi_kernels.guidance.config import GuidanceConfig
 
-from .objectives import WEIGHTINGS
-
-
-class Method(NamedTuple):
-    """What a training method is made of: how completions are drawn, what is minimised, and its published settings."""
-
-    guidance: str
-    objective: str
-    p_mask_prompt: float
-    num_iterations: int
-
-
-METHODS = {
-    "rgrl-entrgi": Method("entrgi", "rgrl", 0.3, 1),
-    "rgrl-aps": Method("aps", "rgrl", 0.3, 1),
-    "diffu-grpo": Method("none", "grpo", 0.15, 12),
-}
+from .methods import METHODS, WEIGHTINGS
 
 # The published settings of the sampler during training (they differ from those of guided generation).
 PUBLISHED_SAMPLING = GuidanceConfig(

@@ -18,6 +18,7 @@ from .. import jsonl, loading
 from ..digests import fingerprint
 from ..errors import UsageError, differences, read_text
 from . import data, records
+from .methods import METHODS, WEIGHTINGS
 
 if TYPE_CHECKING:
     from entrgi_kernels.guidance.config import GuidanceConfig
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from .arguments import GuidedTrainingArguments
     from .trainer import GuidedTrainer
 
-METHODS = ("rgrl-entrgi", "rgrl-aps", "diffu-grpo")
 CONFIGS = ("ddp", "fsdp2", "zero2")
 
 # The recipe for the built-in models, where the published settings would take days to show anything: all weights are
@@ -44,7 +44,7 @@ TINY = {
 }
 # diffu-GRPO takes 12 steps on each rollout: more of them, cheaper ones.
 TINY_GRPO = TINY | {"max_steps": 120, "eval_steps": 40, "save_steps": 40}
-_PUBLISHED = {
+PUBLISHED = {
     "learning_rate": 5e-6,
     "max_steps": 500,
     "prompts": 1,
@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the built-in tiny models are trained, in minutes. Several processes: accelerate launch --config_file "
         '"$(entrgi train --show-config ddp)" -m entrgi train ...'
     )
-    parser.add_argument("--method", default="rgrl-entrgi", choices=METHODS, help="default: rgrl-entrgi")
+    parser.add_argument("--method", default="rgrl-entrgi", choices=tuple(METHODS), help="default: rgrl-entrgi")
     parser.add_argument("-o", "--output-dir", metavar="DIR", help="where checkpoints, records and the model go")
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --output-dir")
     parser.add_argument(
@@ -114,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--learning-rate", type=float, metavar="LR", help="AdamW's, decayed linearly: 5e-6 [1e-4]")
     group.add_argument("--prompts", type=int, metavar="N", help="prompts a step and process: 1 [8]")
     group.add_argument("--gradient-accumulation-steps", type=int, default=1, metavar="N", help="default: 1")
-    group.add_argument("--weighting", default="uniform", choices=("uniform", "softmax", "best"), help="rgrl-*: uniform")
+    group.add_argument("--weighting", default="uniform", choices=WEIGHTINGS, help="rgrl-*: uniform")
     group.add_argument("--lora-r", type=int, metavar="R", help="rank; 0 trains all weights: 32 [0]")
     group.add_argument("--lora-alpha", type=float, default=32, help="default: 32")
     group.add_argument("--lora-dropout", type=float, default=0.1, help="default: 0.1")
@@ -235,7 +235,7 @@ def _describe(args: argparse.Namespace, trainer: GuidedTrainer) -> dict[str, Any
 def fill_defaults(args: argparse.Namespace) -> bool:
     """Give flags that were left out the published values, or the built-in models' own; whether it is those."""
     tiny = loading.uses_tiny(args)
-    recipe = _PUBLISHED if not tiny else TINY_GRPO if args.method == "diffu-grpo" else TINY
+    recipe = PUBLISHED if not tiny else TINY_GRPO if args.method == "diffu-grpo" else TINY
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

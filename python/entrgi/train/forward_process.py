@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from entrgi_kernels import ops
 from entrgi_kernels.backends import philox
@@ -28,8 +28,14 @@ def derive_seed(*parts: object) -> int:
 
 
 def mask_prompts(
-    tokens: Tensor, attention: Tensor, start: int, mask_token_id: int, probability: float, seed: int, keys: Tensor
-) -> Tensor:
+    tokens: torch.Tensor,
+    attention: torch.Tensor,
+    start: int,
+    mask_token_id: int,
+    probability: float,
+    seed: int,
+    keys: torch.Tensor,
+) -> torch.Tensor:
     """The canvas that log-probabilities are read from: completion all masked, prompt masked at random.
 
     Args:
@@ -88,12 +94,12 @@ class CompletionLogProbs:
     def __call__(
         self,
         network: nn.Module,
-        canvas: Tensor,
-        attention: Tensor,
+        canvas: torch.Tensor,
+        attention: torch.Tensor,
         start: int,
-        completions: Tensor,
-        mask: Tensor,
-    ) -> Tensor:
+        completions: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
         """Log-probabilities [R, L] in nats of `completions` [R, L] where `mask` [R, L] is True, else 0.
 
         Args:
@@ -120,7 +126,7 @@ class CompletionLogProbs:
             found = wide.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
         return found.new_zeros(mask.shape).index_put((rows, slots), found)
 
-    def _log_probs(self, hidden: Tensor, flat: Tensor, targets: Tensor) -> Tensor:
+    def _log_probs(self, hidden: torch.Tensor, flat: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         assert isinstance(self._head, nn.Linear)
         tensors = [hidden.flatten(0, -2).index_select(0, flat), self._head.weight, self._head.bias]
         device = hidden.device.type
@@ -146,7 +152,7 @@ class CompletionLogProbs:
 
 
 @contextmanager
-def _computing(module: nn.Module | None, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _computing(module: nn.Module | None, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Let `function` stand in for a module's forward while inside; the module's hooks stay in force."""
     assert module is not None
     own: Any = module.__dict__.get("forward")

@@ -10,19 +10,19 @@ Reasoning in Diffusion Large Language Models via Reinforcement Learning", arXiv 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-WEIGHTINGS = ("uniform", "softmax", "best")
+from .methods import WEIGHTINGS
+
 SOFTMAX_TEMPERATURE = 0.1
 
 
-def completion_mask(completions: Tensor, eos_token_id: int) -> Tensor:
+def completion_mask(completions: torch.Tensor, eos_token_id: int) -> torch.Tensor:
     """[R, L] bool: the slots of completions [R, L] up to and including the first end-of-sequence token."""
     eos = completions == eos_token_id
     return eos.cumsum(dim=1) - eos.long() == 0
 
 
-def row_weights(rewards: Tensor, num_samples: int, weighting: str = "uniform") -> Tensor:
+def row_weights(rewards: torch.Tensor, num_samples: int, weighting: str = "uniform") -> torch.Tensor:
     """How much each completion counts: weights [R] that sum to 1 over the K completions of a prompt.
 
     Completions whose reward is not finite have the weight 0; the others of their prompt share the 1.
@@ -50,7 +50,7 @@ def row_weights(rewards: Tensor, num_samples: int, weighting: str = "uniform") -
     return weights.masked_fill(~scored, 0).flatten()  # all of them where a prompt has no reward at all
 
 
-def rgrl_loss(log_probs: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+def rgrl_loss(log_probs: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """-sum over rows of w_row [sum_i mask_i log p_i / max(1, sum_i mask_i)], a scalar.
 
     With the uniform weights 1/K this is the published loss: no advantage, no KL term, no clipping.
@@ -59,7 +59,7 @@ def rgrl_loss(log_probs: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
     return -(weights * (log_probs * mask).sum(dim=1) / lengths).sum()
 
 
-def advantages(rewards: Tensor, num_samples: int, scale: bool = False) -> Tensor:
+def advantages(rewards: torch.Tensor, num_samples: int, scale: bool = False) -> torch.Tensor:
     """Reward less its group's mean, [R]; with `scale` also over the group's standard deviation (+ 1e-4).
 
     Rewards that are not finite are no part of either, and have the advantage 0.
@@ -71,7 +71,7 @@ def advantages(rewards: Tensor, num_samples: int, scale: bool = False) -> Tensor
     return centred.masked_fill(~rewards.isfinite(), 0)
 
 
-def group_statistics(rewards: Tensor, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+def group_statistics(rewards: torch.Tensor, num_samples: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(mean, standard deviation, highest) of the finite rewards of each prompt, [R / K] each.
 
     One reward has the deviation 0; where a prompt has none, mean and deviation are 0 and the highest is -inf.
@@ -86,16 +86,16 @@ def group_statistics(rewards: Tensor, num_samples: int) -> tuple[Tensor, Tensor,
 
 
 def grpo_loss(
-    log_probs: Tensor,
-    old: Tensor,
-    reference: Tensor | None,
-    mask: Tensor,
-    advantage: Tensor,
+    log_probs: torch.Tensor,
+    old: torch.Tensor,
+    reference: torch.Tensor | None,
+    mask: torch.Tensor,
+    advantage: torch.Tensor,
     *,
     epsilon: float,
     beta: float,
-    tokens: Tensor | float,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    tokens: torch.Tensor | float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The clipped surrogate with a k3 estimate of the KL divergence, summed over completion tokens / `tokens`.
 
         ratio = exp(log p - log p_old)        k3 = exp(log p_ref - log p) - (log p_ref - log p) - 1
@@ -127,7 +127,7 @@ def grpo_loss(
     return loss, {name: (value.detach() * mask).sum() / tokens for name, value in (("kl", kl), ("clipped", binding))}
 
 
-def _groups(rewards: Tensor, num_samples: int) -> Tensor:
+def _groups(rewards: torch.Tensor, num_samples: int) -> torch.Tensor:
     if rewards.dim() != 1 or num_samples < 1 or len(rewards) % num_samples:
         raise ValueError(
             f"rewards have shape {list(rewards.shape)}: expected one a completion, groups of num_samples={num_samples}"

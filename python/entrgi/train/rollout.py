@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from entrgi_kernels import GuidedSampler
 from entrgi_kernels.guidance.config import GuidanceConfig
@@ -39,29 +38,29 @@ class Rollout:
     """
 
     index: int
-    tokens: Tensor
-    attention: Tensor
+    tokens: torch.Tensor
+    attention: torch.Tensor
     start: int
-    mask: Tensor
-    keys: Tensor
-    rewards: Tensor
-    terminated: Tensor
+    mask: torch.Tensor
+    keys: torch.Tensor
+    rewards: torch.Tensor
+    terminated: torch.Tensor
     entropy_weight: float | None
     seed: int
     mask_seeds: list[int]
-    old: Tensor | None = None
-    reference: Tensor | None = None
+    old: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
-    def trained(self) -> Tensor:
+    def trained(self) -> torch.Tensor:
         """[R, L] bool: `mask`, without completions that have no reward."""
         return self.mask & self.rewards.isfinite()[:, None]
 
     @property
-    def completions(self) -> Tensor:
+    def completions(self) -> torch.Tensor:
         """[R, L] int64."""
         return self.tokens[:, self.start :]
 
@@ -78,7 +77,7 @@ class Rollout:
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> Rollout:
         """The rollout of a :meth:`state_dict`, its tensors on `device`."""
-        return cls(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in state.items()})
+        return cls(**{name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in state.items()})
 
 
 def sample_rollout(

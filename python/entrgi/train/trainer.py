@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
@@ -25,8 +25,9 @@ from entrgi_kernels.rewards import Reward
 
 from ..statistics import estimate, finite
 from . import objectives, records
-from .arguments import METHODS, PUBLISHED_SAMPLING, GuidedTrainingArguments
+from .arguments import PUBLISHED_SAMPLING, GuidedTrainingArguments
 from .forward_process import CompletionLogProbs, derive_seed, mask_prompts
+from .methods import METHODS
 from .reference import ReferencePolicy
 from .rollout import Rollout, sample_rollout
 from .schedule import PromptSchedule
@@ -54,6 +55,10 @@ class GuidedTrainer(Trainer):
         judges: further rewards by name, to score held-out completions with.
         peft_config: trains an adapter instead of the model, as in ``peft.LoraConfig(...)``.
         **trainer: further arguments of transformers' Trainer (callbacks, optimizers, ...).
+
+    Attributes:
+        rollout: the completions in use; None before the first step.
+        reference: the policy that the KL term is against; None where there is none.
 
     Raises:
         ValueError, TypeError: models, tokenizers, prompts or settings that cannot serve.
@@ -112,7 +117,7 @@ class GuidedTrainer(Trainer):
         self.reference: ReferencePolicy | None = None
         if self._needs_reference and not self.is_fsdp_enabled:
             self.reference = ReferencePolicy(self.model)
-        self._rollout: Rollout | None = None
+        self.rollout: Rollout | None = None
         self._resumed_from: str | None = None
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self.add_callback(_Course(self))
@@ -121,7 +126,7 @@ class GuidedTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
         """The next optimiser step's prompts, and completions of them: drawn anew, or kept for an inner iteration.
 
         Returns:
@@ -132,9 +137,9 @@ class GuidedTrainer(Trainer):
             return batches, None
         prompts = [item["prompt"] for batch in batches for item in batch]
         index, iteration = batches[0][0]["rollout"], batches[0][0]["iteration"]
-        if self._rollout is None or self._rollout.index != index:
-            self._rollout = self._draw(prompts, index)
-        rollout, parts, first = self._rollout, [], 0
+        if self.rollout is None or self.rollout.index != index:
+            self.rollout = self.draw(prompts, index)
+        rollout, parts, first = self.rollout, [], 0
         for batch in batches:
             last = first + len(batch) * self.sampler.config.num_samples
             parts.append({"rollout": rollout.rows(slice(first, last)), "iteration": iteration})
@@ -147,7 +152,7 @@ class GuidedTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """This part's share of the step's loss.
 
@@ -189,7 +194,7 @@ class GuidedTrainer(Trainer):
         loss = loss * self.accelerator.num_processes * parts
         return (loss, {"log_probs": log_probs}) if return_outputs else loss
 
-    def _blamed(self, rollout: Rollout, iteration: int, log_probs: Tensor) -> str:
+    def _blamed(self, rollout: Rollout, iteration: int, log_probs: torch.Tensor) -> str:
         """What to say of a loss that is not finite."""
         said = f"the loss of step {self.state.global_step + 1} is NaN or infinite"
         terms = {"policy's": log_probs, "drawing policy's": rollout.old, "reference's": rollout.reference}
@@ -227,7 +232,7 @@ class GuidedTrainer(Trainer):
         tokens = int(inputs["rollout"].attention.sum())
         return 6 * tokens * sum(parameter.numel() for parameter in self.model.parameters())
 
-    def _log_probs_of(self, model: nn.Module, rollout: Rollout, iteration: int) -> Tensor:
+    def _log_probs_of(self, model: nn.Module, rollout: Rollout, iteration: int) -> torch.Tensor:
         assert self.args.p_mask_prompt is not None
         canvas = mask_prompts(
             rollout.tokens,
@@ -240,7 +245,7 @@ class GuidedTrainer(Trainer):
         )
         return self.log_probs(model, canvas, rollout.attention, rollout.start, rollout.completions, rollout.mask)
 
-    def _draw(self, prompts: list[Any], index: int) -> Rollout:
+    def draw(self, prompts: list[Any], index: int) -> Rollout:
         """Completions of the step's prompts of this process, with the log-probabilities they start from."""
         args, begin = self.args, time.perf_counter()
         seeds = [derive_seed("mask", args.seed, index, iteration) for iteration in range(args.num_iterations)]
@@ -259,7 +264,7 @@ class GuidedTrainer(Trainer):
         return rollout
 
     @torch.no_grad()
-    def _frozen_log_probs(self, rollout: Rollout) -> Tensor:
+    def _frozen_log_probs(self, rollout: Rollout) -> torch.Tensor:
         """[R, I, L] without gradient and dropout, as many rows at a time as a step's forward takes."""
         rows = self.args.per_device_train_batch_size * self.sampler.config.num_samples
         with evaluating(self.model), self.compute_loss_context_manager():
@@ -424,7 +429,7 @@ class GuidedTrainer(Trainer):
         """
         state = {
             "processes": self.accelerator.num_processes,
-            "rollout": None if self._rollout is None else self._rollout.state_dict(),
+            "rollout": None if self.rollout is None else self.rollout.state_dict(),
         }
         with records.saving(checkpoint):
             torch.save(state, self._state_file(checkpoint))
@@ -456,7 +461,7 @@ class GuidedTrainer(Trainer):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["processes"] == processes:
             if state["rollout"] is not None:
-                self._rollout = Rollout.from_state(state["rollout"], self.args.device)
+                self.rollout = Rollout.from_state(state["rollout"], self.args.device)
         elif self.args.num_iterations > 1:
             raise ValueError(
                 f"{checkpoint} was written by {state['processes']} processes, this run has {processes}: expected as "

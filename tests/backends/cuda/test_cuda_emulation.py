@@ -13,6 +13,7 @@ import torch
 
 from entrgi_kernels.backends import cuda, eager
 from entrgi_kernels.backends.arguments import Draw
+from entrgi_kernels.names import SCORED_ALGS
 
 VECTORS = json.loads((Path(__file__).parents[2] / "data" / "philox_vectors.json").read_text(encoding="utf-8"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -20,7 +21,6 @@ FILTERS = [(0, 1.0), (0, 0.9), (5, 1.0), (40, 0.5), (0, 0.999), (3, 0.95), (700,
 # Lists of 512 candidates: the longer rows overflow them. The last is split over blocks in the statistics.
 SHAPES = [(3, 1), (2, 7), (5, 63), (6, 1003), (3, 3000), (2, 70_001)]
 RNG = torch.tensor([(1 << 40) + 12345, 77])
-ALGS = ["entropy", "maskgit_plus", "topk_margin", "anchor"]
 
 
 @pytest.fixture(autouse=True)
@@ -238,14 +238,14 @@ def test_bad_rows_and_the_single_finite_entry(emulated, dtype):
         )
         out, _ = statistics(x, 1.0, 0.7)
         assert out[:, 1:4].isnan().all() and out[:, [0, 4, 5]].isfinite().all() and float(out[2, 4]) == 0.0
-        for alg in ALGS:
+        for alg in SCORED_ALGS:
             confidence = cuda.unmask_confidence(x, tokens, alg, 0.7, 0, 0.95)
             torch.testing.assert_close(
                 confidence, eager.unmask_confidence(x, tokens, alg, 0.7, 0, 0.95), rtol=2e-5, atol=2e-6, equal_nan=True
             )
 
 
-@pytest.mark.parametrize("alg", ALGS)
+@pytest.mark.parametrize("alg", SCORED_ALGS)
 @pytest.mark.parametrize("filters", [(0, 1.0), (0, 0.8), (7, 1.0), (900, 0.95)], ids=str)
 def test_confidence(emulated, alg, filters):
     for dtype in DTYPES:

@@ -16,13 +16,13 @@ if not torch.cuda.is_available():
 from entrgi_kernels import ops  # noqa: E402
 from entrgi_kernels.backends import cuda, eager, philox  # noqa: E402
 from entrgi_kernels.backends.arguments import Draw  # noqa: E402
+from entrgi_kernels.names import SCORED_ALGS  # noqa: E402
 
 _REASON = cuda.why_not(torch.device("cuda", 0), torch.float32)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
 V = 151_936
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 FILTERS = [(0, 0.95), (0, 1.0), (50, 1.0), (20, 0.9), (20_000, 0.999)]
-ALGS = ["entropy", "maskgit_plus", "topk_margin", "anchor"]
 
 
 def make(n: int, v: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -85,7 +85,7 @@ def test_flat_rows(scale):
             assert int((ours != eager.sample_tokens(x, Draw(rng(), keys(16), 1.0, *filters))).sum()) <= 1
 
 
-@pytest.mark.parametrize("alg", ALGS)
+@pytest.mark.parametrize("alg", SCORED_ALGS)
 def test_confidence_against_float64(alg):
     for dtype in DTYPES:
         x = make(64, V, dtype)
@@ -131,7 +131,7 @@ def test_small_shapes_at_every_alignment():
                 for filters in ((0, 0.9), (5, 1.0), (0, 1.0)):
                     tokens = cuda.sample_tokens(x, Draw(rng(), keys(4), 0.7, *filters))
                     assert torch.equal(tokens, eager.sample_tokens(x, Draw(rng(), keys(4), 0.7, *filters)))
-                    for alg in ALGS:
+                    for alg in SCORED_ALGS:
                         torch.testing.assert_close(
                             cuda.unmask_confidence(x, tokens, alg, 0.7, *filters),
                             eager.unmask_confidence(x, tokens, alg, 0.7, *filters),
@@ -162,7 +162,7 @@ def test_same_bits_run_to_run_and_in_any_batch():
         for _ in range(5):
             tokens, statistics, argmax = torch.ops.entrgi_cuda.draw(x, rng(), keys(n), 0.7, 0, 0.95, True)
             drawn = cuda.sample_tokens(flat, Draw(rng(), keys(n), 1.0, 0, 0.9))
-            sums = [cuda.unmask_confidence(x, tokens, alg, 0.7, 0, 0.95) for alg in ALGS]
+            sums = [cuda.unmask_confidence(x, tokens, alg, 0.7, 0, 0.95) for alg in SCORED_ALGS]
             results.append((tokens, statistics, argmax, drawn, *sums, *cuda.softmax_entropy(x, 0.7)))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

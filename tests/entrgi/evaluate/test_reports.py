@@ -24,7 +24,7 @@ def folder(fake, entrgi, tmp_path, monkeypatch) -> Path:
 
     prompts = tmp_path / "p.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in (NASTY, "b", "c")), encoding="utf-8")
-    monkeypatch.setattr(evaluation, "_tokenizer", lambda results: fake.tokenizer)
+    monkeypatch.setattr(evaluation, "tokenizer_of", lambda results: fake.tokenizer)
     code = entrgi("evaluate", "tiny", "--datasets", prompts, "-L", 8, "-T", 4, "--best-of", 6, "--traces", 1,
                   "--set", "judges=null", "-o", tmp_path / "r", "--no-report")  # fmt: skip
     assert code == 0

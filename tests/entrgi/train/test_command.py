@@ -128,7 +128,7 @@ def _defaults(*arguments: str) -> tuple[argparse.Namespace, bool]:
     return args, command.fill_defaults(args)
 
 
-@pytest.mark.parametrize("method", command.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_real_models_are_trained_by_the_published_recipe(method):
     """What `entrgi train` does when nothing but models and prompts is given: every figure of the publication."""
     peft = pytest.importorskip("peft")
@@ -153,8 +153,7 @@ def test_real_models_are_trained_by_the_published_recipe(method):
 
 
 def test_the_built_in_models_have_a_recipe_of_their_own():
-    assert tuple(METHODS) == command.METHODS
-    assert command.TINY.keys() == command.TINY_GRPO.keys() == command._PUBLISHED.keys()
+    assert command.TINY.keys() == command.TINY_GRPO.keys() == command.PUBLISHED.keys()
     args, tiny = _defaults("--max-new-tokens", "20")
     assert tiny and (args.max_new_tokens, args.steps, args.guidance_steps, args.lora_r) == (20, 20, 3, 0)
     assert _defaults("--method", "diffu-grpo")[0].max_steps > args.max_steps

@@ -9,6 +9,7 @@ import torch
 
 from entrgi.train.forward_process import CompletionLogProbs, derive_seed, mask_prompts
 from entrgi_kernels import models as adapters
+from entrgi_kernels.models.modules import output_head
 
 MASK, PAD = 2045, 2044
 START, SLOTS = 7, 5
@@ -103,7 +104,7 @@ def test_lora_and_training_mode(network):
     wrapped.train()
     again = reader(wrapped, tokens, attention, START, completions, mask)
     assert not torch.allclose(again, found)  # dropout lives in training mode
-    assert "forward" not in reader._head.__dict__  # the head is as it was
+    assert "forward" not in output_head(adapter.module).__dict__  # the head is as it was
 
 
 def test_a_head_whose_output_is_changed_afterwards_is_left_alone(network):

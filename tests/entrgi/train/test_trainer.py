@@ -52,7 +52,7 @@ def test_a_step_of_rgrl_is_adamw_on_the_published_loss(trainer_of, method):
     trainer = trainer_of(method=method, max_steps=1, max_grad_norm=0.0, weight_decay=0.01)
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
-    rollout, k = trainer._rollout, 2
+    rollout, k = trainer.rollout, 2
     assert len(rollout) == 4 and rollout.completions.shape == (4, 6)
     end = parameters(trainer)
     with torch.no_grad():
@@ -77,10 +77,10 @@ def test_methods_differ_in_how_they_draw(trainer_of):
     for method in ("rgrl-entrgi", "rgrl-aps", "diffu-grpo"):
         trainer = trainer_of(method, method=method, max_steps=1, num_iterations=1)
         trainer.train()
-        drawn[method] = trainer._rollout
+        drawn[method] = trainer.rollout
         log = records.read(trainer.args.output_dir, records.LOG)[0]
         assert ("entropy_weight" in log) == method.startswith("rgrl")
-        assert log["reward"] == pytest.approx(float(trainer._rollout.rewards.mean()), rel=1e-5)
+        assert log["reward"] == pytest.approx(float(trainer.rollout.rewards.mean()), rel=1e-5)
     assert drawn["rgrl-aps"].entropy_weight == 1.0 and 0 < drawn["rgrl-entrgi"].entropy_weight < 1
     assert not torch.equal(drawn["rgrl-aps"].completions, drawn["diffu-grpo"].completions)
 
@@ -104,7 +104,7 @@ def test_the_sampler_draws_in_evaluation_mode(trainer_of, monkeypatch):
         monkeypatch.setattr(trainer.sampler.model, "masked_logits", watched)
         trainer.model.train()
         torch.manual_seed(1 if folder == "a" else 2)
-        drawn.append(trainer._draw(PROMPTS[:2], 0).completions)
+        drawn.append(trainer.draw(PROMPTS[:2], 0).completions)
         assert modes and not any(modes)
         assert trainer.model.training  # and is back in its own mode
     assert torch.equal(*drawn)
@@ -136,20 +136,20 @@ def test_diffu_grpo_uses_a_rollout_for_its_iterations_under_their_own_masks(trai
     start = parameters(trainer)
     trainer.train()
     first, second = (derive_seed("mask", 42, 1, iteration) for iteration in range(2))
-    assert trainer._rollout.index == 1 and trainer._rollout.mask_seeds == [first, second] and first != second
+    assert trainer.rollout.index == 1 and trainer.rollout.mask_seeds == [first, second] and first != second
     log = records.read(trainer.args.output_dir, records.LOG)[:3]
     assert ["reward" in record for record in log] == [True, False, True]
     assert log[0]["kl"] == pytest.approx(0, abs=1e-12) and log[1]["kl"] > 1e-8
     # The first iteration's ratio is 1: minus the mean advantage over tokens.
     end = parameters(trainer)
-    rollout = trainer._rollout
+    rollout = trainer.rollout
     assert moved(start, end) > 1e-3
     advantage = objectives.advantages(rollout.rewards.double(), 2)
     tokens = rollout.mask.sum(1)
     expected = -(advantage * tokens).sum() / tokens.sum() + 0.5 * log[2]["kl"]
     assert log[2]["loss"] == pytest.approx(float(expected), rel=1e-6)
     # What was kept is what the policy that drew gives: the parameters are back where they were while the reference ran.
-    same(trainer.reference._kept, start, 1e-12)
+    same(trainer.reference.kept, start, 1e-12)
 
 
 def test_old_and_reference_log_probs_are_a_direct_computation(trainer_of):
@@ -157,7 +157,7 @@ def test_old_and_reference_log_probs_are_a_direct_computation(trainer_of):
     trainer.reference.sync()
     with torch.no_grad():
         trainer.model.lm_head.weight.mul_(1.1)
-        rollout = trainer._draw(PROMPTS[:2], 0)
+        rollout = trainer.draw(PROMPTS[:2], 0)
         inside = rollout.mask
         for iteration in range(2):
             direct = _direct_log_probs(trainer, rollout, iteration)
@@ -175,10 +175,10 @@ def test_the_reference_follows_every_so_many_steps(trainer_of):
     trainer.reference.sync = lambda mix: (step(mix), kept.append((trainer.state.global_step, parameters(trainer))))
     trainer.train()
     assert [at for at, _ in kept] == [2]
-    same(trainer.reference._kept, kept[0][1], 1e-14)
+    same(trainer.reference.kept, kept[0][1], 1e-14)
     half = {name: (a + kept[0][1][name]) / 2 for name, a in parameters(trainer).items()}
     step(0.5)
-    same(trainer.reference._kept, half, 1e-12)
+    same(trainer.reference.kept, half, 1e-12)
 
 
 def test_weighted_rgrl_counts_completions_by_reward(trainer_of):
@@ -187,7 +187,7 @@ def test_weighted_rgrl_counts_completions_by_reward(trainer_of):
         trainer = trainer_of(weighting, weighting=weighting, max_steps=1)
         trainer.train()
         found[weighting] = losses(trainer.args.output_dir)[0][1]
-        rollout = trainer._rollout
+        rollout = trainer.rollout
     assert len(set(found.values())) == 3 and all(math.isfinite(value) for value in found.values())
     assert objectives.row_weights(rollout.rewards, 2, "best").sum() == 2
 

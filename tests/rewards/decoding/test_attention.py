@@ -30,7 +30,7 @@ def test_output_and_gradients(shared, scale):
     *inputs, mask = tensors(shared=shared)
     expected = own(*inputs, mask, scale)
     grad = torch.randn_like(expected)
-    found, _ = attention._attention(torch.nn.Module(), *inputs, mask, scaling=scale)
+    found, _ = attention.attend(torch.nn.Module(), *inputs, mask, scaling=scale)
     assert "_Products" in found.grad_fn.next_functions[0][0].next_functions[0][0].name()
     torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-12, atol=1e-12)
     wanted = torch.autograd.grad(expected, inputs, grad)
@@ -45,7 +45,7 @@ def test_bfloat16_is_rounded_once():
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     wanted = [own(*exact, mask), *torch.autograd.grad(own(*exact, mask), exact, grad.double())]
     theirs = [own(*inputs, mask), *torch.autograd.grad(own(*inputs, mask), inputs, grad)]
-    ours = attention._attention(torch.nn.Module(), *inputs, mask)[0].transpose(1, 2)
+    ours = attention.attend(torch.nn.Module(), *inputs, mask)[0].transpose(1, 2)
     found = [ours, *torch.autograd.grad(ours, inputs, grad)]
     for mine, other, exactly in zip(found, theirs, wanted, strict=True):
         assert (mine - exactly).norm() <= (other - exactly).norm() and (mine - exactly).norm() < 3e-3 * exactly.norm()
@@ -68,7 +68,7 @@ def test_the_rest_is_left_to_torch(case, monkeypatch):
     monkeypatch.setattr(attention._Products, "apply", None)
     module = torch.nn.Module()
     module.num_key_value_groups = 3
-    found, _ = attention._attention(module, *inputs, mask, **settings)
+    found, _ = attention.attend(module, *inputs, mask, **settings)
     torch.testing.assert_close(found, own(*inputs, mask).transpose(1, 2), rtol=1e-12, atol=1e-12)
 
 

@@ -367,7 +367,7 @@ def test_double_precision_under_eager_attention_bears_padding(make):
 def test_an_accelerator_is_not_waited_for(make, monkeypatch):
     """Its rules, tried here: one look at each new tensor of counts and at each new index, none in between."""
     reward = make()
-    monkeypatch.setattr(savings, "_reads_are_free", lambda device: False)
+    monkeypatch.setattr(savings, "reads_are_free", lambda device: False)
     assert reward.savings == (PREFIX, COMMITTED, LAST_LAYER, ATTENTION) and "waiting" in reward.savings_off[DEAD]
     prepared, index = reward.prepare([SHORT, LONG]), torch.arange(2).repeat_interleave(2)
     response, alive = torch.randn(4, SLOTS, 32, dtype=torch.float64), torch.ones(4, SLOTS, dtype=torch.bool)
@@ -478,7 +478,7 @@ def test_a_known_family_without_its_savings_is_warned_of_once(make, tokenizer, c
         return own(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, use_cache=False)
 
     module.model.forward = forward
-    savings._warn_once.cache_clear()
+    savings.warn_once.cache_clear()
     with caplog.at_level("WARNING", "entrgi_kernels"):
         reward = [rewards.wrap(module, tokenizer) for _ in range(2)][0]
     assert reward.savings == () and len(caplog.records) == 1
@@ -486,7 +486,7 @@ def test_a_known_family_without_its_savings_is_warned_of_once(make, tokenizer, c
     assert all(name in said for name in NAMES) and "takes a cache" in said and "docs/savings.md" in said
     caplog.clear()
     module.config.model_type = "unheard_of"  # other networks are tried, with no promise
-    savings._warn_once.cache_clear()
+    savings.warn_once.cache_clear()
     rewards.wrap(module, tokenizer, exact_savings="none")
     make("Qwen3", attention="eager")  # its reward_attention is the configuration's choice
     assert not caplog.records

@@ -1,0 +1,55 @@
+"""Names that a user chooses among, each list once: settings, command line, reports and benchmarks read them here.
+
+Needs no torch, so that a command line prints its help without loading it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Method(NamedTuple):
+    """How a denoising step is guided.
+
+    Attributes:
+        weight: the hard token's share, by its name in :mod:`entrgi_kernels.guidance.weights`; None is no guidance.
+        label: its name in tables and pictures.
+        about: what a report says of it, a sentence after the label.
+        light, dark: its colour on a light and on a dark page.
+    """
+
+    weight: str | None
+    label: str
+    about: str
+    light: str
+    dark: str
+
+
+# In the order of the paper's tables.
+METHODS = {
+    "none": Method(
+        None, "Best-of-N", "guides nothing and keeps the sample of the highest reward.", "#6a6873", "#a5a1b3"
+    ),
+    "expectation": Method(
+        "zero", "Expectation", "reads the soft embedding everywhere (continuous relaxation).", "#0064a5", "#66b8f0"
+    ),
+    "aps": Method("one", "APS", "reads the hard token everywhere (straight-through).", "#b34a00", "#f29a5c"),
+    "entrgi": Method(
+        "linear",
+        "EntRGi",
+        "weighs the hard token by the entropy over its largest possible value, position by position.",
+        "#00785a",
+        "#4fd1a5",
+    ),
+}
+
+# The operators' own weights: H / log V, 1 and 0. A callable or a tensor may take their place.
+WEIGHT_MODES = ("entropy", "one", "zero")
+
+# Rankings of positions: those that ops.unmask_confidence computes, and "origin", which commits at random.
+SCORED_ALGS = ("entropy", "maskgit_plus", "topk_margin", "anchor")
+ALGS = (*SCORED_ALGS, "origin")
+CONFIDENCES = ("base", "guided")  # whose logits the entropy is of: before or after guidance
+SCHEDULES = ("linspace", "even")  # of commits
+
+BACKENDS = ("eager", "native", "triton", "cuda")
