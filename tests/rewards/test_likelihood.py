@@ -89,10 +89,12 @@ def test_open_slots_are_expected_to_hold_p(build, tokenizer, causal_lm, in_doubl
     assert 0 < vocabulary.coverage < 1
     assert vocabulary.complete == (unmatched != "zero")
     targets = open_targets(theirs, size, rows=2)
+    ended = targets.tokens == theirs.eos_token_id
     alive = torch.ones(2, SLOTS, dtype=torch.bool)
     alive[0, 5] = alive[1, 1] = False
     response = torch.randn(2, SLOTS, 32, dtype=torch.float64, requires_grad=True)
-    found = reward.score_embeddings(reward.prepare([SHORT, LONG]), torch.arange(2), response, alive, targets=targets)
+    prepared, index = reward.prepare([SHORT, LONG]), torch.arange(2)
+    found = reward.score_embeddings(prepared, index, response, alive, ended=ended, targets=targets)
     matrix = vocabulary.matrix(len(tokenizer)).to_dense().double()
     sums = matrix.sum(0)
     assert ((sums - 1).abs() < 1e-12).logical_or(sums == 0).all() and bool((sums == 0).any()) == (unmatched == "zero")
@@ -104,7 +106,7 @@ def test_open_slots_are_expected_to_hold_p(build, tokenizer, causal_lm, in_doubl
         shares = p @ matrix.T
         unknown = shares.sum(-1) == 0
         shares = shares / shares.sum(-1, keepdim=True).clamp_min(1e-300)
-        live = alive[row] & ~targets.ended[row]
+        live = alive[row] & ~ended[row]
         prefix, suffix = template.split_template(tokenizer, turns)
         if row == 0:
             assert not live[4] and not unknown[live].any() or unmatched == "zero"
