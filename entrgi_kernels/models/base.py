@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
+from .forwards import Forwards, WholeCanvas
 from .modules import (
     accepted_arguments,
     evaluating,
@@ -25,7 +26,7 @@ from .modules import (
 
 # Relative difference below which two ways through the same network count as the same result. Networks normalise and
 # rotate in float32 whatever their dtype, so float64 ones agree no better than this where positions are offset.
-_SAME = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+SAME = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 @runtime_checkable
@@ -102,11 +103,14 @@ class BackboneModel:
         pad_invariant: True when left padding does not change the logits of the other positions. Where it does,
             rows are run in groups of equal padding, with the padding cut off.
         position_limit: how many positions the network has learned; None where it computes them.
+        block_length: how many tokens a block of block-causal attention has; None: every position sees every other.
 
     Raises:
         TypeError: ``module`` is no ``torch.nn.Module``.
         ValueError: a parameter is not finite, the mask token lies outside the vocabulary, or attention is causal.
     """
+
+    block_length: int | None = None
 
     def __init__(self, module: nn.Module, mask_token_id: int, shift: bool) -> None:
         if not isinstance(module, nn.Module):
@@ -191,7 +195,9 @@ class BackboneModel:
         if positions.numel() == 0:
             return torch.empty(0, self.vocab_size, device=canvas.device, dtype=self.dtype)
         if self.shift:
-            positions = torch.where(positions % canvas.shape[1] == 0, positions, positions - 1)
+            # What a row begins with reads itself: padding has nothing to say.
+            inside = (positions % canvas.shape[1] != 0) & attention_mask.flatten()[positions - 1]
+            positions = torch.where(inside, positions - 1, positions)
         with torch.no_grad(), plain_precision(canvas.device), evaluating(self.module):
             padded, arguments = self._arguments(attention_mask)
             if padded and not self.pad_invariant:
@@ -200,6 +206,21 @@ class BackboneModel:
                 # The id that the probe padded with: RoBERTa and its kin count positions by ids.
                 canvas = canvas.masked_fill(~attention_mask, self._filler)
             return self._rows(canvas, arguments, positions, out)
+
+    def block_offsets(self, prompt_lengths: list[int]) -> list[int]:
+        """How many of each prompt's last tokens stand in the block that its response begins in: 0 without blocks."""
+        return [0] * len(prompt_lengths)
+
+    def forwards(self, tokens: torch.Tensor, attention: torch.Tensor, start: int, repeats: int = 1) -> Forwards:
+        """The forwards of one batch's generation.
+
+        Args:
+            tokens: [R, S] int64, prompts padded on the left, then the responses' slots.
+            attention: [R, S] bool, True at real tokens.
+            start: column at which the responses begin.
+            repeats: this many consecutive rows share their prompt.
+        """
+        return WholeCanvas(self, attention)
 
     def check_length(self, length: int, what: str) -> None:
         """Raise ValueError for more tokens than the network has learned positions for; ``what`` says whose they are."""
@@ -247,14 +268,24 @@ class BackboneModel:
         self, canvas: torch.Tensor, arguments: dict[str, Any], positions: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Logits [N, V] at flat positions of the canvas; the head runs on these alone where it may."""
+        return self._picked(canvas, arguments, _at(positions), out)
+
+    def _picked(
+        self,
+        canvas: torch.Tensor,
+        arguments: dict[str, Any],
+        pick: Callable[[torch.Tensor], torch.Tensor],
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits [N, V] of the rows [N, W] that `pick` takes of all positions' [B * S, W], before or after the head."""
         if self.head_on_masked_rows and self._head is not None:
-            with _only_rows(self._head, canvas.shape, positions) as applied, _writing_to(self._head, out):
+            with _only_rows(self._head, canvas.shape, pick) as applied, _writing_to(self._head, out):
                 logits = logits_of(self.module(canvas, **arguments))
             if applied:
-                return logits.reshape(positions.numel(), logits.shape[-1])
+                return logits.reshape(-1, logits.shape[-1])
         else:
             logits = logits_of(self.module(canvas, **arguments))
-        return logits.reshape(-1, logits.shape[-1]).index_select(0, positions.to(logits.device))
+        return pick(logits.reshape(-1, logits.shape[-1]))
 
     def _full(self, canvas: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """All logits [B, S, V] of a canvas, unshifted."""
@@ -283,27 +314,20 @@ class BackboneModel:
         name = type(self.module).__name__
         pad = _pad_token(self.module)
         tokens = _ordinary_tokens(rows or self.mask_token_id + 1, {self.mask_token_id, pad})
-        mask = self.mask_token_id
-        first = torch.tensor([[tokens[0], mask, tokens[1], mask, tokens[2]]], device=self.device)
+        first = torch.tensor([self._probe_canvas(tokens)], device=self.device)
         real = torch.ones_like(first, dtype=torch.bool)
         found: list[torch.Tensor] = []
         self.position_limit = learned_positions(lambda: found.append(self._full(first, real)), first.shape[1])
         (logits,) = found
         if logits.dim() != 3 or logits.shape[:2] != first.shape:
-            raise ValueError(f"{name} returned logits of shape {tuple(logits.shape)} for a canvas of shape (1, 5)")
+            raise ValueError(
+                f"{name} returned logits of shape {tuple(logits.shape)} for a canvas of shape {tuple(first.shape)}"
+            )
         if not bool(logits.isfinite().all()):
             raise ValueError(f"{name} returns logits that are not finite for ordinary tokens")
         self.vocab_size = logits.shape[-1]
 
-        distinct = [token for token in tokens[3:] if token != tokens[2]]
-        for token in distinct:  # a second try, should one pair of tokens happen to look the same
-            other = first.clone()
-            other[0, -1] = token
-            if bool((self._full(other, real)[:, 0] != logits[:, 0]).any()):
-                break
-        else:
-            if distinct:
-                raise ValueError(self.causal_message())
+        self._check_attention(first, logits, tokens)
 
         # Padding: the same tokens behind two pads must give the same logits, to rounding.
         self._filler = tokens[3] if pad is None or (rows is not None and pad >= rows) else pad
@@ -316,12 +340,34 @@ class BackboneModel:
             wanted = torch.tensor([1, 3, 4], device=self.device)
             try:
                 alone = self._rows(first, self.inputs(real, False), wanted)
-                with _only_rows(self._head, first.shape, wanted) as applied:
+                with _only_rows(self._head, first.shape, _at(wanted)) as applied:
                     self.module(first, **self.inputs(real, False))
             except (RuntimeError, ValueError, IndexError, TypeError):
                 self.head_on_masked_rows = False
             else:
                 self.head_on_masked_rows = bool(applied) and same_result(alone, logits[0, wanted])
+
+    def _probe_canvas(self, tokens: list[int]) -> list[int]:
+        """What is run at construction: ordinary tokens and masks, an ordinary one (``tokens[2]``) at the end."""
+        return [tokens[0], self.mask_token_id, tokens[1], self.mask_token_id, tokens[2]]
+
+    def _check_attention(self, first: torch.Tensor, logits: torch.Tensor, tokens: list[int]) -> None:
+        """Raise ValueError where a later token does not reach an earlier position.
+
+        Args:
+            first: [1, S], the canvas that was run.
+            logits: [1, S, V], what came of it.
+            tokens: six ordinary ids.
+        """
+        real = torch.ones_like(first, dtype=torch.bool)
+        distinct = [token for token in tokens[3:] if token != tokens[2]]
+        for token in distinct:  # a second try, should one pair of tokens happen to look the same
+            other = first.clone()
+            other[0, -1] = token
+            if bool((self._full(other, real)[:, 0] != logits[:, 0]).any()):
+                return
+        if distinct:
+            raise ValueError(self.causal_message())
 
     def causal_message(self) -> str:
         """What to say when a later token does not reach an earlier position."""
@@ -331,8 +377,15 @@ class BackboneModel:
         )
 
 
+def _at(positions: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What takes the rows at these positions."""
+    return lambda rows: rows.index_select(0, positions.to(rows.device))
+
+
 @contextmanager
-def _only_rows(head: nn.Module, shape: torch.Size, positions: torch.Tensor) -> Iterator[list[bool]]:
+def _only_rows(
+    head: nn.Module, shape: torch.Size, pick: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[list[bool]]:
     """Hand a head only some rows of its input while inside; yields a list that is non-empty once it has happened.
 
     Whatever the network does to its logits afterwards (soft-capping, scaling, casting) it does to those rows, so
@@ -351,7 +404,7 @@ def _only_rows(head: nn.Module, shape: torch.Size, positions: torch.Tensor) -> I
         ):
             return None
         applied.append(True)
-        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions.to(hidden.device))
+        rows = pick(hidden.reshape(-1, hidden.shape[-1]))
         return (rows.unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(select)
@@ -391,7 +444,7 @@ def _writing_to(head: nn.Module, out: torch.Tensor | None) -> Iterator[None]:
 def same_result(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two results of one computation agree within what their dtype's rounding explains."""
     scale = float(b.abs().amax()) + 1e-12
-    return float((a - b).abs().amax()) <= _SAME.get(b.dtype, 0.1) * scale
+    return float((a - b).abs().amax()) <= SAME.get(b.dtype, 0.1) * scale
 
 
 def embedding_rows(module: nn.Module) -> int | None:

@@ -1,0 +1,98 @@
+"""Keys and values of finished blocks, in memory that is written once.
+
+Imported where a cache is needed, since it brings transformers along.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+class _Layer(DynamicLayer):
+    """One layer's keys and values: new ones go behind the others, which are not copied for it."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self._capacity = capacity
+        self._memory: list[Tensor | None] = [None, None]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        self.keys = self._append(0, self.keys, length, key_states)
+        self.values = self._append(1, self.values, length, value_states)
+        return self.keys, self.values
+
+    def _append(self, which: int, kept: Tensor, length: int, new: Tensor) -> Tensor:
+        end, memory = length + new.shape[-2], self._memory[which]
+        if memory is None or memory.shape[-2] < end:
+            memory = new.new_empty(*new.shape[:-2], max(end, self._capacity), new.shape[-1])
+            if length:
+                memory[..., :length, :] = kept
+            self._memory[which] = memory
+        memory[..., length:end, :] = new
+        return memory[..., :end, :]
+
+    def cut(self, length: int) -> None:
+        self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
+
+    def select(self, rows: Tensor) -> None:
+        self.keys, self.values = (kept.index_select(0, rows.to(kept.device)) for kept in (self.keys, self.values))
+        self._memory = [None, None]
+
+    def copy(self) -> _Layer:
+        """The same keys; either writes into memory of its own from here on."""
+        other = _Layer(self._capacity)
+        other.lazy_initialization(self.keys, self.values)
+        other.keys, other.values = self.keys, self.values
+        return other
+
+
+class KeptKeys(DynamicCache):
+    """A cache as transformers' networks take them. Only whoever made it cuts it; :meth:`length` notices others.
+
+    Args:
+        capacity: columns to make room for; more are taken when they come.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self._capacity = capacity
+        self.layer_class_to_replicate = partial(_Layer, capacity)
+
+    def length(self) -> int:
+        """How many columns are kept.
+
+        Raises:
+            RuntimeError: not the same in every layer.
+        """
+        lengths = {layer.get_seq_length() for layer in self._used()}
+        if len(lengths) > 1:
+            raise RuntimeError(f"the layers of a cache hold {sorted(lengths)} positions: expected one length")
+        return lengths.pop() if lengths else 0
+
+    def copy(self) -> KeptKeys:
+        """Another cache that holds the same."""
+        other = KeptKeys(self._capacity)
+        other.layers = [layer.copy() if layer.is_initialized else layer for layer in self.layers]
+        return other
+
+    def cut(self, length: int) -> None:
+        """Forget all but the first `length` columns."""
+        for layer in self._used():
+            layer.cut(length)
+
+    def select(self, rows: Tensor) -> None:
+        """Rows [R'] int64 go on, in this order; a row may be there twice."""
+        for layer in self._used():
+            layer.select(rows)
+
+    def _used(self) -> list[_Layer]:
+        # Layers that share another's keys are never written.
+        return [layer for layer in self.layers if layer.is_initialized]
