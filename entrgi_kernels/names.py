@@ -50,6 +50,10 @@ WEIGHT_MODES = ("entropy", "one", "zero")
 SCORED_ALGS = ("entropy", "maskgit_plus", "topk_margin", "anchor")
 ALGS = (*SCORED_ALGS, "origin")
 CONFIDENCES = ("base", "guided")  # whose logits the entropy is of: before or after guidance
+PROBABLE_ALGS = ("maskgit_plus", "topk_margin")  # whose confidence lies in [0, 1]: a threshold may be set for it
 SCHEDULES = ("linspace", "even")  # of commits
+
+# What a bidirectional model may read again within a block; not exact.
+MODEL_CACHES = ("prefix", "dual")
 
 BACKENDS = ("eager", "native", "triton", "cuda")

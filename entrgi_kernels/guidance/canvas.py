@@ -19,6 +19,8 @@ class Canvas:
         masked: [R, L] bool, the slots still to be filled. Kept apart from the tokens: a prompt may hold the mask token.
         keys: [R, L] int64, keys of each slot's draws.
         repeats: this many consecutive trajectories start out identical (K samples of a prompt); 1 claims nothing.
+        ends: [R] int64, the slot at which what the reward reads of each response ends; None is L for all.
+        end: the largest of these.
     """
 
     tokens: torch.Tensor
@@ -27,6 +29,8 @@ class Canvas:
     masked: torch.Tensor
     keys: torch.Tensor
     repeats: int = 1
+    ends: torch.Tensor | None = None
+    end: int | None = None
 
     @classmethod
     def blank(
@@ -66,6 +70,13 @@ class Canvas:
     def response(self) -> torch.Tensor:
         """[R, L] view of the response's tokens."""
         return self.tokens[:, self.start :]
+
+    def read_by_reward(self, tokens: torch.Tensor, filler: int | bool) -> torch.Tensor:
+        """What the reward reads of [R, L] columns over the response: up to the ends, fillers behind a row's own."""
+        shown = tokens[:, : self.end]
+        if self.ends is None:
+            return shown
+        return shown.masked_fill(torch.arange(shown.shape[1], device=shown.device) >= self.ends[:, None], filler)
 
 
 @dataclass

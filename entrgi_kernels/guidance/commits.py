@@ -275,6 +275,8 @@ class Commits:
         if config.deprioritize_eos:
             eos = canvas.response.index_put((opened.rows, opened.slots), drawn) == self._eos
             ranking = ranking.masked_fill(eos, -torch.inf)
+        if config.threshold is not None:
+            wanted = torch.maximum(wanted, (ranking > config.threshold).sum(dim=1))
         return best_positions(self._perturbed(ranking, step), canvas.masked, wanted)
 
     def _perturbed(self, ranking: torch.Tensor, step: int) -> torch.Tensor:

@@ -12,14 +12,11 @@ from typing import Any
 import torch
 
 from ..backends import check_name
+from ..names import ALGS, CONFIDENCES, METHODS, MODEL_CACHES, PROBABLE_ALGS, SCHEDULES
 from ..ops import _common
 from ..ops.guidance_update import MOMENT_DTYPES
-from . import schedules
 from .savings import check_savings
-from .weights import METHODS, WeightFunction, method_weight
-
-ALGS = ("entropy", "maskgit_plus", "topk_margin", "anchor", "origin")
-CONFIDENCES = ("base", "guided")
+from .weights import WeightFunction, method_weight
 
 # Bounds of the fields that a trajectory position's random key is packed from (docs/philox.md).
 MAX_SAMPLES, MAX_SLOTS, MAX_STEPS, MAX_INNER = 1 << 10, 1 << 14, 1 << 24, 254
@@ -48,6 +45,16 @@ class GuidanceConfig:
             best, as None and 0 do.
         confidence: for alg "entropy", of the logits before guidance and unfiltered ("base"), or after and filtered
             ("guided").
+        block_length: slots of a block, which divides max_new_tokens: blocks are filled from left to right, each by its
+            share of the steps, and none is begun behind an end-of-sequence token. The reward reads up to the end of
+            the block. None fills the whole response at once, or by the blocks that the model was trained with.
+        threshold: in (0, 1], for alg "maskgit_plus" and "topk_margin": a step also commits every position whose
+            confidence is above it, and at least one, so that a block may take fewer steps. None counts alone.
+        cfg_scale: w of classifier-free guidance: logits u + (w + 1)(c - u), with u those behind a masked prompt
+            (LLaDA), or a reference model's log-probabilities (RFG); 0 is none.
+        model_cache: for models that see the whole canvas, what of a block's first forward its others read again:
+            "prefix", keys and values before the block, or "dual", those behind it too (Fast-dLLM). Not exact
+            (docs/blocks.md), so None unless asked for.
         schedule: positions a step, "linspace" or "even".
         schedule_eps: last time of the "linspace" schedule.
         deprioritize_eos: a drawn end-of-sequence token is committed last.
@@ -86,6 +93,10 @@ class GuidanceConfig:
     alg: str = "entropy"
     alg_temp: float | None = None
     confidence: str = "base"
+    block_length: int | None = None
+    threshold: float | None = None
+    cfg_scale: float = 0.0
+    model_cache: str | None = None
     schedule: str = "linspace"
     schedule_eps: float = 1e-3
     deprioritize_eos: bool = True
@@ -128,7 +139,22 @@ class GuidanceConfig:
         if self.alg_temp is not None:
             _common.check_temperature(self.alg_temp, "alg_temp", "or None: takes the best")
         _one_of("confidence", self.confidence, CONFIDENCES)
-        _one_of("schedule", self.schedule, schedules.SCHEDULES)
+        if self.block_length is not None:
+            _integer("block_length", self.block_length, 1, self.max_new_tokens, none=True)
+            if self.max_new_tokens % self.block_length:
+                raise ValueError(
+                    f"block_length={self.block_length}: expected one that divides max_new_tokens={self.max_new_tokens}"
+                )
+        if self.threshold is not None:
+            _number("threshold", self.threshold, low=0, high=1, open_low=True, none=True)
+            if self.alg not in PROBABLE_ALGS:
+                raise ValueError(
+                    f"threshold={self.threshold} with alg={self.alg!r}, whose confidence is no probability: expected "
+                    f"alg {' or '.join(map(repr, PROBABLE_ALGS))}"
+                )
+        _number("cfg_scale", self.cfg_scale, low=0)
+        _one_of("model_cache", self.model_cache, (None, *MODEL_CACHES))
+        _one_of("schedule", self.schedule, SCHEDULES)
         _number("schedule_eps", self.schedule_eps, low=0, high=1, open_low=True)
         if isinstance(self.torch_compile, str):
             _one_of("torch_compile", self.torch_compile, (False, True, *torch.compiler.list_backends(exclude_tags=())))

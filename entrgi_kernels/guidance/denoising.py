@@ -6,14 +6,13 @@ an operator come from :mod:`entrgi_kernels.ops`, what the models compute from th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from ..models import DiffusionModel
+from ..models.forwards import Forwards
 from ..ops import softmax_entropy
 from . import phases
 from .canvas import Canvas, OpenSlots
@@ -37,6 +36,7 @@ class Denoiser:
 
     Attributes:
         model: the diffusion model's adapter.
+        forwards: its forwards of this canvas.
         score: the reward of the trajectories.
         table: [V, D], the reward's embeddings seen through the vocabulary map.
         config: settings.
@@ -44,6 +44,8 @@ class Denoiser:
         canvas: the trajectories; filled in place.
         stats: added to.
         memory: used again at every step; a run of several batches hands over the same.
+        first: int64 [R], the column at which each row's block begins; None where the response does.
+        rows: int64 [R], which of the rows of the forwards' last block these are; None for all of them.
 
     The host waits for the device once before the first step, once after the last, and at most once in each step: to
     learn how many of the drawn tokens are postponed, and how far the responses are settled from the left. (Traces, and
@@ -51,6 +53,7 @@ class Denoiser:
     """
 
     model: DiffusionModel
+    forwards: Forwards
     score: Scorer
     table: torch.Tensor
     config: GuidanceConfig
@@ -58,11 +61,10 @@ class Denoiser:
     canvas: Canvas
     stats: Stats
     memory: Memory = field(default_factory=Memory)
+    first: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        # An adapter that takes the positions need not count them on the device again.
-        taken = inspect.signature(self.model.masked_logits).parameters
-        self._takes_positions, self._takes_out = "positions" in taken, "out" in taken
         self._device = self.canvas.tokens.device
         self._faults = Faults(len(self.canvas.tokens), self._device)
         ids = self.model.mask_token_id, self.score.eos_token_id
@@ -73,13 +75,15 @@ class Denoiser:
             if self.config.cuda_graphs:
                 self._guide = CapturedLoop(self._guide, self.config, self.memory, len(self.canvas.tokens))
         self._reads_are_free = self._device.type == "cpu"
-        self._settled, self._edited = 0, False
-        self._shared_attention: torch.Tensor | None = None
+        self._settled, self._edited, self._narrow = 0, False, False
+        self._fillable = self.canvas.masked.clone()
 
     @torch.no_grad()
     def run(
         self,
         *,
+        steps: int | None = None,
+        first_step: int = 0,
         traces: list[list[StepTrace]] | None = None,
         on_step: OnStep | None = None,
         every_step: bool = False,
@@ -87,6 +91,8 @@ class Denoiser:
         """Fill every masked slot of the canvas, in place.
 
         Args:
+            steps: denoising steps; None is the setting's.
+            first_step: number of the first one, for its draws, hooks and traces.
             traces: a list a trajectory to which every step is added; None keeps no trace.
             on_step: called after each step with (step, canvas tokens [R, S]); what it returns replaces the tokens. None
                 says that it changed nothing.
@@ -102,23 +108,26 @@ class Denoiser:
         """
         config, canvas = self.config, self.canvas
         left = canvas.masked.sum(dim=1).tolist()
-        schedule = plan(config.schedule, left, config.steps, config.schedule_eps)
+        schedule = plan(config.schedule, left, steps or config.steps, config.schedule_eps)
         planned_counts = torch.tensor(schedule.counts, dtype=torch.int64, device=self._device)
         # Where commits follow the plan to the letter the host knows what is open; else (a drawn mask token stays open,
-        # a hook changes tokens, "origin" commits by chance) it asks the device once a step.
-        self._planned = config.alg != "origin" and self.undrawable.numel() > 0
+        # a hook changes tokens, "origin" commits by chance, a threshold by confidence) it asks the device once a step.
+        self._planned = config.alg != "origin" and config.threshold is None and self.undrawable.numel() > 0
         self._identical = canvas.repeats > 1 and config.saves("shared_forward")
+        self._open()
         self._trace = None if traces is None else Trace(traces)
-        last_step = len(schedule) - 1
+        last_step = first_step + len(schedule) - 1
         skipping = config.saves("idle_steps") and config.alg != "origin" and not every_step
-        for step, (counts, share) in enumerate(zip(schedule.counts, schedule.shares, strict=True)):
-            wanted = planned_counts[step]
+        for step, (counts, share) in enumerate(zip(schedule.counts, schedule.shares, strict=True), first_step):
+            wanted = planned_counts[step - first_step]
             if not self._planned:
                 left = self._look(canvas.masked.sum(dim=1), True, canvas.masked)
                 # Counted anew at each step, as published. "even" keeps its plan until the last step fills what is left.
                 if config.schedule == "linspace" or step == last_step:
                     counts = tuple(int(n * share) for n in left)
-                    wanted = on_device(counts, self._device)
+                if config.threshold is not None:
+                    counts = tuple(min(n, max(1, count)) for n, count in zip(left, counts, strict=True))
+                wanted = on_device(counts, self._device)
             # With keyed draws and Adam fresh at every step, a step that commits nothing leaves no trace at all.
             if any(counts) or not skipping:
                 opened = OpenSlots.of(canvas.masked, canvas.keys, left)
@@ -134,7 +143,7 @@ class Denoiser:
                         canvas.tokens.copy_(replaced)
                     # What the hook masks is filled again. After the last step it is the hook's own.
                     if step < last_step:
-                        canvas.masked.copy_(canvas.response == self.model.mask_token_id)
+                        canvas.masked.copy_((canvas.response == self.model.mask_token_id) & self._fillable)
                     self._identical = self._planned = False
                     self._edited, self._settled = True, 0
         (unfilled,) = self._faults.check(canvas.masked.sum(dim=1))
@@ -162,7 +171,8 @@ class Denoiser:
         guided = None
         if self._guide is not None:
             settled = self._settled if self.score.takes_committed else None
-            guided = self._guide(phi, opened, canvas.response, step, settled, partial)
+            shown = canvas.read_by_reward(canvas.response, self.score.pad_token_id)
+            guided = self._guide(phi, opened, shown, step, settled, partial)
             self.stats.reward_evaluations += config.guidance_steps
             self.stats.add_weights(guided.weights)
             self._faults.note_logits(step, opened.rows, guided.unreadable)
@@ -179,6 +189,7 @@ class Denoiser:
         if self._trace is not None:
             still_open = canvas.masked[opened.rows, opened.slots]
             best = canvas.response.masked_scatter(canvas.masked, phi.argmax(dim=-1)[still_open])
+            best = canvas.read_by_reward(best, self.score.pad_token_id)
             value = self.score(self.table[best], best)
             before, after = (None, None) if guided is None else (guided.before, guided.after)
             weight = None if guided is None else guided.weights[0]
@@ -195,7 +206,8 @@ class Denoiser:
         counted = self._guide is not None and self.score.takes_committed and not self._edited
         parts = [column] if wanted else []
         if counted:
-            parts.append(self.score.settled(self.canvas.response, open_slots))
+            shown = (self.canvas.read_by_reward(self.canvas.response, 0), self.canvas.read_by_reward(open_slots, True))
+            parts.append(self.score.settled(*shown))
         values = torch.cat(parts).tolist() if parts else []
         if counted:
             self._settled = values.pop()
@@ -203,35 +215,36 @@ class Denoiser:
 
     def _logits(self, opened: OpenSlots) -> torch.Tensor:
         """phi [N, V]: the model's logits at the open slots, in memory of the loop's own."""
-        canvas, every, count = self.canvas, slice(None), len(self.canvas.tokens)
+        canvas, count = self.canvas, len(self.canvas.tokens)
+        if self._narrow and not self._identical:
+            self._open()
         size = (len(opened), self.model.vocab_size)
         kept = size[0] if self._guide is None else self._guide.padded(size[0])
         phi = self.memory.take("phi", (kept, size[1]), self.model.dtype, self._device)[: size[0]]
         flat = opened.rows * canvas.tokens.shape[1] + canvas.start + opened.slots
-        if self._identical:
-            # Before the first commit a prompt's K trajectories are one and the same.
-            every = slice(None, None, canvas.repeats)
-            flat = flat.view(count, -1)[: count // canvas.repeats].flatten()
-        masked = torch.nn.functional.pad(canvas.masked[every], (canvas.start, 0))
-        given: dict[str, Any] = {"positions": flat} if self._takes_positions else {}
-        if self._takes_out and not self._identical:
-            given["out"] = phi
-        logits = self.model.masked_logits(canvas.tokens[every], self._attention(every), masked, **given)
+        tokens, masked = canvas.tokens, torch.nn.functional.pad(canvas.masked, (canvas.start, 0))
         self.stats.model_forwards += 1
         if self._identical:
-            per_row = len(opened) // count
-            phi = phi.view(-1, canvas.repeats, per_row, size[1])
-            phi = phi.copy_(logits.view(-1, 1, per_row, size[1])).view(size)
+            # Before the first commit a prompt's K trajectories are one and the same.
+            k = canvas.repeats
+            per_row, flat = len(opened) // count, flat.view(count, -1)[: count // k].flatten()
+            logits = self.forwards.masked_logits(tokens[::k], masked[::k], positions=flat)
+            phi = phi.view(-1, k, per_row, size[1]).copy_(logits.view(-1, 1, per_row, size[1])).view(size)
         else:
-            phi = logits
+            phi = self.forwards.masked_logits(tokens, masked, positions=flat, out=phi)
         if self.undrawable.numel():
             phi.index_fill_(1, self.undrawable, -torch.inf)
         return phi
 
-    def _attention(self, every: slice) -> torch.Tensor:
-        # The very same tensor at each step: adapters keep what they derive from it.
-        if every == slice(None):
-            return self.canvas.attention
-        if self._shared_attention is None:
-            self._shared_attention = self.canvas.attention[every]
-        return self._shared_attention
+    def _open(self) -> None:
+        """Open the block; of trajectories that are one and the same one row is enough."""
+        tokens, count, k = self.canvas.tokens, len(self.canvas.tokens), self.canvas.repeats
+        first = torch.full_like(tokens[:, 0], self.canvas.start) if self.first is None else self.first
+        if self._identical:
+            self.forwards.open(tokens[::k], first[::k], torch.arange(0, count, k, device=self._device))
+        elif self._narrow:
+            rows = torch.arange(count // k, device=self._device).repeat_interleave(k, output_size=count)
+            self.forwards.open(tokens, first, rows)
+        else:
+            self.forwards.open(tokens, first, self.rows)
+        self._narrow = self._identical

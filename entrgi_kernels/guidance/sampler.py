@@ -17,10 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from .. import models, rewards
 from ..models import DiffusionModel
 from ..models.base import embedding_rows
+from ..models.forwards import forwards_of
 from ..rewards import EmbeddingReward, PreparedPrompts, Reward, WeightedSum
 from ..text.template import conversation_from, encode_prompt
 from ..text.vocabulary import check_rows
 from .batching import Batch, is_out_of_memory, make_batches
+from .blocks import fill
 from .canvas import Canvas, left_padded
 from .capture import compiled
 from .config import GuidanceConfig
@@ -275,8 +277,10 @@ class GuidedSampler:
         """
         with self.running(config):
             table, undrawable = self.table(config, canvas.tokens.device)
+            model = model or self.model
             denoiser = Denoiser(
-                model=model or self.model,
+                model=model,
+                forwards=forwards_of(model, canvas.tokens, canvas.attention, canvas.start, canvas.repeats),
                 score=self.scorer(self.reward.prepare(conversations), index, config),
                 table=table,
                 config=config,
@@ -286,11 +290,33 @@ class GuidedSampler:
                 memory=Memory() if memory is None else memory,
             )
             try:
-                return denoiser.run(traces=traces, on_step=on_step, every_step=every_step)
+                block_length = self._block_length(config)
+                return fill(denoiser, block_length, traces=traces, on_step=on_step, every_step=every_step)
             except (NonFiniteLogitsError, NonFiniteRewardError) as error:
                 places, row = index.tolist(), error.trajectory
                 number = first_sample + places[:row].count(places[row])
                 raise error.at(f"sample {number} of {named(conversations[places[row]])}") from error
+
+    def _block_length(self, config: GuidanceConfig) -> int | None:
+        """The blocks of a call: the setting's, else those that the model was trained with.
+
+        Raises:
+            ValueError: the model was trained with others, or they do not divide the response.
+        """
+        own = getattr(self.model, "block_length", None)
+        if own is None or config.block_length == own:
+            return config.block_length
+        if config.block_length is not None:
+            raise ValueError(
+                f"block_length={config.block_length}: {type(self.model).__name__} was trained with blocks of {own}, "
+                f"expected block_length={own} or None"
+            )
+        if config.max_new_tokens % own:
+            raise ValueError(
+                f"max_new_tokens={config.max_new_tokens}: expected a multiple of {own}, the blocks that "
+                f"{type(self.model).__name__} was trained with"
+            )
+        return own
 
     def scorer(
         self, prepared: PreparedPrompts, index: torch.Tensor, config: GuidanceConfig, ends: tuple[int, ...] = ()

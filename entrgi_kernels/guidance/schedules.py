@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-SCHEDULES = ("linspace", "even")
+from ..names import SCHEDULES
 
 
 @dataclass(frozen=True)

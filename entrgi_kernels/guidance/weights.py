@@ -15,10 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-WeightFunction = Callable[[torch.Tensor, int], torch.Tensor]
+from ..names import METHODS
 
-# Methods differ in the weight alone; None means no guidance.
-METHODS: dict[str, str | None] = {"entrgi": "linear", "aps": "one", "expectation": "zero", "none": None}
+WeightFunction = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -115,5 +114,5 @@ def method_weight(method: str, weight: str | WeightFunction | None = None) -> st
         raise ValueError(f"method={method!r}: expected one of {', '.join(map(repr, METHODS))}")
     if weight is not None and method != "entrgi":
         raise ValueError(f"weight={weight!r} with method={method!r}: only method 'entrgi' takes another weight")
-    own = METHODS[method]
+    own = METHODS[method].weight
     return None if own is None else resolve_weight(own if weight is None else weight)

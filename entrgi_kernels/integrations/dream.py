@@ -17,6 +17,7 @@ from ..guidance.keys import prompt_keys, row_keys
 from ..guidance.results import Stats
 from ..guidance.sampler import GuidedSampler
 from ..models import DiffusionModel
+from ..models.forwards import WholeCanvas
 from ..text.template import conversation_from_ids
 from .base import Guidance, Integration, Parts
 from .steering import Steering
@@ -198,6 +199,10 @@ class _Hooked:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+    def forwards(self, tokens: torch.Tensor, attention: torch.Tensor, start: int, repeats: int = 1) -> WholeCanvas:
+        """Whole canvases, through the hook."""
+        return WholeCanvas(self, attention)
 
     def masked_logits(self, canvas: torch.Tensor, attention: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """As the adapter's, after the hook."""
