@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from .compat import repair_rotary
 from .forwards import Forwards, WholeCanvas
 from .modules import (
     accepted_arguments,
@@ -119,6 +120,7 @@ class BackboneModel:
             raise TypeError(f"mask_token_id must be an int, got {mask_token_id!r}")
         if not isinstance(shift, bool):
             raise TypeError(f"shift must be True or False, got {shift!r}")
+        repair_rotary(module)
         self.module = module
         self.mask_token_id = mask_token_id
         self.shift = shift

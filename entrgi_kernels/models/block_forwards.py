@@ -162,8 +162,8 @@ class BlockForwards:
 class _Part:
     """Rows that run together, and what is kept of their finished blocks.
 
-    Columns of the cache are no columns of the canvas: each row's finished blocks stand in it in order, but where another
-    row had more to add there is a gap, which nobody sees.
+    Columns of the cache are no columns of the canvas: each row's finished blocks stand in it in order, with gaps that
+    nobody sees where another row had more to add.
     """
 
     def __init__(self, model: BlockCausal, width: int, start: int, pads: list[int], prompts: list[int]) -> None:
@@ -216,8 +216,8 @@ class _Part:
         for begin, done, pad in zip(begins, self._done, self._pads, strict=True):
             if begin < done or (begin - pad) % block:
                 raise ValueError(
-                    f"a block begins at column {begin} of a row with {pad} columns of padding, of which {done} are done: "
-                    f"expected a multiple of {block} columns behind the padding, not before what is done"
+                    f"a block begins at column {begin} of a row with {pad} columns of padding, {done} columns of which "
+                    f"are done: expected a multiple of {block} behind the padding, not before what is done"
                 )
         self._begins, self._usual = begins, None
         self._place(tokens.device)
@@ -234,11 +234,18 @@ class _Part:
         """Logits [N, V] of slots of the open block; the first call also runs what has become final before it."""
         begins, done, pads = self._columns
         pending = max(b - d for b, d in zip(self._begins, self._done, strict=True))
-        length = max(0, *(min(self._width - b, self._model.block_length) for b in self._begins))
+        apart, length = self._model.runs_apart, self._model.block_length
+        if apart:  # nothing hides what lies behind the canvas
+            length = max(0, min(self._width - self._begins[0], length))
         local = column - begins[row]
         if pending or tokens.device.type == "cpu":  # else it was looked at in this block's first forward
             check_inside(local, self._model.block_length)
         span = pending + length
+        if apart and span == 1:  # a canvas that ends with a block's first slot: some networks fail on a single query
+            text = tokens[:, self._pads[0] :]
+            real = torch.ones_like(text, dtype=torch.bool)
+            positions = row * text.shape[1] + column - self._pads[0]
+            return self._model.masked_logits(text, real, real, positions=positions, out=out)
         at = row * span + pending + local
         if self._model.shift:
             # A block's first slot is read at the last position before it: run now, run before, or not there at all.
@@ -344,6 +351,6 @@ class _Part:
         kept, found = 0 if self._groups is None else self._groups.shape[1], self._cache.length()
         if found != kept:
             raise RuntimeError(
-                f"the cache of finished blocks holds {found} positions, {kept} were left in it: somebody else cropped or "
-                "grew it; expected it to be left alone"
+                f"the cache of finished blocks holds {found} positions, {kept} were left in it: somebody else cropped "
+                "or grew it; expected it to be left alone"
             )

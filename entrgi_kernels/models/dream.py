@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .base import BackboneModel
-from .compat import mend_generation_config, repair_rotary
+from .compat import mend_generation_config
 from .masked_diffusion import position_ids
 
 
@@ -31,7 +31,6 @@ class Dream(BackboneModel):
 
     def __init__(self, module: nn.Module, mask_token_id: int, shift: bool = True) -> None:
         if isinstance(module, nn.Module):
-            repair_rotary(module)
             mend_generation_config(module)
         super().__init__(module, mask_token_id, shift)
 
