@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # The group of a position that no other may see; padding is of it.
 HIDDEN = 1 << 40
 
+_CLOSED = "no block is open: open() comes before masked_logits()"
+
 
 def visible(queries: Tensor, keys: Tensor | None = None) -> Tensor:
     """[B, Q, K] bool: what positions of groups [B, Q] see of those of groups [B, K] (themselves where none are given).
@@ -68,7 +70,7 @@ class CroppedCanvas(WholeCanvas):
             positions = masked.flatten().nonzero().squeeze(1)
         row, column = positions.div(width, rounding_mode="floor"), positions % width
         if self._first is None:
-            raise RuntimeError("open() comes before masked_logits(): no block is open")
+            raise RuntimeError(_CLOSED)
         if not self._looked or tokens.device.type == "cpu":
             check_inside(column - self._first[row], self._model.block_length)
             self._looked = True
@@ -91,7 +93,7 @@ class BlockForwards:
     """
 
     def __init__(self, model: BlockCausal, tokens: Tensor, attention: Tensor, start: int, repeats: int) -> None:
-        self._model, self._shape = model, tuple(tokens.shape)
+        self._model, self._shape, self._opened = model, tuple(tokens.shape), False
         pads = (~attention).sum(dim=1).tolist()
         prompts = [row // repeats for row in range(len(pads))]
         self._parts: list[_Part] = []
@@ -125,7 +127,7 @@ class BlockForwards:
                 fresh.members = chosen
                 fresh.open(tokens if len(chosen) == len(kept) else tokens[chosen], [begins[new] for new in chosen])
                 parts.append(fresh)
-        self._parts, self._shape = parts, (len(kept), self._shape[1])
+        self._parts, self._shape, self._opened = parts, (len(kept), self._shape[1]), True
 
     def masked_logits(
         self, tokens: Tensor, masked: Tensor, *, positions: Tensor | None = None, out: Tensor | None = None
@@ -134,6 +136,8 @@ class BlockForwards:
         for name, tensor in (("tokens", tokens), ("masked", masked)):
             if tuple(tensor.shape) != self._shape:
                 raise ValueError(f"{name} must be of shape {self._shape}, got {tuple(tensor.shape)}")
+        if not self._opened:
+            raise RuntimeError(_CLOSED)
         if positions is None:
             positions = masked.flatten().nonzero().squeeze(1)
         model, width = self._model, self._shape[1]
