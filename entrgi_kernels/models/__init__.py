@@ -6,9 +6,22 @@ file beside these: a subclass of :class:`BackboneModel` with its own ``inputs``,
 """
 
 from .base import BackboneModel, DiffusionModel
+from .block_causal import BlockCausal
 from .dream import Dream
+from .forwards import Forwards, forwards_of
 from .llada import LLaDA
 from .loading import load, wrap
 from .masked_diffusion import MaskedDiffusion
 
-__all__ = ["BackboneModel", "DiffusionModel", "Dream", "LLaDA", "MaskedDiffusion", "load", "wrap"]
+__all__ = [
+    "BackboneModel",
+    "BlockCausal",
+    "DiffusionModel",
+    "Dream",
+    "Forwards",
+    "LLaDA",
+    "MaskedDiffusion",
+    "forwards_of",
+    "load",
+    "wrap",
+]

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from .compat import repair_rotary
 from .forwards import Forwards, WholeCanvas
 from .modules import (
     accepted_arguments,
@@ -119,6 +120,7 @@ class BackboneModel:
             raise TypeError(f"mask_token_id={mask_token_id!r}: expected an int")
         if not isinstance(shift, bool):
             raise TypeError(f"shift={shift!r}: expected True or False")
+        repair_rotary(module)
         self.module = module
         self.mask_token_id = mask_token_id
         self.shift = shift

@@ -28,7 +28,7 @@ class BlockCausal(BackboneModel):
 
     Blocks are counted from a text's first token, as those models' own loops count them; a prompt's last, incomplete
     block is completed by the response. How the network wants its mask is found out by trying (``mask_form``): a 4-D
-    one of bools, one that is added, or none, because it makes its own.
+    one of bools or numbers, or none, because it makes its own.
 
     :meth:`masked_logits` runs whole canvases. :meth:`forwards` keeps the keys and values of finished blocks in a cache:
     nothing after a block is seen from within it, so what is kept is what would be computed again, and the logits are
@@ -44,7 +44,8 @@ class BlockCausal(BackboneModel):
 
     Attributes:
         block_length: as given.
-        mask_form: ``"bool"``, ``"added"``, or ``"own"``: the network's own mask, rows of unequal padding run apart.
+        mask_form: ``"bool"``; ``"added"``, 0 where a key is seen; ``"ones"``, 1 where it is; or ``"own"``: the network
+            makes its mask, and rows of unequal padding run apart.
         keeps_blocks: whether :meth:`forwards` keeps finished blocks.
 
     Raises:
@@ -103,6 +104,8 @@ class BlockCausal(BackboneModel):
         arguments: dict[str, Any] = {}
         if self.mask_form == "bool":
             arguments["attention_mask"] = seen[:, None]
+        elif self.mask_form == "ones":
+            arguments["attention_mask"] = seen[:, None].to(self.dtype)
         elif self.mask_form == "added":
             zero = torch.zeros((), dtype=self.dtype, device=seen.device)
             arguments["attention_mask"] = torch.where(seen, zero, torch.finfo(self.dtype).min)[:, None]
@@ -126,7 +129,7 @@ class BlockCausal(BackboneModel):
         self._store = tuple(name for name in _STORE if any(name in names for names in (self._accepted, *inner)))
         eager = getattr(getattr(self.module, "config", None), "_attn_implementation", None) == "eager"
         # transformers' eager attention adds the mask, so one of bools would be wrong.
-        forms = ("added", "own") if eager else ("bool", "added", "own")
+        forms = ("added", "ones", "own") if eager else ("bool", "added", "ones", "own")
         refusal: Exception | None = None
         imperfect: tuple[str, bool] | None = None
         for form in forms:
@@ -165,8 +168,8 @@ class BlockCausal(BackboneModel):
         else:
             if block > 1 and len(set(tokens)) > 1:
                 raise ValueError(
-                    f"{name} does not see the rest of a block: changing the last of {block} tokens leaves the logits of "
-                    "the first as they were. Either it attends causally, or its blocks are shorter than "
+                    f"{name} does not see the rest of a block: changing the last of {block} tokens leaves the logits "
+                    "of the first as they were. Either it attends causally, or its blocks are shorter than "
                     f"block_length={block}" + self._advice()
                 )
         later = (length - 1) // block * block

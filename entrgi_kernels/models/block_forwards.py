@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # The group of a position that no other may see; padding is of it.
 HIDDEN = 1 << 40
 
+_CLOSED = "no block is open: open() comes before masked_logits()"
+
 
 def visible(queries: Tensor, keys: Tensor | None = None) -> Tensor:
     """[B, Q, K] bool: what positions of groups [B, Q] see of those of groups [B, K] (themselves where none are given).
@@ -68,7 +70,7 @@ class CroppedCanvas(WholeCanvas):
             positions = masked.flatten().nonzero().squeeze(1)
         row, column = positions.div(width, rounding_mode="floor"), positions % width
         if self._first is None:
-            raise RuntimeError("open() comes before masked_logits(): no block is open")
+            raise RuntimeError(_CLOSED)
         if not self._looked or tokens.device.type == "cpu":
             check_inside(column - self._first[row], self._model.block_length)
             self._looked = True
@@ -91,7 +93,7 @@ class BlockForwards:
     """
 
     def __init__(self, model: BlockCausal, tokens: Tensor, attention: Tensor, start: int, repeats: int) -> None:
-        self._model, self._shape = model, tuple(tokens.shape)
+        self._model, self._shape, self._opened = model, tuple(tokens.shape), False
         pads = (~attention).sum(dim=1).tolist()
         prompts = [row // repeats for row in range(len(pads))]
         self._parts: list[_Part] = []
@@ -125,7 +127,7 @@ class BlockForwards:
                 fresh.members = chosen
                 fresh.open(tokens if len(chosen) == len(kept) else tokens[chosen], [begins[new] for new in chosen])
                 parts.append(fresh)
-        self._parts, self._shape = parts, (len(kept), self._shape[1])
+        self._parts, self._shape, self._opened = parts, (len(kept), self._shape[1]), True
 
     def masked_logits(
         self, tokens: Tensor, masked: Tensor, *, positions: Tensor | None = None, out: Tensor | None = None
@@ -134,6 +136,8 @@ class BlockForwards:
         for name, tensor in (("tokens", tokens), ("masked", masked)):
             if tuple(tensor.shape) != self._shape:
                 raise ValueError(f"{name} must be of shape {self._shape}, got {tuple(tensor.shape)}")
+        if not self._opened:
+            raise RuntimeError(_CLOSED)
         if positions is None:
             positions = masked.flatten().nonzero().squeeze(1)
         model, width = self._model, self._shape[1]
@@ -162,8 +166,8 @@ class BlockForwards:
 class _Part:
     """Rows that run together, and what is kept of their finished blocks.
 
-    Columns of the cache are no columns of the canvas: each row's finished blocks stand in it in order, but where another
-    row had more to add there is a gap, which nobody sees.
+    Columns of the cache are no columns of the canvas: each row's finished blocks stand in it in order, with gaps that
+    nobody sees where another row had more to add.
     """
 
     def __init__(self, model: BlockCausal, width: int, start: int, pads: list[int], prompts: list[int]) -> None:
@@ -216,8 +220,8 @@ class _Part:
         for begin, done, pad in zip(begins, self._done, self._pads, strict=True):
             if begin < done or (begin - pad) % block:
                 raise ValueError(
-                    f"a block begins at column {begin} of a row with {pad} columns of padding, of which {done} are done: "
-                    f"expected a multiple of {block} columns behind the padding, not before what is done"
+                    f"a block begins at column {begin} of a row with {pad} columns of padding, {done} columns of which "
+                    f"are done: expected a multiple of {block} behind the padding, not before what is done"
                 )
         self._begins, self._usual = begins, None
         self._place(tokens.device)
@@ -234,11 +238,18 @@ class _Part:
         """Logits [N, V] of slots of the open block; the first call also runs what has become final before it."""
         begins, done, pads = self._columns
         pending = max(b - d for b, d in zip(self._begins, self._done, strict=True))
-        length = max(0, *(min(self._width - b, self._model.block_length) for b in self._begins))
+        apart, length = self._model.runs_apart, self._model.block_length
+        if apart:  # nothing hides what lies behind the canvas
+            length = max(0, min(self._width - self._begins[0], length))
         local = column - begins[row]
         if pending or tokens.device.type == "cpu":  # else it was looked at in this block's first forward
             check_inside(local, self._model.block_length)
         span = pending + length
+        if apart and span == 1:  # a canvas that ends with a block's first slot: some networks fail on a single query
+            text = tokens[:, self._pads[0] :]
+            real = torch.ones_like(text, dtype=torch.bool)
+            positions = row * text.shape[1] + column - self._pads[0]
+            return self._model.masked_logits(text, real, real, positions=positions, out=out)
         at = row * span + pending + local
         if self._model.shift:
             # A block's first slot is read at the last position before it: run now, run before, or not there at all.
@@ -344,6 +355,6 @@ class _Part:
         kept, found = 0 if self._groups is None else self._groups.shape[1], self._cache.length()
         if found != kept:
             raise RuntimeError(
-                f"the cache of finished blocks holds {found} positions, {kept} were left in it: somebody else cropped or "
-                "grew it; expected it to be left alone"
+                f"the cache of finished blocks holds {found} positions, {kept} were left in it: somebody else cropped "
+                "or grew it; expected it to be left alone"
             )

@@ -13,16 +13,17 @@ from torch import nn
 def provide_default_rope() -> None:
     """Give transformers its ``"default"`` rotary initialiser back.
 
-    Dream's code looks it up in ``ROPE_INIT_FUNCTIONS``, where transformers 5 no longer has it, so that the model
-    cannot even be built. The entry is added for the whole process; nothing that is there is changed.
+    The code of Dream, SDAR, LLaDA2 and Fast-dLLM v2 looks it up in ``ROPE_INIT_FUNCTIONS``, where transformers 5 no
+    longer has it, so that the model cannot even be built. The entry is added for the whole process; nothing that is
+    there is changed.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     if "default" not in ROPE_INIT_FUNCTIONS:
         ROPE_INIT_FUNCTIONS["default"] = default_rope
         warnings.warn(
-            "this version of transformers lacks the 'default' rotary initialiser that Dream's code asks for; "
-            "entrgi_kernels added it to ROPE_INIT_FUNCTIONS",
+            "this version of transformers lacks the 'default' rotary initialiser that the code of diffusion language "
+            "models asks for; entrgi_kernels added it to ROPE_INIT_FUNCTIONS",
             stacklevel=3,
         )
 
@@ -30,39 +31,70 @@ def provide_default_rope() -> None:
 def default_rope(
     config: Any, device: torch.device | None = None, seq_len: int | None = None, **_: Any
 ) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies [head width / 2] of plain rotary embeddings, theta^(-2i / width), and the scaling 1."""
+    """Inverse frequencies [rotated width / 2] of plain rotary embeddings, theta^(-2i / width), and the scaling 1."""
     theta = getattr(config, "rope_theta", None)
     if theta is None:
         theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = int(width * (getattr(config, "partial_rotary_factor", None) or 1.0))  # LLaDA2 rotates half of a head
     exponents = torch.arange(0, width, 2, dtype=torch.int64).to(device=device, dtype=torch.float32) / width
     return 1.0 / (theta**exponents), 1.0
+
+
+def provide_older_names() -> None:
+    """Give transformers the names back that the code of SDAR and LLaDA2 imports and transformers 5 no longer has.
+
+    ``transformers.utils.LossKwargs``, an empty set of keyword arguments in annotations, and
+    ``import_utils.is_torch_fx_available``, a question. They are added for the whole process.
+    """
+    from typing import TypedDict
+
+    from transformers import utils
+    from transformers.utils import import_utils
+
+    added = []
+    if not hasattr(utils, "LossKwargs"):
+        utils.LossKwargs = TypedDict("LossKwargs", {}, total=False)
+        added.append("utils.LossKwargs")
+    if not hasattr(import_utils, "is_torch_fx_available"):
+        import_utils.is_torch_fx_available = lambda: False  # asked only to have a function be a leaf when traced
+        added.append("utils.import_utils.is_torch_fx_available")
+    if added:
+        warnings.warn(
+            f"this version of transformers lacks {' and '.join(added)}, which the code of SDAR and LLaDA2 imports; "
+            "entrgi_kernels added them",
+            stacklevel=3,
+        )
 
 
 def repair_rotary(module: nn.Module) -> None:
     """Recompute rotary frequencies that loading has left uninitialised.
 
-    transformers 5 builds models without memory and fills in what the checkpoint holds. Dream's frequencies are in no
-    checkpoint (a buffer that is not persistent) and stay whatever was in memory: the logits are wrong and nothing
-    says so. Modules that know how to compute their frequencies (``rope_init_fn`` and ``reset_parameters``) are
-    checked, and reset where they differ from it.
+    transformers 5 builds models without memory and fills in what the checkpoint holds. The frequencies of Dream, SDAR,
+    LLaDA2 and Fast-dLLM v2 are in no checkpoint (a buffer that is not persistent) and stay whatever was in memory: the
+    logits are wrong and nothing says so. Modules that know how to compute their frequencies (``rope_init_fn``) are
+    checked, and mended where they differ from it. Kinds that rescale them while they run are mended only where their
+    own copy shows that they were never computed.
     """
     repaired = 0
     for part in module.modules():
-        frequencies = getattr(part, "inv_freq", None)
+        frequencies, copy = getattr(part, "inv_freq", None), getattr(part, "original_inv_freq", None)
         initialise, reset = getattr(part, "rope_init_fn", None), getattr(part, "reset_parameters", None)
-        kind = getattr(part, "rope_type", None)
-        if not isinstance(frequencies, torch.Tensor) or frequencies.is_meta or not callable(reset):
+        unset = isinstance(copy, torch.Tensor) and copy.is_meta
+        if not isinstance(frequencies, torch.Tensor) or frequencies.is_meta or not callable(initialise):
             continue
-        if not callable(initialise) or kind not in (None, "default"):  # others may rescale them while they run
+        if not (unset or getattr(part, "rope_type", None) in (None, "default")) or not hasattr(part, "config"):
             continue
-        expected, _ = initialise(part.config, frequencies.device, **getattr(part, "rope_kwargs", {}))
+        expected, scaling = initialise(part.config, frequencies.device, **getattr(part, "rope_kwargs", {}))
         close = frequencies.shape == expected.shape and torch.allclose(
             frequencies.float(), expected.float(), rtol=1e-2, atol=0.0
         )
-        if not close:
+        if not close and callable(reset):
             reset()
-            repaired += 1
+        elif not close or unset:
+            part.inv_freq, part.attention_scaling = expected if not close else frequencies, scaling
+            part.original_inv_freq = part.inv_freq
+        repaired += not close
     if repaired:
         warnings.warn(
             f"{type(module).__name__} was loaded with uninitialised rotary frequencies in {repaired} of its modules (a "

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .base import BackboneModel
-from .compat import mend_generation_config, repair_rotary
+from .compat import mend_generation_config
 from .masked_diffusion import position_ids
 
 
@@ -32,7 +32,6 @@ class Dream(BackboneModel):
 
     def __init__(self, module: nn.Module, mask_token_id: int, shift: bool = True) -> None:
         if isinstance(module, nn.Module):
-            repair_rotary(module)
             mend_generation_config(module)
         super().__init__(module, mask_token_id, shift)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +15,8 @@ import torch
 from torch import nn
 
 from .base import BackboneModel, DiffusionModel, mask_token_error
-from .compat import loadable_llada, provide_default_rope
+from .block_causal import BlockCausal
+from .compat import loadable_llada, provide_default_rope, provide_older_names
 from .damage import damaged_file, file_of
 from .dream import Dream
 from .llada import LLaDA
@@ -25,31 +28,46 @@ _NUMBER = re.compile(r"\.\d+(?=\.)")
 
 # model_type of a config (lower case) -> (adapter, whether its logits are shifted right by one)
 _BY_TYPE: dict[str, tuple[type[BackboneModel], bool]] = {"dream": (Dream, True), "llada": (LLaDA, False)}
+# Those trained with block-causal attention -> whether their logits are shifted.
+_BLOCKS = {"sdar": False, "sdar_moe": False, "llada2_moe": False, "fast_dllm_qwen": True}
+# What configs call the length of a block; the latter two mean other things in configs that transformers knows.
+_BLOCK_NAMES = ("block_length", "block_size", "bd_size")
 
 
 def wrap(
-    model: Any, tokenizer: Any = None, *, mask_token_id: int | None = None, shift: bool | None = None
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    mask_token_id: int | None = None,
+    shift: bool | None = None,
+    block_length: int | None = None,
 ) -> DiffusionModel:
     """Wrap a network in the adapter that knows how it wants to be called.
 
     Args:
-        model: a network (Dream's and LLaDA's are recognised by their config, everything else is run bidirectionally
-            as :class:`MaskedDiffusion`), or something that already follows the :class:`DiffusionModel` protocol,
-            which is returned as it is.
+        model: a network (Dream's and LLaDA's are recognised by their config; one with a block length is run as
+            :class:`BlockCausal`, everything else bidirectionally as :class:`MaskedDiffusion`), or something that
+            already follows the :class:`DiffusionModel` protocol, which is returned as it is.
         tokenizer: asked for its mask token when the config names none.
         mask_token_id: id of the mask token, against whatever config and tokenizer say.
         shift: True when slot i's logits are read at position i - 1. None: what the config says
-            (``config.entrgi["shift"]``), else the architecture's own way: True for Dream, False otherwise.
+            (``config.entrgi["shift"]``), else the architecture's own way: True for Dream and Fast-dLLM v2, False
+            otherwise.
+        block_length: tokens of a block of a model trained with block-causal attention (SDAR, TraDo, LLaDA2, Fast-dLLM
+            v2). None: what the config says (``config.entrgi["block_length"]``, ``block_length``, in remote code also
+            ``block_size`` and ``bd_size``), else what the model's own ``generate`` takes when it is told nothing. 0:
+            every position sees every other, whatever the config says.
 
     Raises:
         TypeError: ``model`` is neither a network nor a wrapped one.
-        ValueError: no mask token is known; or one of the checks of :class:`BackboneModel` fails.
+        ValueError: no mask token is known, or no block length of a model that was trained with blocks; or one of the
+            checks of :class:`BackboneModel` or :class:`BlockCausal` fails.
     """
     if isinstance(model, BackboneModel):
-        return _unchanged(model, mask_token_id, shift)
+        return _unchanged(model, mask_token_id, shift, block_length)
     if not isinstance(model, nn.Module):
         if isinstance(model, DiffusionModel):
-            return _unchanged(model, mask_token_id, shift)
+            return _unchanged(model, mask_token_id, shift, block_length)
         if isinstance(model, str):
             raise TypeError(f"model={model!r}: expected a loaded network (models.load({model!r}) loads it)")
         raise TypeError(
@@ -58,11 +76,16 @@ def wrap(
         )
     config = getattr(model, "config", None)
     mark = _mark(config)
-    adapter, natural_shift = _BY_TYPE.get(str(getattr(config, "model_type", "")).lower(), (MaskedDiffusion, False))
+    kind = str(getattr(config, "model_type", "")).lower()
+    adapter, natural_shift = _BY_TYPE.get(kind, (MaskedDiffusion, _BLOCKS.get(kind, False)))
     if shift is None:
         shift = bool(mark.get("shift", natural_shift))
     if mask_token_id is None:
         mask_token_id = _mask_token(model, tokenizer, mark)
+    if block_length is None:
+        block_length = _block_length(model, mark)
+    if block_length != 0:
+        return BlockCausal(model, mask_token_id, block_length, shift)
     return adapter(model, mask_token_id, shift)
 
 
@@ -74,6 +97,7 @@ def load(
     trust_remote_code: bool = False,
     mask_token_id: int | None = None,
     shift: bool | None = None,
+    block_length: int | None = None,
     quantization_config: Any = None,
 ) -> tuple[DiffusionModel, Any]:
     """Load a diffusion language model and its tokenizer from a folder or the Hub.
@@ -82,9 +106,9 @@ def load(
         path: a folder or a repository name.
         dtype: a torch dtype, or ``"auto"`` for the one the weights are stored in.
         device: where to put the model; None is the CPU.
-        trust_remote_code: run the modelling code that comes with the checkpoint. Dream and LLaDA need it; never done
-            unless asked for.
-        mask_token_id, shift: see :func:`wrap`.
+        trust_remote_code: run the modelling code that comes with the checkpoint. Dream, LLaDA and most models with
+            blocks need it; never done unless asked for.
+        mask_token_id, shift, block_length: see :func:`wrap`.
         quantization_config: of transformers, as in ``BitsAndBytesConfig(load_in_4bit=True)``.
 
     Returns:
@@ -121,8 +145,9 @@ def load(
         )
     with reading(path):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    if str(model_type).lower() == "dream":
+    if str(model_type).lower() in ("dream", *_BLOCKS) and not known:
         provide_default_rope()
+        provide_older_names()
     auto = _auto_class(transformers, config, remote if not known else {})
     if str(model_type).lower() == "llada" and not known:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -136,7 +161,8 @@ def load(
     if device is not None and quantization_config is None:
         model.to(device)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    return wrap(model, tokenizer, mask_token_id=mask_token_id, shift=shift), tokenizer
+    wrapped = wrap(model, tokenizer, mask_token_id=mask_token_id, shift=shift, block_length=block_length)
+    return wrapped, tokenizer
 
 
 def load_network(auto: Any, path: str, *, spared: Sequence[str] = (), **options: Any) -> nn.Module:
@@ -299,13 +325,14 @@ def _mark(config: Any) -> dict[str, Any]:
 
 
 def _mask_token(model: nn.Module, tokenizer: Any, mark: dict[str, Any]) -> int:
-    """The mask token's id: from the checkpoint's own mark, its configs or the tokenizer, in this order."""
+    """The mask token's id: from the mark, configs, the tokenizer, the model's own ``generate``, in this order."""
     config = getattr(model, "config", None)
     candidates = (
         mark.get("mask_token_id"),
         getattr(config, "mask_token_id", None),
         getattr(getattr(model, "generation_config", None), "mask_token_id", None),
         getattr(tokenizer, "mask_token_id", None),
+        _own_default(model, "mask_id"),
     )
     found = next((int(c) for c in candidates if c is not None), None)
     if found is None:
@@ -313,8 +340,50 @@ def _mask_token(model: nn.Module, tokenizer: Any, mark: dict[str, Any]) -> int:
     return found
 
 
-def _unchanged(model: DiffusionModel, mask_token_id: int | None, shift: bool | None) -> DiffusionModel:
+def _block_length(model: nn.Module, mark: dict[str, Any]) -> int:
+    """Tokens of a block by the checkpoint's own mark, its config or the model's own ``generate``; 0 without blocks.
+
+    Raises:
+        ValueError: it was trained with blocks, and nothing says how long they are.
+    """
+    import transformers
+
+    config = getattr(model, "config", None)
+    kind = str(getattr(config, "model_type", ""))
+    names = _BLOCK_NAMES[:1] if kind in transformers.CONFIG_MAPPING else _BLOCK_NAMES
+    limit = getattr(config, "max_position_embeddings", None) or math.inf  # nanoGPT calls that its block size
+    candidates = [mark.get("block_length"), *(getattr(config, name, None) for name in names)]
+    if kind.lower() not in _BY_TYPE:
+        candidates.append(_own_default(model, "block_length"))
+    found = next((c for c in candidates if isinstance(c, int) and not isinstance(c, bool) and 0 <= c < limit), None)
+    if found is None and kind.lower() in _BLOCKS:
+        raise ValueError(
+            f"{type(model).__name__} was trained with blocks, and its config names no length of them; pass "
+            "block_length=, the one the checkpoint was trained with, or 0 to have every position see every other"
+        )
+    return found or 0
+
+
+def _own_default(model: nn.Module, name: str) -> int | None:
+    """What the model's own ``generate`` takes for an argument when it is told nothing; None where it has no such."""
+    try:
+        parameter = inspect.signature(type(model).generate).parameters.get(name)
+    except (AttributeError, TypeError, ValueError):
+        return None
+    default = None if parameter is None else parameter.default
+    return default if isinstance(default, int) and not isinstance(default, bool) else None
+
+
+def _unchanged(
+    model: DiffusionModel, mask_token_id: int | None, shift: bool | None, block_length: int | None
+) -> DiffusionModel:
     """A model that is wrapped already, unless the caller asks for something else than it was wrapped with."""
+    wanted_length = block_length or None
+    if block_length is not None and wanted_length != getattr(model, "block_length", None):
+        raise ValueError(
+            f"the model is already wrapped with block_length={getattr(model, 'block_length', None)!r}, got "
+            f"block_length={block_length!r}; wrap the network itself (model.module) to change it"
+        )
     for name, wanted in (("mask_token_id", mask_token_id), ("shift", shift)):
         if wanted is not None and wanted != getattr(model, name):
             raise ValueError(
