@@ -23,7 +23,7 @@ def fill(
 ) -> torch.Tensor:
     """Fill every masked slot of a canvas, in place.
 
-    A block takes the share of the denoising steps that its slots are of the response. The reward reads the prompt, the
+    A block takes the share of the denoising steps that its slots are of the response, at least one. The reward reads the prompt, the
     finished blocks, the block that is being filled, and its suffix. Trajectories whose finished blocks hold an
     end-of-sequence token are done: nothing more is computed for them, and pad tokens fill what is left.
 
@@ -46,7 +46,8 @@ def fill(
     offsets = _offsets(denoiser.model, canvas)
     begins = torch.tensor(offsets, dtype=torch.int64, device=device)
     block_of_slot = (torch.arange(slots, device=device) + begins[:, None]) // block_length
-    active, step = list(range(count)), 0
+    # Trajectories that go on, and each one's row in the forwards.
+    active, held = list(range(count)), list(range(count))
     for number in range((slots + max(offsets, default=0) - 1) // block_length + 1):
         here = canvas.masked & (block_of_slot == number)
         ended = ((canvas.response == score.eos_token_id) & ~canvas.masked).any(dim=1)
@@ -54,8 +55,10 @@ def fill(
         going = [row for row in active if left[row] and not done[row]]
         if not going:
             continue
-        rows = None if going == active else torch.tensor([active.index(row) for row in going], device=device)
+        there = [held[active.index(row)] for row in going]
+        rows = None if there == list(range(len(active))) else torch.tensor(there, device=device)
         of_all = torch.tensor(going, device=device)
+        end = min(slots, (number + 1) * block_length)
         ends = [min(slots, (number + 1) * block_length - offsets[row]) for row in going]
         everyone = len(going) == count
         part = Canvas(
@@ -65,11 +68,11 @@ def fill(
             masked=here if everyone else here[of_all],
             keys=canvas.keys if everyone else canvas.keys[of_all],
             repeats=canvas.repeats if everyone and number == 0 else 1,
-            ends=None if len(set(ends)) == 1 else torch.tensor(ends, device=device),
-            end=max(ends),
+            ends=None if set(ends) == {end} else torch.tensor(ends, device=device),
+            end=end,  # of the block's number alone: the suffix's place depends on no other trajectory
         )
-        if rows is not None:
-            score = score.select(rows)
+        if going != active:
+            score = score.select(torch.tensor([active.index(row) for row in going], device=device))
         one = dataclasses.replace(
             denoiser,
             canvas=part,
@@ -77,11 +80,11 @@ def fill(
             first=canvas.start + number * block_length - begins[of_all],
             rows=rows,
         )
-        steps = max(1, round(config.steps * max(left[row] for row in going) / slots))
+        first_step, steps = _steps(config.steps, number, slots // block_length)
         try:
             one.run(
                 steps=steps,
-                first_step=step,
+                first_step=first_step,
                 traces=None if traces is None else [traces[row] for row in going],
                 on_step=on_step if everyone or on_step is None else _on_all(on_step, canvas, of_all),
                 every_step=every_step,
@@ -91,11 +94,18 @@ def fill(
             raise
         if not everyone:
             canvas.tokens[of_all] = part.tokens
-        canvas.masked &= ~here
-        active, step = going, step + steps
+        canvas.masked &= (block_of_slot != number) | ended[:, None]
+        held = [row // canvas.repeats if one.narrow else row for row in range(len(going))]
+        active = going
     canvas.response.masked_fill_(canvas.masked, score.pad_token_id)
     canvas.masked.fill_(False)
     return canvas.response
+
+
+def _steps(steps: int, number: int, blocks: int) -> tuple[int, int]:
+    """(first step, steps) of a block: of the block's number alone, so that no trajectory depends on its batch."""
+    begins = [max(block, steps * block // blocks) for block in (number, number + 1)]
+    return begins[0], begins[1] - begins[0]
 
 
 def _offsets(model: Any, canvas: Canvas) -> list[int]:

@@ -19,8 +19,8 @@ class Canvas:
         masked: [R, L] bool, the slots still to be filled. Kept apart from the tokens: a prompt may hold the mask token.
         keys: [R, L] int64, keys of each slot's draws.
         repeats: this many consecutive trajectories start out identical (K samples of a prompt); 1 claims nothing.
-        ends: [R] int64, the slot at which what the reward reads of each response ends; None is L for all.
-        end: the largest of these.
+        ends: [R] int64, the slot at which what the reward reads of each response ends; None is `end` for all.
+        end: the slot at which the suffix stands for the reward; slots between are dead. None is L.
     """
 
     tokens: torch.Tensor
@@ -105,11 +105,32 @@ class OpenSlots:
     def __len__(self) -> int:
         return self.rows.shape[0]
 
+    def leaders(self, repeats: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where every `repeats` trajectories in a row have the same open slots: which rows of phi are enough.
+
+        Returns:
+            (the rows of phi of the first of each group, int64 [n]; which of these n each row of phi equals, [N]).
+        """
+        leaders, source, begin = [], [], 0
+        for count in self.counts[::repeats]:
+            source += list(range(len(leaders), len(leaders) + count)) * repeats
+            leaders += range(begin, begin + count)
+            begin += count * repeats
+        return on_device(leaders, self.rows.device), on_device(source, self.rows.device)
+
     def index_of_slot(self, masked: torch.Tensor) -> torch.Tensor:
         """[R, L] int64: the row of phi that belongs to a slot, -1 where it is not open."""
         index = torch.full(masked.shape, -1, device=masked.device)
         index[self.rows, self.slots] = torch.arange(len(self), device=masked.device)
         return index
+
+
+def on_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Int64 tensor of some numbers; from pinned memory, since a copy from any other is waited for."""
+    tensor = torch.tensor(numbers, dtype=torch.int64)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def left_padded(prompts: Sequence[Sequence[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from ..backends import philox
 from ..ops import make_rng, sample_tokens, unmask_confidence
 from . import phases
-from .canvas import Canvas, OpenSlots
+from .canvas import Canvas, OpenSlots, on_device
 from .config import GuidanceConfig
 from .errors import Faults
 from .keys import FINAL_DRAW, POSITIONS, draw_counter
@@ -183,7 +183,7 @@ class Commits:
         needed, needed_there = [min(count, n) for count, n in zip(counts, opened.counts, strict=True)], wanted
         while any(needed):
             with phases.scope(phases.SELECT):
-                first = on_device(tuple(seen), wanted.device) if again else torch.zeros_like(wanted)
+                first = on_device(seen, wanted.device) if again else torch.zeros_like(wanted)
                 rows, ranks = _runs(first, needed_there, sum(needed))
                 slots = order[rows, ranks]
                 members = index_of_slot[rows, slots]
@@ -208,7 +208,7 @@ class Commits:
                     needed = [min(count, n) for count, n in zip(counted, left, strict=True)]
                 else:
                     needed = [n if count else 0 for count, n in zip(counted, left, strict=True)]
-                needed_there = on_device(tuple(needed), wanted.device) if any(needed) else missing
+                needed_there = on_device(needed, wanted.device) if any(needed) else missing
         with phases.scope(phases.SELECT):
             chosen = best_positions(ranking.masked_fill(postponed, -torch.inf), tried, wanted)
             self._fill(chosen, proposal)
@@ -285,14 +285,6 @@ class Commits:
             return ranking
         rng = make_rng(ranking, self._config.seed, draw_counter(step, POSITIONS))
         return perturbed(ranking, self._config.alg_temp, rng, self._canvas.keys)
-
-
-def on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Int64 tensor of some numbers; from pinned memory, since a copy from any other is waited for."""
-    tensor = torch.tensor(numbers, dtype=torch.int64)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def _runs(first: torch.Tensor, lengths: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,9 +15,9 @@ from ..models import DiffusionModel
 from ..models.forwards import Forwards
 from ..ops import softmax_entropy
 from . import phases
-from .canvas import Canvas, OpenSlots
+from .canvas import Canvas, OpenSlots, on_device
 from .capture import CapturedLoop
-from .commits import Commits, on_device
+from .commits import Commits
 from .config import GuidanceConfig
 from .errors import Faults
 from .inner import InnerLoop
@@ -46,6 +46,7 @@ class Denoiser:
         memory: used again at every step; a run of several batches hands over the same.
         first: int64 [R], the column at which each row's block begins; None where the response does.
         rows: int64 [R], which of the rows of the forwards' last block these are; None for all of them.
+        narrow: whether the forwards hold one row for each of the canvas's identical ones.
 
     The host waits for the device once before the first step, once after the last, and at most once in each step: to
     learn how many of the drawn tokens are postponed, and how far the responses are settled from the left. (Traces, and
@@ -75,7 +76,7 @@ class Denoiser:
             if self.config.cuda_graphs:
                 self._guide = CapturedLoop(self._guide, self.config, self.memory, len(self.canvas.tokens))
         self._reads_are_free = self._device.type == "cpu"
-        self._settled, self._edited, self._narrow = 0, False, False
+        self._settled, self._edited, self.narrow = 0, False, False
         self._fillable = self.canvas.masked.clone()
 
     @torch.no_grad()
@@ -215,21 +216,24 @@ class Denoiser:
 
     def _logits(self, opened: OpenSlots) -> torch.Tensor:
         """phi [N, V]: the model's logits at the open slots, in memory of the loop's own."""
-        canvas, count = self.canvas, len(self.canvas.tokens)
-        if self._narrow and not self._identical:
+        canvas = self.canvas
+        if self.narrow and not self._identical:
             self._open()
         size = (len(opened), self.model.vocab_size)
         kept = size[0] if self._guide is None else self._guide.padded(size[0])
         phi = self.memory.take("phi", (kept, size[1]), self.model.dtype, self._device)[: size[0]]
-        flat = opened.rows * canvas.tokens.shape[1] + canvas.start + opened.slots
+        rows, slots = opened.rows, opened.slots
         tokens, masked = canvas.tokens, torch.nn.functional.pad(canvas.masked, (canvas.start, 0))
         self.stats.model_forwards += 1
         if self._identical:
             # Before the first commit a prompt's K trajectories are one and the same.
-            k = canvas.repeats
-            per_row, flat = len(opened) // count, flat.view(count, -1)[: count // k].flatten()
-            logits = self.forwards.masked_logits(tokens[::k], masked[::k], positions=flat)
-            phi = phi.view(-1, k, per_row, size[1]).copy_(logits.view(-1, 1, per_row, size[1])).view(size)
+            leaders, source = opened.leaders(canvas.repeats)
+            rows, slots = rows[leaders] // canvas.repeats, slots[leaders]
+            tokens, masked = tokens[:: canvas.repeats], masked[:: canvas.repeats]
+        flat = rows * tokens.shape[1] + canvas.start + slots
+        if self._identical:
+            logits = self.forwards.masked_logits(tokens, masked, positions=flat)
+            phi = torch.index_select(logits, 0, source, out=phi)
         else:
             phi = self.forwards.masked_logits(tokens, masked, positions=flat, out=phi)
         if self.undrawable.numel():
@@ -242,9 +246,9 @@ class Denoiser:
         first = torch.full_like(tokens[:, 0], self.canvas.start) if self.first is None else self.first
         if self._identical:
             self.forwards.open(tokens[::k], first[::k], torch.arange(0, count, k, device=self._device))
-        elif self._narrow:
+        elif self.narrow:
             rows = torch.arange(count // k, device=self._device).repeat_interleave(k, output_size=count)
             self.forwards.open(tokens, first, rows)
         else:
             self.forwards.open(tokens, first, self.rows)
-        self._narrow = self._identical
+        self.narrow = self._identical

@@ -33,8 +33,6 @@ def tokens_of(sampler, prompts=PROMPTS, **settings):
 @pytest.fixture(scope="module")
 def parts(make_diffusion, make_reward, tokenizer):
     diffusion = make_diffusion(len(tokenizer)).double()
-    with torch.no_grad():
-        diffusion.lm_head.weight[tokenizer.eos_token_id] += 1
     return diffusion, make_reward(len(tokenizer)).double(), tokenizer
 
 
@@ -102,13 +100,10 @@ def test_nothing_is_computed_behind_an_end(parts, monkeypatch):
         return forward(canvas, attention, masked)
 
     monkeypatch.setattr(sampler.model, "masked_logits", watched)
-    with torch.no_grad():
-        diffusion.lm_head.weight[tokenizer.eos_token_id] *= 3
-    try:
+    more = torch.zeros(len(tokenizer), dtype=torch.float64)
+    more[tokenizer.eos_token_id] = 5
+    with diffusion.lm_head.register_forward_hook(lambda _module, _args, logits: logits + more):
         results = sampler.generate(PROMPTS, block_length=2, num_samples=4)
-    finally:
-        with torch.no_grad():
-            diffusion.lm_head.weight[tokenizer.eos_token_id] /= 3
     ended = 0
     for tokens in (sample.tokens for result in results for sample in result.samples):
         if tokenizer.eos_token_id in tokens:
@@ -132,7 +127,8 @@ def test_rewards_read_up_to_the_end_of_the_block(parts):
     lengths = [len(tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False)) for p in prompts]
     assert lengths[0] % BLOCK != lengths[1] % BLOCK  # unequal beginnings within a block
     sampler.generate(prompts)
-    first, last = seen[0], max(seen)
+    pairs = [counts for counts in seen if len(counts) == 2]
+    first, last = pairs[0], max(pairs)
     assert first[0] < last[0] and first[1] < last[1]
     assert first[0] - first[1] != last[0] - last[1]  # each up to its own block's end
 
