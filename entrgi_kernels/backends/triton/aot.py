@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
+from ...names import SCORED_ALGS
 from ..arguments import Adam, Draw, Placement
 from . import (
     config,
@@ -184,7 +185,7 @@ def calls(n: int, v: int, d: int, logits_dtype: torch.dtype, table_dtype: torch.
     yield softmax_entropy_backward(logits, lse, lse, lse, lse, 0.7)
     yield sample_tokens(logits, Draw(rng, keys, 0.7, 0, 1.0))
     yield sample_tokens(logits, Draw(rng, keys, 0.0, 0, 1.0))
-    for alg in ("entropy", "maskgit_plus", "topk_margin", "anchor"):
+    for alg in SCORED_ALGS:
         yield unmask_confidence(logits, keys, alg, 0.7, 0, 0.95)
 
 
