@@ -29,7 +29,7 @@ PY     := $(BIN)/python
 PYTEST := $(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal
 REPORT := build/demo/index.html
 # Deeper folders than csrc/*/*/* are not used.
-SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+SOURCES := $(wildcard csrc/*/*.* csrc/*/*/*.*)
 RUFF_PATHS := setup.py entrgi_kernels python tests benchmarks examples
 
 ifeq ($(DEMO),short)

@@ -70,8 +70,8 @@ def obstacle() -> str | None:
     """Why no extension can be built here, with what to do about it; None when the build may be tried."""
     if os.environ.get("ENTRGI_DISABLE_EXTENSION", "0") not in ("", "0"):
         return "ENTRGI_DISABLE_EXTENSION is set: unset it and install again to build the extension"
-    if not sources("csrc/*.cpp", "csrc/cpu/*.cpp"):
-        return "this source tree has no csrc/*.cpp"
+    if not sources("csrc/cpu/*.cpp"):
+        return "this source tree has no csrc/cpu/*.cpp"
     if sys.platform == "win32":
         return "the extension is built on Linux and macOS only"
     if importlib.util.find_spec("torch") is None:
@@ -173,13 +173,13 @@ def extensions() -> list[Extension]:
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     common = {
         "include_dirs": [str(ROOT / "csrc")],
-        "depends": sources("csrc/**/*.h", "csrc/**/*.hpp", "csrc/**/*.cuh", "csrc/*.h"),
+        "depends": sources("csrc/**/*.h", "csrc/**/*.cuh"),
         "optional": True,
     }
     # These follow CFLAGS on the command line: an -O given there (.ci/sanitize) must not be overridden.
     level = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]
     cxx = [*level, "-g0", "-std=c++20", "-fvisibility=hidden", *openmp]
-    cpu = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
+    cpu = sources("csrc/cpu/*.cpp")
     link = openmp_link_flags() if openmp else []
     modules = [CppExtension(CPU_MODULE, cpu, extra_compile_args={"cxx": cxx}, extra_link_args=link, **common)]
     cuda = cuda_sources()
@@ -353,7 +353,7 @@ class Sdist(sdist):
     """Adds the sources of the extension also where it cannot be built."""
 
     def make_distribution(self) -> None:
-        self.filelist.extend(sources("csrc/*.*", "csrc/*/*.*", "csrc/*/*/*.*"))
+        self.filelist.extend(sources("csrc/*/*.*", "csrc/*/*/*.*"))
         super().make_distribution()
 
 

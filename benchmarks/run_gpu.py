@@ -351,7 +351,7 @@ class Run:
 
     def cache(self) -> None:
         """Compile what the parts below launch, in processes of their own, into Triton's cache."""
-        command = [sys.executable, "-m", "entrgi_kernels.backends.triton.aot", "--here"]
+        command = [sys.executable, "-m", "benchmarks.tools.gate", "--here"]
         done = subprocess.run(
             command, cwd=ROOT, timeout=0.25 * self.clock.left(), capture_output=True, text=True, check=False
         )

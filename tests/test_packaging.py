@@ -199,7 +199,7 @@ def build_script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.chdir(ROOT)
     functions = runpy.run_path(str(ROOT / "setup.py"))
-    monkeypatch.setitem(functions["obstacle"].__globals__, "sources", lambda *patterns: ["csrc/ops.cpp"])
+    monkeypatch.setitem(functions["obstacle"].__globals__, "sources", lambda *patterns: ["csrc/cpu/ops.cpp"])
     return functions
 
 
@@ -214,7 +214,7 @@ def test_obstacles_are_named_with_a_remedy(
         assert "ENTRGI_DISABLE_EXTENSION is set" in obstacle()
     with monkeypatch.context() as patch:
         patch.setitem(names, "sources", lambda *patterns: [])
-        assert "no csrc/*.cpp" in obstacle()
+        assert "no csrc/cpu/*.cpp" in obstacle()
     with monkeypatch.context() as patch:
         patch.setattr(names["importlib"].util, "find_spec", lambda name: None)
         assert "torch is not installed" in obstacle() and "--no-build-isolation" in obstacle()
@@ -327,8 +327,8 @@ def test_extension_is_built_or_its_absence_explained(build_script: dict[str, Any
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "python" / "entrgi").mkdir(parents=True)
-    source = tmp_path / "csrc" / "ops.cpp"
-    source.parent.mkdir()
+    source = tmp_path / "csrc" / "cpu" / "ops.cpp"
+    source.parent.mkdir(parents=True)
     built = tmp_path / "entrgi_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
     source.write_text(GOOD)

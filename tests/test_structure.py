@@ -29,9 +29,6 @@ HOLD_LISTS = {
     "guidance.config",
     "guidance.weights",
     "guidance.schedules",
-    "backends",
-    "backends.trials",
-    "backends.triton.aot",
 }
 
 

@@ -145,8 +145,9 @@ def launches_row(blocks: int = 40) -> dict[str, Any] | None:
     each) is left out. "raw us" is the same without any dispatch. None where Triton is missing.
     """
     try:
+        from benchmarks.tools import gate
         from entrgi_kernels.backends import triton as kernels
-        from entrgi_kernels.backends.triton import aot, config, launch
+        from entrgi_kernels.backends.triton import config, launch
     except ImportError:
         return None
 
@@ -172,7 +173,7 @@ def launches_row(blocks: int = 40) -> dict[str, Any] | None:
 
     before = config.override, launch.recorder
     try:
-        config.override = aot.MACHINES["sm_90"].tables
+        config.override = gate.MACHINES["sm_90"].tables
         launch.recorder = dispatched
         step()
         launches, seconds = count, []

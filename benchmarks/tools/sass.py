@@ -84,24 +84,25 @@ def loops(disassembly: str) -> list[Loop]:
 
 def disassemble(cubin: bytes) -> str:
     """Machine code as text, by the disassembler that Triton's package carries."""
-    from entrgi_kernels.backends.triton import aot
+    from benchmarks.tools import gate
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        done = subprocess.run([aot.tool("nvdisasm"), "-c", str(path)], capture_output=True, text=True, check=True)
+        done = subprocess.run([gate.tool("nvdisasm"), "-c", str(path)], capture_output=True, text=True, check=True)
     return done.stdout
 
 
 def rows(target: str, only: str, clock: float, bandwidth: float) -> Iterator[str]:
     """Lines of the table: a launch, then its loops. `clock` in GHz, `bandwidth` in TB/s."""
+    from benchmarks.tools import gate
     from entrgi_kernels.backends.triton import aot
 
-    machine = aot.MACHINES[target]
-    for item in aot.jobs(target):
+    machine = gate.MACHINES[target]
+    for item in gate.jobs(target):
         if not re.search(only, item.label):
             continue
-        registers = aot.compile_launch(target, machine, item).registers
+        registers = gate.compile_launch(target, machine, item).registers
         threads = 32 * item.num_warps
         programs = 65_536 // (-(-registers // 8) * 8 * threads)
         yield f"{item.label}: {registers} registers, {threads} threads, {programs} programs a multiprocessor"

@@ -145,12 +145,13 @@ def workload(family: str, p: Any) -> Callable[[], tuple[torch.Tensor, ...]]:
 
 def compiled(jobs: Iterable[Job], workers: int) -> dict[Job, str | None]:
     """Compile every job's kernels on all cores, into Triton's cache: what is wrong with each, or None."""
+    from benchmarks.tools import gate
     from entrgi_kernels.backends.triton import aot
 
     machine = aot.here()
     wanted = {job: launches(job, machine) for job in jobs}
     distinct = list(dict.fromkeys(item for items in wanted.values() for item in items))
-    made = aot.compile_all([("here", machine, item) for item in distinct], workers)
+    made = gate.compile_all([("here", machine, item) for item in distinct], workers)
     wrong = {
         item: report.error or f"{report.spill_bytes} bytes spilled, {report.shared_bytes} of shared memory"
         for item, report in zip(distinct, made, strict=True)

@@ -88,22 +88,23 @@ def hazards(sass: str) -> list[str] | None:
 
 def of_cubin(cubin: bytes) -> dict[str, list[str] | None]:
     """:func:`hazards` of every kernel in a binary, by the kernel's name."""
-    from entrgi_kernels.backends.triton import aot
+    from benchmarks.tools import gate
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        done = subprocess.run([aot.tool("cuobjdump"), "-sass", str(path)], capture_output=True, text=True, check=True)
+        done = subprocess.run([gate.tool("cuobjdump"), "-sass", str(path)], capture_output=True, text=True, check=True)
     parts = done.stdout.split("Function : ")[1:]
     return {part.split(None, 1)[0]: hazards(part) for part in parts}
 
 
 def of_triton(only: str = "") -> Iterator[tuple[str, list[str]]]:
     """(launch, its hazards) of every sm_90 launch whose label matches and that has products of registers."""
+    from benchmarks.tools import gate
     from entrgi_kernels.backends.triton import aot
 
-    machine = aot.MACHINES["sm_90"]
-    for item in aot.jobs("sm_90"):
+    machine = gate.MACHINES["sm_90"]
+    for item in gate.jobs("sm_90"):
         if re.search(only, item.label):
             (found,) = of_cubin(aot.build(machine.gpu, item).asm["cubin"]).values()
             if found is not None:

@@ -21,13 +21,13 @@ from types import ModuleType
 
 import torch
 
+from ..names import BACKENDS
 from . import proof
 from .proof import BackendUnavailableError as BackendUnavailableError
 
 logger = logging.getLogger("entrgi_kernels")
 
-EAGER, NATIVE, TRITON, CUDA = "eager", "native", "triton", "cuda"
-NAMES = (EAGER, NATIVE, TRITON, CUDA)
+NAMES = EAGER, NATIVE, TRITON, CUDA = BACKENDS
 _MODULES = {name: f"{__name__}.{name}" for name in NAMES}
 
 # What "auto" tries on a device type, in order: the first that can serve the device and the dtype and has the operator.

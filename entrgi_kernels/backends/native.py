@@ -1,4 +1,4 @@
-"""The compiled CPU kernels (csrc/) behind the raw functions of :mod:`entrgi_kernels.backends.eager`.
+"""The compiled CPU kernels (csrc/cpu) behind the raw functions of :mod:`entrgi_kernels.backends.eager`.
 
 The extension ``entrgi_kernels._C`` is built by setup.py; importing it registers ``torch.ops.entrgi_native``. Where it
 was not built, or cannot be loaded, :func:`why_not` says why and nothing else of the package is affected. docs/native.md
@@ -16,7 +16,7 @@ from .arguments import Adam, Draw, Placement
 
 NAME = "native"
 _MODULE = "entrgi_kernels._C"
-_INTERFACE = 2  # that of csrc/bindings.cpp; a checkout may be newer than what was built from it
+_INTERFACE = 2  # that of csrc/cpu/bindings.cpp; a checkout may be newer than what was built from it
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..names import SCORED_ALGS
 from .arguments import Adam, Draw, Placement
 
 
@@ -227,7 +228,7 @@ def calls(
     for held, step, keep in (((None, None), 1, True), (moments, 1, True), (moments, 2, True), (moments, 3, False)):
         adam = Adam(held[0], held[1], step, 0.5, 0.9, 0.999, 1e-8, keep)
         yield "guidance_update_", (logits, grad, table, soft, lse, 0.7, adam)
-    for alg in ("entropy", "maskgit_plus", "topk_margin", "anchor"):
+    for alg in SCORED_ALGS:
         yield "unmask_confidence", (logits, keys, alg, 0.7, 0, 0.95)
     if logits_dtype == table_dtype:  # passes of token_log_prob over a chunk's logits: a whole chunk, and the last one
         for part in dict.fromkeys((min(v, 25_600), v % 256 or min(v, 256))):

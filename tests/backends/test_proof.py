@@ -248,10 +248,11 @@ def test_other_rows_forms_dtypes_and_flags_are_other_proofs(door):
 )
 def test_a_proof_launches_the_very_machine_code_of_the_call(monkeypatch, n, v, d, logits, table):
     """What Triton would compile for the call on an H100, argument for argument, is what the proof launches there."""
+    from benchmarks.tools import gate
     from entrgi_kernels.backends import triton as kernels
     from entrgi_kernels.backends.triton import aot
 
-    machine = aot.SHIPPED["sm_90"]
+    machine = gate.SHIPPED["sm_90"]
     for module in (trials, comparison):
         monkeypatch.setattr(module, "architecture", lambda device: machine.tables.architecture)
     monkeypatch.setattr(comparison, "_scale", lambda device: comparison.GPU)

@@ -13,11 +13,12 @@ triton = pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
+from benchmarks.tools import gate  # noqa: E402
 from entrgi_kernels import ops  # noqa: E402
 from entrgi_kernels.backends import eager  # noqa: E402
 from entrgi_kernels.backends import triton as kernels  # noqa: E402
 from entrgi_kernels.backends.arguments import Adam, Draw, Placement  # noqa: E402
-from entrgi_kernels.backends.triton import aot, config  # noqa: E402
+from entrgi_kernels.backends.triton import config  # noqa: E402
 from entrgi_kernels.backends.triton.soft_embedding import forward  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -47,7 +48,7 @@ def error(value, exact):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "v", "d"), aot.CHECKED)
+@pytest.mark.parametrize(("n", "v", "d"), gate.CHECKED)
 def test_every_operator_against_float64(n, v, d, dtype):
     logits, table, grad = make(n, v, d, dtype)
     x, e, g = logits.double(), table.double(), grad.double()

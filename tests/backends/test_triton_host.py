@@ -15,10 +15,7 @@ pytest.importorskip("triton")
 
 from benchmarks import run_gpu
 from benchmarks.harness.inputs import CANONICAL, VOCABULARY, Shape  # noqa: E402
-from benchmarks.tools import (
-    profile,
-    tune,  # noqa: E402
-)
+from benchmarks.tools import gate, profile, tune  # noqa: E402
 from entrgi_kernels import backends  # noqa: E402
 from entrgi_kernels.backends import triton as kernels  # noqa: E402
 from entrgi_kernels.backends.arguments import Adam, Draw, Placement  # noqa: E402
@@ -51,7 +48,7 @@ def test_products_by_descriptors_that_fail_on_a_gpu_give_way_to_pointers_for_the
     path, _, test = run_gpu.BULK_TEST.partition("::")
     assert f"def {test.removesuffix('[descriptor]')}(" in (run_gpu.ROOT / path).read_text(encoding="utf-8")
     for passed in (True, False):
-        monkeypatch.setattr(config, "override", aot.MACHINES["sm_90"].tables)
+        monkeypatch.setattr(config, "override", gate.MACHINES["sm_90"].tables)
         monkeypatch.setattr(run_gpu, "numerics", lambda clock, seconds, tests, passed=passed: passed)
         machine, report = types.SimpleNamespace(device="cuda"), types.SimpleNamespace(red=[])
         run_gpu.Run.bulk_copies(types.SimpleNamespace(machine=machine, clock=None, report=report))
@@ -131,7 +128,7 @@ def test_a_step_takes_a_tenth_of_the_logits_bytes_at_most(n, d, dtype, engine, m
     """The memory row of the design, beyond logits and moments: outputs, statistics, lists, partial sums and chunks."""
     if dtype != torch.float32:  # a GPU's product of 16-bit operands needs no memory; without one they are widened
         monkeypatch.setattr(chunked, "_product", lambda a, b, out, add: None)
-    machine = aot.MACHINES["sm_90"]
+    machine = gate.MACHINES["sm_90"]
     architecture = machine.tables.architecture
     if engine != "of the table":
         tables = {
@@ -159,7 +156,7 @@ def test_a_tile_beside_wide_moments_is_taken_apart_once_more_where_the_kernel_ca
         torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((512, 4096), (4096, 64), (512, 64))
     )
     moments, soft = [torch.empty(512, 4096, device="meta") for _ in range(2)], torch.empty(512, 64, device="meta")
-    machine, launched = aot.MACHINES["sm_90"], []
+    machine, launched = gate.MACHINES["sm_90"], []
     entry = config.GemmConfig(128, 256, 64, 8, 4, parts=parts)
     with aot.recording(machine, launched.append):
         config.override = dataclasses.replace(
@@ -192,7 +189,7 @@ def test_a_step_of_few_rows_is_nine_launches_and_nothing_else():
     moments = torch.empty_like(logits), torch.empty_like(logits)
     rng, keys = torch.empty(2, dtype=torch.int64, device="meta"), torch.empty(64, dtype=torch.int64, device="meta")
     launched = []
-    with aot.recording(aot.MACHINES["sm_90"], lambda item: launched.append(item.kernel)), Work() as work:
+    with aot.recording(gate.MACHINES["sm_90"], lambda item: launched.append(item.kernel)), Work() as work:
         held = kernels.entrgi_embedding(logits, table, Draw(rng, keys, 0.7, 0, 0.95), None, None, "entropy")
         kernels.guidance_update_(logits, grad, table, *held[4:6], 0.7, Adam(*moments, 2, 0.5, 0.9, 0.999, 1e-8))
     assert launched == [
@@ -227,7 +224,7 @@ def test_a_new_number_of_rows_compiles_nothing(rows):
         moments = torch.zeros_like(logits), torch.zeros_like(logits)
         inputs, places = torch.zeros(2 * n, d, dtype=torch.bfloat16), torch.arange(2 * n)[n:]
         found = wanted.setdefault(n, set())
-        with aot.recording(aot.MACHINES["sm_90"], found.add):
+        with aot.recording(gate.MACHINES["sm_90"], found.add):
             kernels.entrgi_embedding(logits, table, Draw(rng, keys, 0.7, 0, 0.95), None, None, "entropy")
             kernels.entrgi_embedding(
                 logits, table, Draw(rng, keys, 0.7, 0, 1.0), keys, lse, "given", Placement(inputs, places)
@@ -265,7 +262,7 @@ def test_tuning_starts_from_the_table_and_tries_the_other_engine():
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
 def test_tuning_compiles_each_candidates_own_kernels_first(monkeypatch):
-    machine, shape = aot.MACHINES["sm_90"], Shape(1600, 64, 4096)
+    machine, shape = gate.MACHINES["sm_90"], Shape(1600, 64, 4096)
     kernels_of = {"statistics": "_statistics_kernel", "collect": "_collect_kernel", "backward": "_backward_kernel"}
     jobs = [(f, shape, tune.present_entry(machine.tables, f, shape.n)) for f in (*kernels_of, "forward")]
     for family, _, entry in jobs[:3]:
@@ -275,9 +272,12 @@ def test_tuning_compiles_each_candidates_own_kernels_first(monkeypatch):
     assert tune.launches(("backward", shape, greedy), machine)[-1].tile["BLOCK_V"] == 256
     monkeypatch.setattr(aot, "here", lambda: machine)
     monkeypatch.setattr(
-        aot,
+        gate,
         "compile_all",
-        lambda wanted, workers: [aot.Report(*job, spill_bytes=8 * job[2].tile.get("BLOCK_V", 0)) for job in wanted],
+        lambda wanted, workers: [
+            gate.Report(*job, spill_bytes=8 * (job[2].tile["BLOCK_V"] if job[2].kernel == "_backward_kernel" else 0))
+            for job in wanted
+        ],
     )
     verdicts = tune.compiled([*jobs, ("backward", shape, greedy)], 1)
     assert [wrong is None for wrong in verdicts.values()] == [True, True, False, True, False]

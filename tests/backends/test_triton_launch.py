@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process: nothing is dispatched", allow_module_level=True)
 
+from benchmarks.tools import gate  # noqa: E402
 from entrgi_kernels.backends.triton import aot, launch  # noqa: E402
 from entrgi_kernels.backends.triton.launch import Matrix  # noqa: E402
 
@@ -41,7 +42,7 @@ def split():
 
 def test_launches_of_one_key_are_compiled_alike(split):
     """Every launch of all raw functions on an H100: one key, one entry of Triton's own cache."""
-    machine, found, made, again = aot.MACHINES["sm_90"], [], {}, 0
+    machine, found, made, again = gate.MACHINES["sm_90"], [], {}, 0
     with aot.recording(machine, found.append):
         triton_records = launch.recorder
 
@@ -56,7 +57,7 @@ def test_launches_of_one_key_are_compiled_alike(split):
 
         launch.recorder = record
         for case in CASES:
-            for _ in aot._calls(*case):
+            for _ in aot.calls(*case):
                 pass
     assert again > 300 and len(set(made.values())) > 100
     assert len(made) <= 1.2 * len(set(made.values())), (
@@ -65,12 +66,12 @@ def test_launches_of_one_key_are_compiled_alike(split):
 
 
 def test_a_new_number_of_rows_is_no_new_key(split):
-    machine, kinds = aot.MACHINES["sm_90"], {}
+    machine, kinds = gate.MACHINES["sm_90"], {}
     with aot.recording(machine, lambda _: None):
         for n in (290, 303, 320):
             kinds[n] = set()
             launch.recorder = lambda kernel, args, options, n=n: kinds[n].add(launch.key(kernel, args, *split(options)))
-            for _ in aot._calls(n, 5008, 144, BF16, BF16):
+            for _ in aot.calls(n, 5008, 144, BF16, BF16):
                 pass
     assert kinds[290] == kinds[303] == kinds[320]
 
@@ -78,7 +79,7 @@ def test_a_new_number_of_rows_is_no_new_key(split):
 def test_every_pointer_of_every_kernel_is_marked():
     """A vector over rows that is not would be compiled again whenever N moves it to another place."""
     found = []
-    with aot.recording(aot.MACHINES["sm_90"], lambda _: None):
+    with aot.recording(gate.MACHINES["sm_90"], lambda _: None):
         triton_records = launch.recorder
 
         def record(kernel, args, options):
@@ -91,7 +92,7 @@ def test_every_pointer_of_every_kernel_is_marked():
 
         launch.recorder = record
         for case in CASES[:3]:
-            for _ in aot._calls(*case):
+            for _ in aot.calls(*case):
                 pass
     assert {mark for mark, *_ in found} == {"Vector", "Matrix"}, [one for one in found if one[0] is None]
     with pytest.raises(TypeError, match="_new_kernel: lse_ptr not marked: expected Vector or Matrix"):

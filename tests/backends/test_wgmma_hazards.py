@@ -13,10 +13,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process: nothing to compile", allow_module_level=True)
 
-from benchmarks.tools import (
-    cuda_static,
-    wgmma_hazards,  # noqa: E402
-)
+from benchmarks.tools import cuda_static, gate, wgmma_hazards  # noqa: E402
+from entrgi_kernels.backends import triton as kernels  # noqa: E402
 from entrgi_kernels.backends.triton import aot, config  # noqa: E402
 
 HOPPER = cuda_static.ROOT / "csrc" / "cuda" / "hopper"
@@ -78,12 +76,12 @@ def test_another_assembler_is_not_trusted(monkeypatch):
 
 @pytest.mark.skipif(config._TRITON >= (3, 9), reason="this Triton waits by itself")
 def test_without_the_wait_it_does():
-    machine, found = aot.MACHINES["sm_90"], []
+    machine, found = gate.MACHINES["sm_90"], []
     sizes = [(512, 151_936), (151_936, 1024)]
     logits, table = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes)
     with aot.recording(machine, found.append):
         config.override = replace(machine.tables, waits=False)
-        aot.soft_embedding(logits, table, 0.7)
+        kernels.soft_embedding(logits, table, 0.7)
     (product,) = (item for item in found if item.kernel == "_forward_kernel")
     (hazards,) = wgmma_hazards.of_cubin(aot.build(machine.gpu, product).asm["cubin"]).values()
     assert hazards

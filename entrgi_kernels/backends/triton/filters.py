@@ -362,7 +362,7 @@ def _pick_kernel(
     raises_ptr: Matrix,
     cuts_ptr: Matrix,
     rng_ptr: Vector,
-    rows_ptr: Vector,
+    keys_ptr: Vector,
     tokens_ptr: Vector,
     thresholds_ptr: Vector,
     v,
@@ -423,7 +423,7 @@ def _pick_kernel(
             )
         threshold = reached
         if DRAW:
-            key = tl.load(rows_ptr + row)
+            key = tl.load(keys_ptr + row)
             indices = index_ptr + row * splits * capacity
             if whole:
                 token = _race(
@@ -454,9 +454,9 @@ def filtered(
     top_k: int,
     top_p: float,
     rng: torch.Tensor | None,
-    rows: torch.Tensor | None,
+    keys: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Tokens int64 [N] when `rng` and `rows` are given, else each row's threshold as an ordered int32 key [N]."""
+    """Tokens int64 [N] when `rng` and `keys` are given, else each row's threshold as an ordered int32 key [N]."""
     n, v = logits.shape
     device = logits.device
     target = config.target(device)
@@ -468,7 +468,7 @@ def filtered(
     counts = torch.empty((n, splits), dtype=torch.int32, device=device)
     raises = torch.empty(n, dtype=torch.int32, device=device)
     cuts = torch.empty(n, dtype=torch.float32, device=device)
-    draw = rng is not None and rows is not None
+    draw = rng is not None and keys is not None
     out = torch.empty(n, dtype=torch.int64 if draw else torch.int32, device=device)
     # Below the cut-off of top-p nothing is kept. For top-k alone any will do that leaves k entries.
     missing = 1.0 - top_p if top_p < 1.0 else 1e-3
@@ -523,7 +523,7 @@ def filtered(
         raises,
         cuts,
         rng if draw else unused,
-        vector(rows) if draw and rows is not None else unused,
+        vector(keys) if draw and keys is not None else unused,
         out,
         out,
         v,

@@ -8,23 +8,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import triton
+import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+# What a kernel says of each of its pointers, as an annotation. The machine code for a Matrix knows whether it starts on
+# 16 bytes, which decides how wide loads are. A Vector is over rows, or the random state: many are views into a buffer,
+# at a place that depends on N, which must not decide what is compiled. A program reads few of their entries, so nothing
+# is lost by not knowing. (Triton lets a kernel name no globals but constants of its own.)
 if TYPE_CHECKING:
     Matrix: TypeAlias = Any
     Vector: TypeAlias = Any
 else:
-
-    class Matrix:
-        """Marks a kernel's pointer whose alignment decides how wide its loads are: machine code is made for it."""
-
-    class Vector:
-        """Marks a kernel's pointer to a vector over rows, or to the random state.
-
-        Many are views into a buffer, at a place that depends on N: whether that is a multiple of 16 bytes must not
-        decide what is compiled. A program reads few of their entries, so nothing is lost by not knowing.
-        """
-
+    Matrix, Vector = tl.constexpr("matrix"), tl.constexpr("vector")
 
 # The ahead-of-time gate puts a function here that records a launch instead of making it: what is compiled for other
 # machines is then exactly what the raw functions would launch, argument for argument.
@@ -38,7 +33,7 @@ def kernel(*counts: str) -> Callable[[Callable[..., None]], Any]:
     multiples of 16 apart): a new N compiles nothing. Strides and V stay specialised: the width of loads hangs on them.
 
     Raises:
-        TypeError: a parameter whose name ends in `_ptr` is marked neither :class:`Vector` nor :class:`Matrix`.
+        TypeError: a parameter whose name ends in `_ptr` is marked neither Matrix nor Vector.
     """
 
     def made(function: Callable[..., None]) -> Any:

@@ -25,7 +25,7 @@ def _race_kernel(
     stride_n,
     maximum_ptr: Vector,
     rng_ptr: Vector,
-    rows_ptr: Vector,
+    keys_ptr: Vector,
     scores_ptr: Matrix,
     places_ptr: Matrix,
     v,
@@ -41,7 +41,7 @@ def _race_kernel(
     start = split * slice_length
     end = tl.minimum(start + slice_length, v)
     m = tl.load(maximum_ptr + row)
-    key = tl.load(rows_ptr + row)
+    key = tl.load(keys_ptr + row)
     pairs = tl.arange(0, BLOCK_V // 2)  # [BV / 2], as all that is made of it
     c = inverse * 1.4426950408889634
     top = float("-inf")
@@ -81,7 +81,7 @@ def _race_merge_kernel(
 
 
 def _unfiltered(
-    logits: torch.Tensor, maximum: torch.Tensor, rng: torch.Tensor, rows: torch.Tensor, temperature: float
+    logits: torch.Tensor, maximum: torch.Tensor, rng: torch.Tensor, keys: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """Tokens [N] int64 from dense-rowed `logits` [N, V] with their `maximum` [N]; -1 where that is NaN."""
     n, v = logits.shape
@@ -98,7 +98,7 @@ def _unfiltered(
         logits.stride(0),
         maximum,
         rng,
-        vector(rows),
+        vector(keys),
         scores,
         places,
         v,
@@ -124,11 +124,11 @@ def _unfiltered(
 
 def drawn(logits: torch.Tensor, maximum: torch.Tensor, logsum: torch.Tensor, draw: Draw) -> torch.Tensor:
     """Tokens [N] int64 from dense-rowed `logits` whose maximum and logsum (at `temperature`) are known; -1 if bad."""
-    rng, rows, temperature, top_k, top_p = draw
+    rng, keys, temperature, top_k, top_p = draw
     rng = rng.contiguous()
     if is_filtered(logits.shape[1], top_k, top_p):
-        return filtered(logits, maximum, logsum, temperature, top_k, top_p, rng, rows)
-    return _unfiltered(logits, maximum, rng, rows, temperature)
+        return filtered(logits, maximum, logsum, temperature, top_k, top_p, rng, keys)
+    return _unfiltered(logits, maximum, rng, keys, temperature)
 
 
 @ranged

@@ -1,4 +1,4 @@
-// The raw functions of csrc/ops.cpp under ThreadSanitizer (.ci/sanitize): every one on every instruction set of this
+// The raw functions of csrc/cpu/ops.cpp under ThreadSanitizer (.ci/sanitize): every one on every instruction set of this
 // machine, at shapes that are split among threads, with one thread and with four. A race ends the process with status 66;
 // other bits with four threads than with one, with status 1.
 #include <ATen/ATen.h>

@@ -1,4 +1,4 @@
-// Stands in for torch's header of this name where csrc/ops.cpp is compiled under ThreadSanitizer: threads that the
+// Stands in for torch's header of this name where csrc/cpu/ops.cpp is compiled under ThreadSanitizer: threads that the
 // sanitizer sees, in place of an OpenMP runtime that it does not (every one of whose barriers would be a report).
 #pragma once
 #include <cstdint>

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "dispatch.h"
 
 namespace {
 

@@ -14,8 +14,8 @@
 #include <string>
 #include <tuple>
 
-#include "cpu/denormals.h"
-#include "cpu/dispatch.h"
+#include "denormals.h"
+#include "dispatch.h"
 
 namespace {
 
