@@ -25,14 +25,7 @@ BELOW = {
 }
 NAMES = "entrgi_kernels.names"  # what a user chooses among; every room may read it, and it reads none
 # To be emptied: they still hold lists of their own.
-HOLD_LISTS = {
-    "guidance.config",
-    "guidance.weights",
-    "guidance.schedules",
-    "backends",
-    "backends.trials",
-    "backends.triton.aot",
-}
+HOLD_LISTS = {"guidance.weights", "backends", "backends.trials", "backends.triton.aot"}
 
 
 def modules_of(sources: dict[str, Path]) -> dict[str, Path]:
