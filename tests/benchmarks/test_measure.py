@@ -53,9 +53,9 @@ def test_red_check_means_no_speed_and_no_run(check):
 class WrongGradient(Vectorized):
     """As fast as the right one, and wrong: Adam walks the other way."""
 
-    def _update(self):
+    def update(self):
         self.phi.grad.neg_()
-        super()._update()
+        super().update()
 
 
 class WrongDraw(Vectorized):
