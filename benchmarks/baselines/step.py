@@ -221,7 +221,7 @@ class Vectorized:
         s = self.settings
         self.optimizer = torch.optim.Adam([self.phi], lr=s.lr, betas=s.betas, eps=s.eps, fused=True)
 
-    def _update(self) -> None:
+    def update(self) -> None:
         self.optimizer.step()
 
     def step(self, reward: Reward, tokens: torch.Tensor | None = None) -> StepResult:
@@ -234,7 +234,7 @@ class Vectorized:
         alive = batched_alive(canvas.tokens.index_put(self.places, best), canvas.eos_id, canvas.pad_id)
         rewards = reward(responses, alive)
         (-rewards.sum()).backward()
-        self._update()
+        self.update()
         return StepResult(embedding.detach(), tokens, weight, entropy, rewards.detach(), self.phi.grad)
 
 
@@ -252,7 +252,7 @@ class Compiled(Vectorized):
         self.mean, self.square = torch.zeros_like(self.phi.data), torch.zeros_like(self.phi.data)
         self.count = 0
 
-    def _update(self) -> None:
+    def update(self) -> None:
         self.count += 1
         (beta1, beta2), lr = self.settings.betas, self.settings.lr
         scale = torch.tensor(

@@ -254,20 +254,25 @@ def device_name(device: str = "cpu") -> str:
     return ", ".join(part for part in (model, best, f"{torch.get_num_threads()} threads") if part)
 
 
-def revision() -> str:
-    """The commit that is checked out, with "-dirty" when files differ from it; "unknown" outside a repository."""
+def revision(folder: Path = RESULTS.parent) -> str:
+    """The commit that is checked out, with "-dirty" when files differ from it; "unknown" outside a repository.
+
+    Results do not count: a run's own first rows would make all that follow dirty.
+
+    Args:
+        folder: that of the benchmarks.
+    """
+
+    def git(*words: str) -> str:
+        run = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=20, check=True)
+        return run.stdout.strip()
+
     try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(exclude)results")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return answer.stdout.strip()
+    return f"{commit}-dirty" if changed else commit
 
 
 def versions() -> dict[str, str | None]:

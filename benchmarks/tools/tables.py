@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..harness.measure import RESULTS
+from benchmarks.harness.measure import RESULTS
 
 Row = dict[str, Any]
 _COMMON = ("device", "torch", "triton", "revision")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,9 @@ def test_red_check_means_no_speed_and_no_run(check):
 class WrongGradient(Vectorized):
     """As fast as the right one, and wrong: Adam walks the other way."""
 
-    def _update(self):
+    def update(self):
         self.phi.grad.neg_()
-        super()._update()
+        super().update()
 
 
 class WrongDraw(Vectorized):
@@ -228,3 +229,24 @@ def test_the_command_fails_when_a_check_is_red(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert code == 1 and "made red by the test" in printed
     assert "eager" not in {row["backend"] for row in json.loads(path.read_text())}
+
+
+def test_rows_of_a_run_do_not_make_its_revision_dirty(tmp_path):
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    folder = tmp_path / "benchmarks"
+    assert measure.revision(tmp_path) == "unknown"
+    (folder / "results").mkdir(parents=True)
+    (folder / "results" / "a.json").write_text("[]")
+    (tmp_path / "code.py").write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    clean = measure.revision(folder)
+    assert len(clean) == 12 and "dirty" not in clean
+    (folder / "results" / "a.json").write_text("[1]")
+    assert measure.revision(folder) == clean
+    (tmp_path / "code.py").write_text("2")
+    assert measure.revision(folder) == f"{clean}-dirty"

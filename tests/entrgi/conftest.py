@@ -69,7 +69,7 @@ class FakeSampler:
         slots, method = self.config.max_new_tokens, self.config.method
         length = 1 + digest[0] % (slots - 1)
         tokens = [digest[i % 32] % EOS if i < length else EOS for i in range(slots)]
-        reward = digest[1] / 128 - 1 + self.lift[method]
+        reward = digest[1] / 128 - 1 + self.lift.get(method, 1.0)
         steps = []
         for step in range(slots // 2):
             done = 2 * step

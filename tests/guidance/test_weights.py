@@ -53,7 +53,7 @@ def test_methods():
     assert method_weight("entrgi", "step(2)") == StepWeight(2.0)
     with pytest.raises(ValueError, match="only method 'entrgi'"):
         method_weight("aps", "step(2)")
-    with pytest.raises(ValueError, match="'entrgi', 'aps', 'expectation', 'none'"):
+    with pytest.raises(ValueError, match="expected one of .*'entrgi'"):
         method_weight("entrigi")
     with pytest.raises(TypeError, match="callable"):
         resolve_weight(3)
