@@ -174,7 +174,9 @@ def test_whole_canvases_give_each_row_s_own_logits(name, attention, shift):
     tokens, real, _start = canvases(length=9)
     tokens[:, -3] = 7
     masked = (tokens == MASK) & real
-    expected = [alone(module, row[seen], B, shift)[hit[seen]] for row, seen, hit in zip(tokens, real, masked, strict=True)]
+    expected = [
+        alone(module, row[seen], B, shift)[hit[seen]] for row, seen, hit in zip(tokens, real, masked, strict=True)
+    ]
     torch.testing.assert_close(model.masked_logits(tokens, real, masked), torch.cat(expected))
 
 
