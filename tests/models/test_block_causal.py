@@ -276,6 +276,25 @@ def test_a_block_is_opened_again_with_more_rows():
     torch.testing.assert_close(shared, model.masked_logits(tokens[leaders], attention[leaders], masked))
 
 
+@pytest.mark.parametrize("make", [lambda: network("Qwen3", dtype=torch.float64), OwnMask], ids=["Qwen3", "own mask"])
+@pytest.mark.parametrize("shift", [False, True])
+def test_rows_need_not_keep_step(make, shift):
+    """A row whose block holds nothing to decide is opened further on, while others stay."""
+    model = BlockCausal(make(), MASK, B, shift)
+    tokens, attention, start = canvases((6, 6, 9), length=16)
+    tokens[:, start : start + 12] = torch.randint(1, V - 1, (3, 12))
+    forwards, column = model.forwards(tokens, attention, start), torch.arange(tokens.shape[1])
+    begins = torch.tensor([7, 7, 8])
+    for steps in ([0, 0, 0], [1, 0, 0], [0, 1, 2], [2, 0, 1], [0, 2, 0]):
+        begins = begins + B * torch.tensor(steps)
+        forwards.open(tokens, begins)
+        masked = (column >= begins[:, None]) & (column < begins[:, None] + B)
+        blanked = tokens.masked_fill(masked, MASK)
+        logits = forwards.masked_logits(blanked, masked)
+        expected = model.masked_logits(blanked, attention, masked)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+
+
 def test_edited_tokens_are_run_again():
     model = BlockCausal(network("Qwen3", dtype=torch.float64), MASK, B)
     tokens, attention, start = canvases((5, 8), repeats=1, length=8)

@@ -51,6 +51,53 @@ def test_uninitialised_frequencies_are_recomputed_and_it_is_said(damage):
     assert torch.equal(module[1].inv_freq, expected)
 
 
+class Plain(nn.Module):
+    """Keeps its frequencies as SDAR's, LLaDA2's and Fast-dLLM's do: nothing to reset, a copy beside them."""
+
+    def __init__(self, rope_type: str = "default") -> None:
+        super().__init__()
+        self.config, self.rope_type, self.rope_init_fn = CONFIG, rope_type, compat.default_rope
+        frequencies, self.attention_scaling = self.rope_init_fn(self.config, None)
+        self.register_buffer("inv_freq", frequencies, persistent=False)
+        self.original_inv_freq = self.inv_freq
+
+
+@pytest.mark.parametrize("kind", ["default", "yarn"])
+def test_what_was_built_without_memory_is_recomputed(kind):
+    module, expected = Plain(kind), Plain().inv_freq
+    module.original_inv_freq, module.attention_scaling = module.inv_freq.to("meta"), 7.0
+    module.inv_freq = torch.full_like(expected, 1e23)
+    with pytest.warns(UserWarning, match="1 of its modules"):
+        compat.repair_rotary(module)
+    assert torch.equal(module.inv_freq, expected) and module.original_inv_freq is module.inv_freq
+    assert module.attention_scaling == 1.0 and "inv_freq" in dict(module.named_buffers())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compat.repair_rotary(module)
+
+
+def test_a_part_of_a_head_is_rotated():
+    config = SimpleNamespace(head_dim=16, partial_rotary_factor=0.5, rope_theta=10000.0)
+    assert torch.equal(compat.default_rope(config)[0], compat.default_rope(SimpleNamespace(head_dim=8))[0])
+
+
+def test_older_names_are_added_once(monkeypatch):
+    from transformers import utils
+
+    monkeypatch.delattr(utils, "LossKwargs", raising=False)
+    monkeypatch.delattr(utils.import_utils, "is_torch_fx_available", raising=False)
+    with pytest.warns(UserWarning, match="LossKwargs and utils.import_utils.is_torch_fx_available"):
+        compat.provide_older_names()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compat.provide_older_names()
+
+    class Taken(utils.LossKwargs, total=False):  # as the code does
+        more: int
+
+    assert utils.import_utils.is_torch_fx_available() is False
+
+
 def test_sound_and_scaled_frequencies_are_left_alone():
     module = nn.Sequential(Rotary(), Rotary("dynamic"))
     module[0].inv_freq = module[0].inv_freq.bfloat16()  # a cast model
