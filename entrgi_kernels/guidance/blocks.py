@@ -23,9 +23,9 @@ def fill(
 ) -> torch.Tensor:
     """Fill every masked slot of a canvas, in place.
 
-    A block takes the share of the denoising steps that its slots are of the response, at least one. The reward reads the prompt, the
-    finished blocks, the block that is being filled, and its suffix. Trajectories whose finished blocks hold an
-    end-of-sequence token are done: nothing more is computed for them, and pad tokens fill what is left.
+    A block takes the share of the denoising steps that its slots are of the response, at least one. The reward reads
+    the prompt, the finished blocks, the block that is being filled, and its suffix. Trajectories whose finished blocks
+    hold an end-of-sequence token are done: nothing more is computed for them, and pad tokens fill what is left.
 
     Args:
         denoiser: of the whole canvas.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import time
@@ -17,7 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from .. import models, rewards
 from ..models import DiffusionModel
 from ..models.base import embedding_rows
-from ..models.forwards import forwards_of
+from ..models.cached_canvas import CachedCanvas
+from ..models.combined import AgainstReference, ClassifierFree
+from ..models.forwards import Forwards, forwards_of
 from ..rewards import EmbeddingReward, PreparedPrompts, Reward, WeightedSum
 from ..text.template import conversation_from, encode_prompt
 from ..text.vocabulary import check_rows
@@ -55,6 +58,7 @@ class GuidedSampler:
         reward_tokenizer: of the reward model; None takes `tokenizer`.
         unmatched: what stands for ids that the reward tokenizer lacks: "unk", "zero" or "pieces".
         mask_token_id, shift: where the model's own config and tokenizer do not tell.
+        reference_model: a second diffusion model over the same tokens, which `cfg_scale` weighs the first against.
         **settings: of :class:`GuidanceConfig`; each call may change them.
 
     Attributes:
@@ -75,11 +79,13 @@ class GuidedSampler:
         unmatched: str = "unk",
         mask_token_id: int | None = None,
         shift: bool | None = None,
+        reference_model: Any = None,
         **settings: Any,
     ) -> None:
         self.config = GuidanceConfig().replace(**settings)
         self.tokenizer = tokenizer
         self.model: DiffusionModel = models.wrap(model, tokenizer, mask_token_id=mask_token_id, shift=shift)
+        self.reference = None if reference_model is None else self._wrapped_reference(reference_model, shift)
         self.reward: Reward = rewards.wrap(reward_model, reward_tokenizer or tokenizer, unmatched=unmatched)
         if hasattr(self.reward, "savings"):  # also in `reward.savings` and `reward.savings_off`
             logger.info("%r", self.reward)
@@ -215,6 +221,15 @@ class GuidedSampler:
                     elif only is None or index in only:
                         yield index, GenerationResult(given[index], gathered, config)
 
+    def _wrapped_reference(self, reference_model: Any, shift: bool | None) -> DiffusionModel:
+        own = self.model
+        found = models.wrap(reference_model, self.tokenizer, mask_token_id=own.mask_token_id, shift=shift)
+        for name in ("vocab_size", "mask_token_id", "block_length"):
+            mine, theirs = getattr(own, name, None), getattr(found, name, None)
+            if mine != theirs:
+                raise ValueError(f"the reference model has {name} {theirs}: expected {mine}, the model's own")
+        return found
+
     def _check_lengths(
         self, encoded: list[list[int]], conversations: list[Conversation], config: GuidanceConfig
     ) -> None:
@@ -277,10 +292,10 @@ class GuidedSampler:
         """
         with self.running(config):
             table, undrawable = self.table(config, canvas.tokens.device)
-            model = model or self.model
+            model, block_length = model or self.model, self._block_length(config)
             denoiser = Denoiser(
                 model=model,
-                forwards=forwards_of(model, canvas.tokens, canvas.attention, canvas.start, canvas.repeats),
+                forwards=self._forwards(model, canvas, config, block_length),
                 score=self.scorer(self.reward.prepare(conversations), index, config),
                 table=table,
                 config=config,
@@ -290,12 +305,30 @@ class GuidedSampler:
                 memory=Memory() if memory is None else memory,
             )
             try:
-                block_length = self._block_length(config)
                 return fill(denoiser, block_length, traces=traces, on_step=on_step, every_step=every_step)
             except (NonFiniteLogitsError, NonFiniteRewardError) as error:
                 places, row = index.tolist(), error.trajectory
                 number = first_sample + places[:row].count(places[row])
                 raise error.at(f"sample {number} of {named(conversations[places[row]])}") from error
+
+    def _forwards(
+        self, model: DiffusionModel, canvas: Canvas, config: GuidanceConfig, block_length: int | None
+    ) -> Forwards:
+        """How the models are asked for logits: with the caches and the combinations of a call's settings."""
+
+        def make(of: DiffusionModel, tokens: torch.Tensor, attention: torch.Tensor) -> Forwards:
+            if config.model_cache is not None:
+                length = block_length or tokens.shape[1] - canvas.start
+                return CachedCanvas(of, attention, config.model_cache, length)
+            return forwards_of(of, tokens, attention, canvas.start, canvas.repeats)
+
+        given = canvas.tokens, canvas.attention
+        if not config.cfg_scale:
+            return make(model, *given)
+        if self.reference is not None:
+            return AgainstReference(make(model, *given), make(self.reference, *given), config.cfg_scale)
+        mask, start = model.mask_token_id, canvas.start
+        return ClassifierFree(functools.partial(make, model), *given, start, mask, config.cfg_scale)
 
     def _block_length(self, config: GuidanceConfig) -> int | None:
         """The blocks of a call: the setting's, else those that the model was trained with.
@@ -422,7 +455,7 @@ class GuidedSampler:
         with (
             torch.inference_mode(False),
             torch.no_grad(),
-            evaluating(self.model, self.reward),
+            evaluating(self.model, self.reference, self.reward),
             reward_savings(self.reward, config.exact_savings),
             compiled(self.reward, config.torch_compile),
         ):

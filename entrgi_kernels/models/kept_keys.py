@@ -46,6 +46,10 @@ class _Layer(DynamicLayer):
         self.keys, self.values = (kept.index_select(0, rows.to(kept.device)) for kept in (self.keys, self.values))
         self._memory = [None, None]
 
+    def keep(self, columns: Tensor) -> None:
+        self.keys, self.values = (kept.index_select(-2, columns.to(kept.device)) for kept in (self.keys, self.values))
+        self._memory = [None, None]
+
     def copy(self) -> _Layer:
         """The same keys; either writes into memory of its own from here on."""
         other = _Layer(self._capacity)
@@ -87,6 +91,11 @@ class KeptKeys(DynamicCache):
         """Forget all but the first `length` columns."""
         for layer in self._used():
             layer.cut(length)
+
+    def keep(self, columns: Tensor) -> None:
+        """Forget all but these columns, int64 [C]."""
+        for layer in self._used():
+            layer.keep(columns)
 
     def select(self, rows: Tensor) -> None:
         """Rows [R'] int64 go on, in this order; a row may be there twice."""
