@@ -40,6 +40,10 @@ _OPTIONS = (
     "alg",
     "alg_temp",
     "confidence",
+    "block_length",
+    "threshold",
+    "cfg_scale",
+    "model_cache",
     "schedule",
     "deprioritize_eos",
     "batch_size",
@@ -181,6 +185,29 @@ def add_sampler_arguments(
         default="linspace",
         choices=names.SCHEDULES,
         help="how many tokens a step commits (default: linspace)",
+    )
+    group.add_argument(
+        "--block-length",
+        type=int,
+        default=None,
+        metavar="B",
+        help="fill the response in blocks of B slots, from left to right (default: at once, or the model's own)",
+    )
+    group.add_argument(
+        "--threshold",
+        type=float,
+        default=None,
+        metavar="P",
+        help="also commit what is surer than P, for alg maskgit_plus and topk_margin (default: by count alone)",
+    )
+    group.add_argument(
+        "--cfg-scale", type=float, default=0.0, metavar="W", help="classifier-free guidance (default: 0, none)"
+    )
+    group.add_argument(
+        "--model-cache",
+        default=None,
+        choices=names.MODEL_CACHES,
+        help="keep the model's keys and values within a block, which is not exact (default: none)",
     )
     group.add_argument(
         "--deprioritize-eos",
