@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 from entrgi_kernels.backends import native
 from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler
 from entrgi_kernels.guidance.savings import SAVINGS
-from entrgi_kernels.names import ALGS, CONFIDENCES, METHODS, SCHEDULES
+from entrgi_kernels.names import ALGS, CONFIDENCES, METHODS, PROBABLE_ALGS, SCHEDULES
 
 from .draws import Draws, Failure
 
@@ -106,6 +106,13 @@ def settings(d: Draws, wide: bool) -> dict[str, Any]:
     }
     if wide and d.chance(0.2):
         chosen["temperature"] = d.pick([1e-3, 1e-2, 50.0])
+    if d.chance(0.3):
+        chosen["block_length"] = d.pick([b for b in range(1, slots + 1) if slots % b == 0])
+        chosen["model_cache"] = d.pick([None, None, "prefix", "dual"])
+    if chosen["alg"] in PROBABLE_ALGS and d.chance(0.5):
+        chosen["threshold"] = d.pick([1e-9, 0.3, 0.9, 1.0])
+    if d.chance(0.15):
+        chosen["cfg_scale"] = d.pick([0.5, 2, 1e-9])
     if chosen["method"] == "entrgi":
         chosen["weight"] = d.pick([None, None, "one", "zero", "threshold(1.0, 0.5)", "step(1.0)"])
     return chosen
@@ -227,9 +234,12 @@ def trace(made: GuidedSampler, results: list[Any], prompts: list[Any], chosen: d
         raise Failure("a trace changes tokens")
     for sample in itertools.chain.from_iterable(result.samples for result in traced):
         committed = [slot for entry in sample.trace for slot in entry.committed]
-        if set(committed) != set(range(chosen["max_new_tokens"])):
+        slots = chosen["max_new_tokens"]
+        if chosen.get("block_length") and made.eos_token_id in sample.tokens:  # no block is begun behind the end
+            slots = (sample.tokens.index(made.eos_token_id) // chosen["block_length"] + 1) * chosen["block_length"]
+        if set(committed) != set(range(slots)):
             raise Failure("a slot was never committed")
-        if sample.trace[-1].tokens != sample.tokens:
+        if sample.trace[-1].tokens[:slots] != sample.tokens[:slots]:
             raise Failure("the trace ends with other tokens")
 
 
