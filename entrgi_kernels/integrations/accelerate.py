@@ -1,10 +1,10 @@
 """DiffusionGemma without a reward: its own arithmetic over the vocabulary, on the fused operators.
 
-A denoising step of DiffusionGemma makes probabilities of its logits three times and more: for the draw, for the entropies
-that decide what is accepted and when a canvas is done, and for the expected embedding that the next step is conditioned
-on. Each is a tensor of canvas x 262,144 entries, several of them alive at once. Here the loop stays the model's (or the
-pipeline's) own, unedited; the logits it is handed are :class:`Deferred`, and the decoder is handed the expected
-embedding.
+A denoising step of DiffusionGemma makes probabilities of its logits three times and more: for the draw, for the
+entropies that decide what is accepted and when a canvas is done, and for the expected embedding that the next step is
+conditioned on. Each is a tensor of canvas x 262,144 entries, several of them alive at once. Here the loop stays the
+model's (or the pipeline's) own, unedited; the logits it is handed are :class:`Deferred`, and the decoder is handed the
+expected embedding.
 """
 
 from __future__ import annotations

@@ -277,9 +277,7 @@ def check_free(target: Any) -> None:
     """
     held = getattr(target, "__dict__", {}).get(ATTRIBUTE)
     if isinstance(held, Handle):
-        raise ValueError(
-            f"this {type(target).__name__} is {held.state} already: call its .{ATTRIBUTE}.remove() first"
-        )
+        raise ValueError(f"this {type(target).__name__} is {held.state} already: call its .{ATTRIBUTE}.remove() first")
     if hasattr(target, ATTRIBUTE):
         raise ValueError(
             f"this {type(target).__name__} has an attribute {ATTRIBUTE!r} of its own, where the handle would be: "

@@ -2,8 +2,8 @@
 
 A loop written in plain torch goes from logits to probabilities, from those to draws, entropies, confidences and
 expected embeddings, with a tensor of the logits' size at every step of the way. A :class:`Deferred` stands in for the
-logits: ``softmax`` and the like of it are noted down, and only what comes out small in the end is computed, by the fused
-operators. Whatever is not known here forms the tensor after all, and so is right, only slower.
+logits: ``softmax`` and the like of it are noted down, and only what comes out small in the end is computed, by the
+fused operators. Whatever is not known here forms the tensor after all, and so is right, only slower.
 """
 
 from __future__ import annotations
