@@ -187,14 +187,15 @@ class Deferred:
         seed: Any = torch.randint(1 << 62, (), generator=generator, device=where)
         if seed.device.type == "cpu":
             seed = int(seed)
-        options = dict(temperature=self.temperature, seed=seed, backend=self._how.backend)
-        return _checked(ops.sample_tokens(self._rows, **options))[:, None]
+        drawn = ops.sample_tokens(self._rows, temperature=self.temperature, seed=seed, backend=self._how.backend)
+        return _checked(drawn)[:, None]
 
     def gather(self, dim: Any, index: torch.Tensor) -> torch.Tensor:
         if self.kind != P or self.ndim != 2 or not self._is_last(dim) or index.shape != (self.shape[0], 1):
             return self.formed().gather(dim, index)
-        options = dict(alg="maskgit_plus", temperature=self.temperature, backend=self._how.backend)
-        return ops.unmask_confidence(self._rows, index[:, 0], **options)[:, None]
+        tau, backend = self.temperature, self._how.backend
+        p = ops.unmask_confidence(self._rows, index[:, 0], alg="maskgit_plus", temperature=tau, backend=backend)
+        return p[:, None]
 
     def __eq__(self, other: object) -> Any:
         # Asked of itself, as torch.distributions does, it tells where there is a NaN: one answer a row.

@@ -170,6 +170,30 @@ def test_processors_see_tensors_and_come_before(make_gemma, call):
     assert torch.equal(found, call(never, logits_processor=given)) and (found[:, -16:] % 3 > 0).all()
 
 
+def test_functions_that_the_model_has_compiled(make_gemma, call, monkeypatch):
+    """With a static cache the model compiles parts and keeps them; here they run as they are, but are kept."""
+
+    def compile(function, **_):
+        def compiled(*args, **kwargs):
+            assert not any(type(value).__name__ == "Deferred" for value in args)
+            return function(*args, **kwargs)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    never, model = make_gemma(), make_gemma()
+    kept = {"cache_implementation": "static"}
+    expected = call(never)
+    assert torch.equal(call(model, **kept), expected)
+    before = {name: value for name, value in model.__dict__.items() if name.startswith("_compiled")}
+    assert "_compiled_decoder_forward" in before
+    entrgi_kernels.accelerate(model, draws="torch")
+    assert torch.equal(call(model, **kept), expected) and torch.equal(call(model, 1, **kept), call(never, 1))
+    assert model._compiled_decoder_forward is not before["_compiled_decoder_forward"]
+    model.entrgi.remove()
+    assert before == {name: value for name, value in model.__dict__.items() if name.startswith("_compiled")}
+
+
 def test_the_forward_itself_and_its_gradient(make_gemma, chat):
     never, model = make_gemma(), entrgi_kernels.accelerate(make_gemma())
     size = model.config.text_config.vocab_size
@@ -222,6 +246,26 @@ def test_the_pipeline_gives_the_tokens_that_it_gave(make_pipeline, keyed_draws, 
     assert torch.equal(run(pipe, **settings), plain)
     assert (vars(pipe).keys(), vars(pipe.scheduler).keys()) == before
     assert not pipe.model._forward_pre_hooks and not pipe.model.model.decoder._forward_pre_hooks
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_the_decoder_is_conditioned_on_the_same(make_pipeline, scheduler):
+    sharp = dict(t_max=0.05, t_min=0.02) if scheduler == "EntropyBoundScheduler" else {}
+    seen = []
+    for accelerated in (False, True):
+        pipe = make_pipeline(scheduler, **sharp)
+        if accelerated:
+            entrgi_kernels.accelerate(pipe, draws="torch")
+        logits = []
+        run(
+            pipe,
+            callback_on_step_end=lambda pipe, step, timestep, tensors, logits=logits: (
+                logits.append(tensors["logits"]) or {}
+            ),
+            callback_on_step_end_tensor_inputs=["logits"],
+        )
+        seen.append(torch.stack(logits))
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-4)
 
 
 def test_corrector_sweeps_stay_their_own(make_pipeline):
