@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -381,6 +382,8 @@ def step_of(model, logits):
     model.config.text_config.vocab_size = logits.shape[-1]
     sampler = model._prepare_sampler(config)
     canvas = sampler.initialize_canvas(2, logits.device)
+    names = inspect.signature(type(model)._denoising_step).parameters
+    cache = "cache" if "cache" in names else "past_key_values"  # its name since transformers 5.24, and before
     return model._denoising_step(
         decoder_forward=lambda **_: SimpleNamespace(logits=logits),
         current_canvas=canvas,
@@ -389,10 +392,10 @@ def step_of(model, logits):
         decoder_position_ids=None,
         self_conditioning_logits=None,
         mask_mapping=None,
-        past_key_values=None,
         finished_denoising=torch.zeros(2, dtype=torch.bool, device=logits.device),
         cur_step=3,
         sampler=sampler,
         logits_processor=model._prepare_logits_processor(config),
         diffusion_stopping_criteria=model._prepare_diffusion_stopping_criteria(config),
+        **{cache: None},
     )
