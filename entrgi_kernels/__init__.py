@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         Sample,
         StepTrace,
     )
-    from .integrations import guide  # type: ignore[no-redef]
+    from .integrations import accelerate, guide  # type: ignore[no-redef]
 
 __version__ = "0.1.0"  # the only place where the version is written
 
@@ -35,6 +35,7 @@ _EXPORTS = {
     "LogitOptimizer": "entrgi_kernels.guidance",
     "Sample": "entrgi_kernels.guidance",
     "StepTrace": "entrgi_kernels.guidance",
+    "accelerate": "entrgi_kernels.integrations",
     "guide": "entrgi_kernels.integrations",
 }
 _SUBMODULES = ("guidance", "integrations", "models", "ops", "rewards", "text")
@@ -47,6 +48,7 @@ __all__ = [
     "Sample",
     "StepTrace",
     "__version__",
+    "accelerate",
     "guidance",
     "guide",
     "integrations",

@@ -21,7 +21,7 @@ BELOW = {
     "rewards.decoding": {"models", "text"},
     "rewards": {"models", "ops", "rewards.decoding", "text"},
     "guidance": {"backends", "models", "ops", "rewards", "rewards.decoding", "text"},
-    "integrations": {"guidance", "models", "rewards", "text"},
+    "integrations": {"backends", "guidance", "models", "ops", "rewards", "text"},
 }
 NAMES = "entrgi_kernels.names"  # what a user chooses among; every room may read it, and it reads none
 # To be emptied: they still say Tensor for torch.Tensor, or hold lists of their own.

@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from ..guidance.results import GenerationResult, Stats
 from ..guidance.sampler import GuidedSampler
 from ..models.modules import module_device, module_dtype, output_head
 from .steering import Steering
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ATTRIBUTE = "entrgi"
 _MISSING = object()
@@ -115,28 +118,88 @@ class ForeignModel:
         )
 
 
-class Guidance:
-    """The handle that guide() leaves on its target as ``target.entrgi``; also a context manager that removes itself.
+class Handle:
+    """What is left on a patched target as ``target.entrgi``; also a context manager that removes itself.
 
     Attributes:
-        integration: the name of the way in, as in the table of docs/integrations.md.
+        state: what the target is, in a word.
+        integration: the name of the way in, as in docs/integrations.md.
+    """
+
+    state: ClassVar[str]
+
+    def __init__(self, target: Any, integration: str) -> None:
+        self.integration = integration
+        self._target = target
+        self._undo: list[Callable[[], Any]] = []
+        self._pauses = 0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The target as it was before, while inside."""
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+
+    def remove(self) -> None:
+        """Restore the target; a second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    # ---- what integrations call
+
+    @property
+    def active(self) -> bool:
+        """False while paused."""
+        return self._pauses == 0
+
+    def patch(self, name: str, value: Any, owner: Any = None) -> None:
+        """Set an attribute of an instance (the target, or a part of it), remembering what the instance itself held."""
+        content = (self._target if owner is None else owner).__dict__
+        held = content.get(name, _MISSING)
+        content[name] = value
+
+        def undo() -> None:
+            if held is _MISSING:
+                content.pop(name, None)
+            else:
+                content[name] = held
+
+        self._undo.append(undo)
+
+    def on_remove(self, action: Callable[[], Any]) -> None:
+        """Have something done by :meth:`remove`; last come, first done."""
+        self._undo.append(action)
+
+
+class Guidance(Handle):
+    """The handle that guide() leaves on its target.
+
+    Attributes:
         sampler: the :class:`GuidedSampler` that holds models and settings; None where the target brings all of them.
         steering: what moves logits inside a loop of the target's own; None where its call is replaced as a whole.
         rewards: final rewards of the last guided call, one number a sequence, a prompt's samples together.
         results: what the last :meth:`generate` returned.
     """
 
+    state = "guided"
+
     def __init__(self, target: Any, integration: str, seed: int | None) -> None:
-        self.integration = integration
+        super().__init__(target, integration)
         self.sampler: GuidedSampler | None = None
         self.steering: Steering | None = None
         self.rewards: list[float] = []
         self.results: list[GenerationResult] = []
-        self._target = target
         self._seed = seed
         self._stats = Stats()
-        self._undo: list[Callable[[], Any]] = []
-        self._pauses = 0
 
     # ---- what users call
 
@@ -184,54 +247,11 @@ class Guidance:
         self.rewards = self.steering.score(sequences)
         return self.rewards
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """The target as it was before guide(), while inside."""
-        self._pauses += 1
-        try:
-            yield
-        finally:
-            self._pauses -= 1
-
-    def remove(self) -> None:
-        """Restore the target; a second call does nothing."""
-        while self._undo:
-            self._undo.pop()()
-
-    def __enter__(self) -> Guidance:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
     # ---- what integrations call
-
-    @property
-    def active(self) -> bool:
-        """False while paused."""
-        return self._pauses == 0
 
     def seed(self) -> int:
         """The seed of the target's next call: the one given to guide(), else one from torch's own generator."""
         return int(torch.randint(1 << 62, ()).item()) if self._seed is None else self._seed
-
-    def patch(self, name: str, value: Any, owner: Any = None) -> None:
-        """Set an attribute of an instance (the target, or a part of it), remembering what the instance itself held."""
-        content = (self._target if owner is None else owner).__dict__
-        held = content.get(name, _MISSING)
-        content[name] = value
-
-        def undo() -> None:
-            if held is _MISSING:
-                content.pop(name, None)
-            else:
-                content[name] = held
-
-        self._undo.append(undo)
-
-    def on_remove(self, action: Callable[[], Any]) -> None:
-        """Have something done by :meth:`remove`; last come, first done."""
-        self._undo.append(action)
 
     def claim(self, network: nn.Module) -> None:
         """Note that this guidance moves a network's logits.
@@ -247,6 +267,22 @@ class Guidance:
             )
         _guided_networks[network] = name
         self._undo.append(lambda: _guided_networks.pop(network, None))
+
+
+def check_free(target: Any) -> None:
+    """Raise unless a handle may be left on the target.
+
+    Raises:
+        ValueError: there is one, or something else of its name.
+    """
+    held = getattr(target, "__dict__", {}).get(ATTRIBUTE)
+    if isinstance(held, Handle):
+        raise ValueError(f"this {type(target).__name__} is {held.state} already: call its .{ATTRIBUTE}.remove() first")
+    if hasattr(target, ATTRIBUTE):
+        raise ValueError(
+            f"this {type(target).__name__} has an attribute {ATTRIBUTE!r} of its own, where the handle would be: "
+            "delete it, or use GuidedSampler, which patches nothing"
+        )
 
 
 class Integration:

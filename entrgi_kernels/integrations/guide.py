@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .base import ATTRIBUTE, Guidance, Parts
+from .base import ATTRIBUTE, Guidance, Parts, check_free
 from .registry import find
 
 
@@ -61,18 +61,11 @@ def guide(
         The same object, with the handle :class:`Guidance` as its attribute ``entrgi``.
 
     Raises:
-        ValueError: the target is guided already, or models, tokenizers or settings cannot serve.
+        ValueError: the target is guided or accelerated already, or models, tokenizers or settings cannot serve.
         TypeError: a target that no integration knows, or something that this one needs is missing.
     """
-    content = getattr(target, "__dict__", {})
-    if isinstance(content.get(ATTRIBUTE), Guidance):
-        raise ValueError(f"this {type(target).__name__} is guided already: call its .{ATTRIBUTE}.remove() first")
+    check_free(target)
     kind = find(target, integration)
-    if hasattr(target, ATTRIBUTE):
-        raise ValueError(
-            f"this {type(target).__name__} has an attribute {ATTRIBUTE!r} of its own: use GuidedSampler, which patches "
-            "nothing"
-        )
     guidance = Guidance(target, kind.name, seed)
     parts = Parts(
         reward_model=reward_model,

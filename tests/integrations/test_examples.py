@@ -1,4 +1,4 @@
-"""Every script of examples/integrations runs and tells its rewards; on the loops' own code where given."""
+"""Every script of examples/integrations runs and tells what it is about; on the loops' own code where given."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "integrations"
 SHARED = {"common", "standins", "standin_script", "standin_training"}
-SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in SHARED)
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in SHARED | {"accelerate"})
 
 
 def run(monkeypatch, name: str, *arguments: str) -> tuple[float, float]:
@@ -30,6 +30,11 @@ def test_a_script_runs(name, monkeypatch, capsys, of_a_working_pair):
     assert capsys.readouterr().out.count("mean reward") == 2
     if name not in ("published", "training_sampler"):  # there both runs are guided
         assert guided > plain
+
+
+def test_the_script_without_a_reward(monkeypatch, capsys):
+    assert run(monkeypatch, "accelerate", "--tokens", "16") == (1.0, 1.0)
+    assert "100% with torch's draws, 100% when given back" in capsys.readouterr().out
 
 
 def test_the_hooks_of_dream(monkeypatch):
