@@ -69,7 +69,10 @@ class SamplerCall:
         taken = {"top_p": get("top_p"), "top_k": get("top_k")}
         if get("temperature"):
             taken["temperature"] = get("temperature")
-        prompts = [list(ids) if isinstance(ids, (list, tuple)) else ids.tolist() for ids in inputs]
+        if isinstance(inputs, torch.Tensor):
+            prompts = inputs.reshape(-1, inputs.shape[-1]).tolist()
+        else:
+            prompts = [list(ids) if isinstance(ids, (list, tuple)) else ids.tolist() for ids in inputs]
         hook = LogitsHook(
             self._guidance,
             shift=bool(get("right_shift_logits", False)) if self._parts.shift is None else self._parts.shift,
@@ -80,11 +83,8 @@ class SamplerCall:
             **taken,
         )
         with torch.no_grad():
-            handle = self._target.model.register_forward_hook(hook, with_kwargs=True)
-            try:
+            with self._guidance.patched("forward", hook.around(self._target.model.forward), self._target.model):
                 output = self._own(inputs, config, *args, **kwargs)
-            finally:
-                handle.remove()
         sequences = getattr(output, "sequences", output)
         steering = self._guidance.steering
         if hook.used and steering is not None:
