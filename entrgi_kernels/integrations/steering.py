@@ -33,6 +33,9 @@ class Steering:
 
     Args:
         sampler: holds the models and settings. Its own adapter of the diffusion model is not run.
+
+    Attributes:
+        prompts: token ids of each row's prompt, of the call at hand.
     """
 
     def __init__(self, sampler: GuidedSampler) -> None:
@@ -42,6 +45,7 @@ class Steering:
         self._prepared: PreparedPrompts | None = None
         self._memory = Memory()
         self._starts: list[int] = []
+        self.prompts: list[list[int]] = []
 
     def begin(
         self,
@@ -74,6 +78,7 @@ class Steering:
         distinct = list(dict.fromkeys(map(tuple, prompts)))
         place = {ids: number for number, ids in enumerate(distinct)}
         self._conversations = [conversation_from_ids(self.sampler.tokenizer, list(ids)) for ids in distinct]
+        self.prompts = [list(ids) for ids in prompts]
         self._rows = [place[tuple(ids)] for ids in prompts]
         self._keys = prompt_keys(prompts)
         self._starts = list(starts)
@@ -82,6 +87,7 @@ class Steering:
 
     def select(self, rows: Sequence[int]) -> None:
         """Within a call: the loop goes on with these rows of its batch."""
+        self.prompts = [self.prompts[row] for row in rows]
         self._rows, self._keys, self._starts = (
             [values[row] for row in rows] for values in (self._rows, self._keys, self._starts)
         )

@@ -285,11 +285,8 @@ def _keys(cache: Any, length: int | None) -> torch.Tensor | None:
 
 def _values(output: Any) -> list[Any]:
     """What an output holds."""
-    if isinstance(output, Mapping):
-        return list(output.values())
-    if isinstance(output, (list, tuple)):
-        return list(output)
-    return list(getattr(output, "__dict__", {}).values())
+    entries = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
+    return [*entries, *getattr(output, "__dict__", {}).values()]
 
 
 def _replaced(place: Any, ids: torch.Tensor, width: int) -> torch.Tensor:
