@@ -49,6 +49,7 @@ class Sight:
         past: positions in the cache that the call builds on.
         rows: each row's index in the batch that the cache was made for; None where nothing has changed.
         base: what that cache holds; None where there is none.
+        inner: positions in a second cache, that of the block at hand.
     """
 
     tokens: torch.Tensor
@@ -57,6 +58,7 @@ class Sight:
     past: int = 0
     rows: list[int] | None = None
     base: Held | None = None
+    inner: int = 0
 
     @property
     def unconditional(self) -> bool:
@@ -99,15 +101,15 @@ class CanvasTracker:
         found = [self._find(cache, len(ids)) for cache in caches]
         (held, past, rows), block = found[0], found[1:]
         tokens, visible = held.tokens[:, :past], held.visible[:, :past]
-        place, start, end = given.get("replace_position"), 0, past
+        place, start, end, inside = given.get("replace_position"), 0, past, 0
         if block:  # finished blocks, and the one at hand: positions count inside the latter
-            inner, width, inner_rows = block[0]
+            inner, inside, inner_rows = block[0]
             if inner_rows != rows:
                 raise HiddenCanvasError("its two caches hold other rows")
-            tokens = torch.cat([tokens, inner.tokens[:, :width]], dim=1)
-            visible = torch.cat([visible, inner.visible[:, :width]], dim=1)
-            start, end = past, past + width
-            place = 0 if place is None and width == n else place
+            tokens = torch.cat([tokens, inner.tokens[:, :inside]], dim=1)
+            visible = torch.cat([visible, inner.visible[:, :inside]], dim=1)
+            start, end = past, past + inside
+            place = 0 if place is None and inside == n else place
         columns = self._columns(ids, given, place, visible, start, end)
         width = max(tokens.shape[1], int(columns.max()) + 1)
         covered = torch.zeros(len(ids), width, dtype=torch.bool, device=ids.device).scatter_(1, columns, True)
@@ -117,7 +119,7 @@ class CanvasTracker:
         canvas = torch.nn.functional.pad(tokens, (0, grown)).scatter(1, columns, ids)
         visible = torch.nn.functional.pad(visible, (0, grown), value=True)
         visible = visible_columns(given, canvas, visible)
-        return Sight(canvas, visible, columns, past, rows, held)
+        return Sight(canvas, visible, columns, past, rows, held, inside)
 
     def note(self, sight: Sight | None, ids: torch.Tensor, given: dict[str, Any], output: Any) -> bool:
         """Note what a call has left in caches; whether it has left any.
@@ -142,8 +144,9 @@ class CanvasTracker:
                 self._remember(Held(sight.tokens, sight.visible, marks, sight.unconditional))
             elif base is not None and width == sight.past and torch.equal(marks, base.marks[:, :width]):
                 pass  # as it was
-            elif base is not None and width == ids.shape[1]:  # the block's own
-                self._remember(Held(ids, sight.visible.gather(1, sight.columns), marks, sight.unconditional))
+            elif base is not None and width in (sight.inner, ids.shape[1]):  # the block's own
+                part = slice(sight.past, sight.past + width)
+                self._remember(Held(sight.tokens[:, part], sight.visible[:, part], marks, sight.unconditional))
             left = True
         return left
 

@@ -49,20 +49,32 @@ class CachedNetwork(Network):
 
     A cache object grows in place; ``store_kv=False`` or ``update_past_key_values=False`` leave it as it is. A tuple of
     (keys, values) by layer comes back longer, or with the positions replaced that ``replace_position`` tells, a mask.
+    With ``use_block_cache`` a second cache holds the block at hand: returned when none is given, else replaced from
+    ``replace_position`` on, a number.
     """
 
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
-        store_kv=None, update_past_key_values=None, replace_position=None, **kwargs: Any,
+        store_kv=None, update_past_key_values=None, replace_position=None, use_block_cache=False,
+        block_past_key_values=None, **kwargs: Any,
     ):  # fmt: skip
-        """Logits [B, n, V] and the cache."""
-        past = past_key_values
+        """Logits [B, n, V] and the caches."""
+        past, inner = past_key_values, block_past_key_values
         layers = [(layer.keys, layer.values) for layer in past.layers] if isinstance(past, DynamicCache) else past or []
         layers = [pair for pair in layers if pair[0] is not None]
         length, (batch, count) = layers[0][0].shape[2] if layers else 0, input_ids.shape
         columns = torch.arange(length, length + count)
         others = torch.arange(length)
-        if replace_position is not None:
+        if inner is not None:
+            columns = columns + replace_position
+            pairs = [(layer.keys, layer.values) for layer in inner.layers]
+            layers = [
+                (torch.cat([k, ik], dim=2), torch.cat([v, iv], dim=2))
+                for (k, v), (ik, iv) in zip(layers, pairs, strict=True)
+            ]
+            others = torch.arange(length + pairs[0][0].shape[2])
+            others = others[~torch.isin(others, columns)]
+        elif replace_position is not None:
             columns = replace_position[0].nonzero()[:, 0]
             others = others[~torch.isin(others, columns)]
         work = DynamicCache()
@@ -81,12 +93,20 @@ class CachedNetwork(Network):
         if self.in_place:
             logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
         fresh = [(layer.keys[:, :, -count:], layer.values[:, :, -count:]) for layer in work.layers]
+        if use_block_cache and inner is None:
+            inner = DynamicCache()
+            for number, pair in enumerate(fresh):
+                inner.update(*pair, number)
+        elif inner is not None:
+            for layer, pair in zip(inner.layers, fresh, strict=True):
+                for old, new in zip((layer.keys, layer.values), pair, strict=True):
+                    old[:, :, replace_position : replace_position + count] = new
         stores = use_cache if store_kv is None else store_kv
         stores = stores if update_past_key_values is None else update_past_key_values
         if isinstance(past, DynamicCache):
             for number, pair in enumerate(fresh if stores else []):
                 past.update(*pair, number)
-        elif replace_position is not None:
+        elif replace_position is not None and inner is None:
             for held, pair in zip(past, fresh, strict=True):
                 for old, new in zip(held, pair, strict=True):
                     old[:, :, columns] = new
@@ -96,7 +116,9 @@ class CachedNetwork(Network):
                 (torch.cat([k, new_k], dim=2), torch.cat([v, new_v], dim=2))
                 for (k, v), (new_k, new_v) in zip(held, fresh, strict=True)
             )
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past)
+        output = CausalLMOutputWithPast(logits=logits, past_key_values=past)
+        output.block_past_key_values = inner
+        return output
 
 
 def network(in_place: bool = False, kind: type[Network] = Network) -> tuple[Network, Any]:

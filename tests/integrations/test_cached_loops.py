@@ -128,7 +128,7 @@ def fast_dream(request, dual):
     return make, call
 
 
-def fast_v2(request, batch):
+def fast_v2(request, batch, **more):
     path = request.getfixturevalue("integration_code")("fast-dllm-v2", "v2", "generation_functions.py")
     code = request.getfixturevalue("load_code")(path, "fast_dllm_v2")
     tokenizer, prompt = request.getfixturevalue("tokenizer"), request.getfixturevalue("prompt")
@@ -151,12 +151,6 @@ def fast_v2(request, batch):
 
         def call(model):
             model.model.bd_size = 8
-            own = model.forward
-
-            def watched(*args, **kwargs):
-                seen["last"] = kwargs["input_ids"]
-                return own(*args, **kwargs)
-
             with contextlib.suppress(KeyError):
                 for state in model.mdm_sample_with_visualization(
                     ids, tokenizer, max_new_tokens=16, small_block_size=4, **told
@@ -175,8 +169,7 @@ def fast_v2(request, batch):
             small_block_size=4,
             min_len=40,
             seq_len=torch.tensor([40, 40]),
-            reuse_k=1,
-            **told,
+            **{"reuse_k": 1, **told, **more},
         )
         return torch.stack([rows[0], rows[1]])[:, 40:]
 
@@ -262,6 +255,17 @@ def dllm_llada(request, cache):
     return dllm(request, f"{folder}.sampler", "FastdLLMLLaDASampler", make, more, **given)
 
 
+def nemotron(request):
+    def make():
+        model = request.getfixturevalue("make_cached")(True)
+        model.mask_token_id, model.encoder = model.config.mask_token_id, types.SimpleNamespace(layers=[])
+        return model
+
+    told = dict(max_new_tokens=12, block_length=4, temperature=0.8, threshold=2.0, max_thinking_tokens=None)
+    module = "dllm.pipelines.nemotron_diffusion.sampler"
+    return dllm(request, module, "NemotronDiffusionSampler", make, eos_token_id=9999, **told)
+
+
 def bd3lm(request, **told):
     given = dict(max_new_tokens=12, block_size=4, steps=12, temperature=0.8, return_dict=False)
     make_cached = request.getfixturevalue("make_cached")
@@ -269,6 +273,7 @@ def bd3lm(request, **told):
 
 
 LOOPS = {
+    "dllm, Nemotron diffusion": nemotron,
     "dllm, BD3LM": bd3lm,
     "dllm, BD3LM, scaled": lambda request: bd3lm(request, cfg_scale=0.5),
     "dllm, LLaDA, prefix cache": lambda request: dllm_llada(request, "prefix"),
@@ -283,6 +288,7 @@ LOOPS = {
     "Fast-dLLM, Dream, dual cache": lambda request: fast_dream(request, True),
     "Fast-dLLM v2": lambda request: fast_v2(request, False),
     "Fast-dLLM v2, a batch": lambda request: fast_v2(request, True),
+    "Fast-dLLM v2, a block cache": lambda request: fast_v2(request, True, use_block_cache=True, reuse_k=4),
 }
 
 
