@@ -1,8 +1,8 @@
 """dllm's samplers: an object with ``.sample``, ``.infill``, a model and a tokenizer.
 
-While one of the two runs, the model has the hook of :mod:`.forward` and is otherwise as it was; shift, scale, prompts
-and sampling settings are the sampler's own. Samplers that keep keys and values of earlier blocks (Fast-dLLM with a
-cache, BD3LM) hand the model one block at a time: they are refused with the reason, or served with ``canvas=``.
+While one of the two runs, the model's forward is wrapped as in :mod:`.forward`, and otherwise it is as it was; shift,
+scale, prompts and sampling settings are the sampler's own. Caches of samplers that keep keys and values of earlier
+blocks (Fast-dLLM with a cache, BD3LM, Nemotron) are followed by :mod:`.tracker`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Anything that calls ``model(x, ...).logits`` on a canvas with mask tokens: LLaDA's functions and loops like them.
 
-A forward hook replaces the logits of the masked rows; the loop draws, ranks and commits as it always does. All masked
+The instance's forward is wrapped and the logits of its masked rows are replaced; the loop draws, ranks and commits as it always does. All masked
 slots of a row's response are guided, also those that a block-wise (semi-autoregressive) loop will not commit yet: the
-reward model reads the whole response, and the method moves every open slot of it.
+reward model reads the whole response, and the method moves every open slot of it. On top of a cache the canvas is
+followed by :mod:`.tracker`.
 """
 
 from __future__ import annotations

@@ -26,18 +26,17 @@ def main() -> tuple[float, float]:
         model, tokenizer = network(in_place=True, kind=CachedNetwork)
     mask = tokenizer.mask_token_id
     reward_model, reward_tokenizer = common.reward(args.reward)
-    entrgi_kernels.guide(
-        model, reward_model, tokenizer, reward_tokenizer, mask_token_id=mask, learning_rate=2.0, seed=args.seed
-    )
+    settings = dict(mask_token_id=mask, learning_rate=2.0, temperature=0.7, seed=args.seed)
+    entrgi_kernels.guide(model, reward_model, tokenizer, reward_tokenizer, **settings)
 
-    texts = common.PROMPTS[:1] * 4
+    texts = common.PROMPTS[:1] * 8
     inputs = common.encode(tokenizer, texts).input_ids
     if args.code:
         generate = common.load_code(args.code, "sdar_generate").block_diffusion_generate
 
         def call() -> torch.Tensor:
             rows = [
-                generate(model, {"input_ids": row[None]}, mask, gen_length=args.tokens, block_length=4, temperature=0.7)
+                generate(model, {"input_ids": row[None]}, mask, gen_length=args.tokens, block_length=8, temperature=0.7)
                 for row in inputs
             ]
             return torch.cat(rows)
@@ -46,7 +45,7 @@ def main() -> tuple[float, float]:
         from standins import block_generate
 
         def call() -> torch.Tensor:
-            return block_generate(model, inputs, mask, gen_length=args.tokens, temperature=0.7)
+            return block_generate(model, inputs, mask, gen_length=args.tokens, temperature=0.7, block_length=8)
 
     return common.compare(model, call, inputs.shape[1], args, texts)
 

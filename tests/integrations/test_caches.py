@@ -39,9 +39,7 @@ def grow_and_crop(model, ids, mask, generator):
     for begin in range(LENGTH, x.shape[1], BLOCK):
         block = x[:, begin : begin + BLOCK]
         while (open_slots := block == mask).any():
-            tokens, commit = draw(
-                model(block, past_key_values=cache, use_cache=True).logits, open_slots, generator
-            )
+            tokens, commit = draw(model(block, past_key_values=cache, use_cache=True).logits, open_slots, generator)
             block[commit] = tokens[commit]
             cache.crop(-BLOCK)
         model(block, past_key_values=cache, use_cache=True)
@@ -117,7 +115,7 @@ def block_cache(model, ids, mask, generator):
 
 
 def scaled(model, ids, mask, generator):
-    """Classifier-free guidance with a cache for each of its two canvases (BD3LM): copies, filled anew for each block."""
+    """Classifier-free guidance with a cache for each of its two canvases (BD3LM): copies, filled anew."""
     x = ids
     for _ in range(SLOTS // BLOCK):
         pair = x, x.masked_fill(torch.arange(x.shape[1]) < LENGTH, mask)
@@ -141,7 +139,8 @@ def stored(model, ids, mask, generator, attention=None):
 
 
 LOOPS = {
-    loop.__name__: loop for loop in (grow_and_crop, prefix_of_tuples, dual_cache, seeded_blocks, block_cache, scaled, stored)
+    loop.__name__: loop
+    for loop in (grow_and_crop, prefix_of_tuples, dual_cache, seeded_blocks, block_cache, scaled, stored)
 }
 
 
