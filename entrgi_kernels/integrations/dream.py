@@ -60,7 +60,8 @@ class DreamIntegration(Integration):
         if not isinstance(target, torch.nn.Module) or not hasattr(target, "diffusion_generate"):
             return False
         # Fast-dLLM's loop, by blocks on a cache: its forwards are guided instead.
-        return "dual_cache" not in inspect.signature(getattr(target, "_sample", target.diffusion_generate)).parameters
+        loop: Any = getattr(target, "_sample", target.diffusion_generate)
+        return "dual_cache" not in inspect.signature(loop).parameters
 
     @staticmethod
     def attach(target: Any, guidance: Guidance, parts: Parts) -> None:

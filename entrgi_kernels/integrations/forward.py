@@ -1,9 +1,9 @@
 """Anything that calls ``model(x, ...).logits`` on a canvas with mask tokens: LLaDA's functions and loops like them.
 
-The instance's forward is wrapped and the logits of its masked rows are replaced; the loop draws, ranks and commits as it always does. All masked
-slots of a row's response are guided, also those that a block-wise (semi-autoregressive) loop will not commit yet: the
-reward model reads the whole response, and the method moves every open slot of it. On top of a cache the canvas is
-followed by :mod:`.tracker`.
+The instance's forward is wrapped and the logits of its masked rows are replaced; the loop draws, ranks and commits as
+it always does. All masked slots of a row's response are guided, also those that a block-wise (semi-autoregressive) loop
+will not commit yet: the reward model reads the whole response, and the method moves every open slot of it.
+On top of a cache the canvas is followed by :mod:`.tracker`.
 """
 
 from __future__ import annotations
@@ -276,6 +276,11 @@ class LogitsHook:
         if last is None or last.shape != ids.shape:
             return False
         differs = ids != last
+        run = self._run
+        if run is not None and len(run.start) == len(ids) and run.tokens.shape[1] <= ids.shape[1]:
+            place = torch.arange(ids.shape[1], device=ids.device)
+            if bool((differs & (place >= run.start[:, None])).any()):
+                return False  # the loop has masked a part of its response again
         return bool((~differs | (ids == self._mask)).all() & differs.any(dim=1).all())
 
     def _repeat(self, ids: torch.Tensor, logits: torch.Tensor) -> None:
@@ -382,7 +387,8 @@ class LogitsHook:
                 start = first + torch.tensor([len(ids) for ids in self._prompts], device=tokens.device)
             prompts = list(self._prompts or self._before_response(sight, start))
             self._steering.begin(prompts, start.tolist(), seed=self._guidance.seed(), **self._settings)
-            run = _Run(prompts, tokens, masked, start, last, start >= beyond)
+            late = start >= beyond if self._prompts is None else torch.zeros_like(visible[:, 0])
+            run = _Run(prompts, tokens, masked, start, last, late)
         elif bool((run.late & (first_mask < beyond)).any()):
             now = run.late & (first_mask < beyond)
             start = torch.where(now, first_mask, run.start)

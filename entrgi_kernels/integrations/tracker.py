@@ -94,6 +94,7 @@ class CanvasTracker:
         caches = [value for _, value in sorted(named.values(), key=lambda item: "block" in item[0])]
         n = ids.shape[1]
         if not caches:
+            _whole(ids, given)
             columns = torch.arange(n, device=ids.device).expand_as(ids)
             return Sight(ids, visible_columns(given, ids), columns)
         if len(caches) > 2:
@@ -208,12 +209,8 @@ class CanvasTracker:
             axes = [axis for axis in (2, 1) if keys.shape[axis] in widths]
             if not axes and self._axis is None:
                 return None
-            self._axis = axes[0] if self._axis is None else self._axis
+            self._axis = axes[0] if self._axis is None and len(axes) == 1 else self._axis
         axis = 2 if self._axis is None or length is not None else self._axis
-        if length is not None and keys.shape[axis] < length:
-            axis = 1
-            if keys.shape[axis] < length:
-                return None
         keys = keys[:, 0] if axis == 2 else keys[:, :, 0]
         return keys[:, :length, :_MARKS].detach().clone()
 
@@ -249,6 +246,18 @@ class CanvasTracker:
         )
 
 
+def _whole(ids: torch.Tensor, given: dict[str, Any]) -> None:
+    """Refuse a call without a cache whose positions tell that its ids are a part: keys are kept inside the model."""
+    for name in ("cache_position", "position_ids"):
+        told = given.get(name)
+        if isinstance(told, torch.Tensor) and 0 < told.dim() < 3 and told.shape[-1] == ids.shape[1]:
+            first = told.reshape(-1, ids.shape[1]).amin(dim=1)
+            if bool((first > 1).any()):  # some count from one, and give pads a one
+                raise HiddenCanvasError(f"its {name} begin at {first.tolist()}, and no cache is handed over")
+    if given.get("replace_position") is not None:
+        raise HiddenCanvasError("it has a replace_position, and no cache is handed over")
+
+
 def holds_keys(value: Any) -> bool:
     """Whether an argument is a cache that is not empty: an object with a length, or tensors by layer."""
     length = getattr(value, "get_seq_length", None)
@@ -272,7 +281,10 @@ def cache_length(cache: Any) -> int | None:
 
 
 def _keys(cache: Any, length: int | None) -> torch.Tensor | None:
-    """The keys of the first layer that holds all positions: [B, heads, P, D], [B, P, heads, D] or [B, P, D]."""
+    """The keys of the first layer that holds all positions: [B, heads, P, D], [B, P, heads, D] or [B, P, D].
+
+    A sliding window holds fewer. Caches that tell their length keep positions on the last axis but one.
+    """
     layers = getattr(cache, "layers", None)
     layers = getattr(cache, "key_cache", None) if layers is None else layers
     if layers is None:
@@ -281,7 +293,7 @@ def _keys(cache: Any, length: int | None) -> torch.Tensor | None:
         return None
     for layer in layers:
         keys = layer[0] if isinstance(layer, (list, tuple)) and len(layer) else getattr(layer, "keys", layer)
-        if isinstance(keys, torch.Tensor) and keys.dim() > 2 and max(keys.shape[1:3]) >= (length or 1):
+        if isinstance(keys, torch.Tensor) and keys.dim() > 2 and keys.shape[-2] >= (length or 1):
             return keys
     return None
 

@@ -279,6 +279,13 @@ def test_what_cannot_be_known_is_refused(make, prompt, reward, tokenizer):
         model(ids, past_key_values=cache, use_cache=True)
         return cache
 
+    def windowed():
+        cache = DynamicCache()
+        for layer in range(2):  # 20 positions, of which a sliding window holds four; heads are no positions
+            cache.update(torch.ones(2, 20, 4, 8), torch.ones(2, 20, 4, 8), layer)
+        cache.get_seq_length = lambda: 20
+        return cache
+
     early = filled(prompt.flip(1))
     plain = model(block, past_key_values=early).logits
     entrgi_kernels.guide(model, reward, tokenizer, **SETTINGS)
@@ -289,6 +296,8 @@ def test_what_cannot_be_known_is_refused(make, prompt, reward, tokenizer):
         (dict(past_key_values=filled(), position_ids=torch.arange(30, 34)[None]), "position_ids begin at"),
         (dict(past_key_values=filled(), replace_position=torch.ones(2, LENGTH)), "replace_position"),
         (dict(past_key_values=filled(), replace_position=40), "beyond the 18"),
+        (dict(position_ids=torch.arange(18, 22)[None]), "no cache is handed over"),
+        (dict(past_key_values=windowed()), "cannot be read"),
     ):
         with pytest.raises(ValueError, match=words) as caught:
             model(block, **told)
@@ -308,6 +317,19 @@ def test_what_cannot_be_known_is_refused(make, prompt, reward, tokenizer):
     model.entrgi.remove()
     entrgi_kernels.guide(model, reward, tokenizer, canvas=lambda ids, told: (whole, LENGTH), **SETTINGS)
     assert not torch.equal(model(block, past_key_values=early).logits, plain)
+
+
+@torch.no_grad()
+def test_a_response_that_is_masked_again_is_no_unconditional_copy(make, prompt, reward, tokenizer):
+    model, mask = make(dual_cache), tokenizer.mask_token_id
+    x = torch.nn.functional.pad(prompt, (0, 4), value=mask)
+    done, again = x.masked_fill(x == mask, 65), x.clone()
+    again[:, -4:-2] = 65
+    plain = model(again, use_cache=True).logits
+    entrgi_kernels.guide(model, reward, tokenizer, **SETTINGS)
+    for canvas in (x, done, again):
+        guided = model(canvas, use_cache=True).logits
+    assert (guided - plain)[:, -2:, :256].abs().mean() > 1 and torch.equal(guided[:, :-2], plain[:, :-2])
 
 
 @torch.no_grad()
