@@ -54,6 +54,12 @@ def sdar(request, repository):
     return request.getfixturevalue("make_cached"), call
 
 
+def fast_dllm(request, part):
+    """A folder of Fast-dLLM: at its top at first, below v1 since there is a second version."""
+    find = request.getfixturevalue("integration_code")
+    return find("fast-dllm", part) if (find("fast-dllm") / part).exists() else find("fast-dllm", "v1", part)
+
+
 def random_llada(request, configuration, network):
     def make():
         config = configuration(**request.getfixturevalue("llada_settings"))
@@ -73,7 +79,7 @@ def random_llada(request, configuration, network):
 
 def fast_llada(request, function):
     pytest.importorskip("einops", reason="Fast-dLLM's LLaDA imports it")
-    folder = request.getfixturevalue("integration_code")("fast-dllm", "llada")
+    folder = fast_dllm(request, "llada")
     code, configuration, modelling = import_from(
         request, folder, "generate", "model.configuration_llada", "model.modeling_llada"
     )
@@ -89,7 +95,7 @@ def fast_llada(request, function):
 
 
 def fast_dream(request, dual):
-    folder = request.getfixturevalue("integration_code")("fast-dllm", "dream")
+    folder = fast_dllm(request, "dream")
     tokenizer, ids = request.getfixturevalue("tokenizer"), request.getfixturevalue("prompt")()
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "pad", "eos")}
     models.compat.provide_default_rope()
@@ -129,7 +135,7 @@ def fast_dream(request, dual):
 
 
 def fast_v2(request, batch, **more):
-    path = request.getfixturevalue("integration_code")("fast-dllm-v2", "v2", "generation_functions.py")
+    path = request.getfixturevalue("integration_code")("fast-dllm", "v2", "generation_functions.py")
     code = request.getfixturevalue("load_code")(path, "fast_dllm_v2")
     tokenizer, prompt = request.getfixturevalue("tokenizer"), request.getfixturevalue("prompt")
 
