@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from ..models.base import logits_of
-from .base import Guidance, Integration, Parts
+from ..models.loading import UnknownBlockLengthError, wrap
+from .base import ForeignModel, Guidance, Integration, Parts
 from .steering import Steering
 from .tracker import CanvasTracker, HiddenCanvasError, Sight, visible_columns
 
@@ -42,7 +43,13 @@ class ForwardIntegration(Integration):
     @staticmethod
     def attach(target: Any, guidance: Guidance, parts: Parts) -> None:
         refuse_structural_edits(target)
-        guidance.sampler = parts.sampler(target)
+        try:
+            guidance.sampler = parts.sampler(target)
+        except UnknownBlockLengthError:  # the loop knows it; from text it cannot be run
+            mask, shift = parts.mask_token_id, parts.shift
+            wrapped = wrap(target, parts.tokenizer, mask_token_id=mask, shift=shift, block_length=0)
+            foreign = ForeignModel.of(target, wrapped.mask_token_id, wrapped.shift)
+            guidance.sampler = parts.sampler(foreign)
         guidance.steering = Steering(guidance.sampler)
         guidance.claim(target)
         hook = LogitsHook(guidance, cfg_scale=parts.cfg_scale, canvas=parts.canvas)

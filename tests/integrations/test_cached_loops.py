@@ -9,9 +9,11 @@ import types
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import entrgi_kernels
 from entrgi_kernels import models
+from tests.models.test_block_causal_real import flash_attention
 
 SETTINGS = dict(learning_rate=5.0, temperature=1.0, top_p=None, seed=3)
 
@@ -51,7 +53,44 @@ def sdar(request, repository):
         told = dict(gen_length=12, block_length=4, denoising_steps=4, temperature=0.8, confidence_threshold=2.0)
         return code.block_diffusion_generate(model, {"input_ids": ids}, mask, **told)[:, ids.shape[1] :]
 
-    return request.getfixturevalue("make_cached"), call
+    # SDAR's own masks are for a network that is on the Hub alone.
+    return request.getfixturevalue("make_cached") if repository == "sdar" else lambda: random_sdar(request), call
+
+
+def random_sdar(request):
+    source = request.getfixturevalue("integration_code")("dllm-rl", "models", "sdar")
+    tokenizer = request.getfixturevalue("tokenizer")
+    flash_attention(request.getfixturevalue("monkeypatch"))
+    models.compat.provide_default_rope()
+    models.compat.provide_older_names()
+    monkeypatch = request.getfixturevalue("monkeypatch")
+    pair = lambda cache, layer: (cache.layers[layer].keys, cache.layers[layer].values)  # noqa: E731
+    monkeypatch.setattr(DynamicCache, "__getitem__", pair, raising=False)  # of transformers 4
+    package = types.ModuleType("published_sdar")
+    package.__path__ = [str(source)]
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    names = ("configuration_sdar", "modeling_sdar")
+    configuration, modelling = (importlib.import_module(f"{package.__name__}.{name}") for name in names)
+    config = configuration.SDARConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.3,
+        fuse_cross_entropy=False,
+        use_sliding_window=False,
+    )
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    model = modelling.SDARForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] = 0
+    return model
 
 
 def fast_dllm(request, part):

@@ -333,6 +333,16 @@ def test_a_response_that_is_masked_again_is_no_unconditional_copy(make, prompt, 
 
 
 @torch.no_grad()
+def test_a_loop_may_know_blocks_that_the_config_does_not_tell(make, prompt, tokenizer, liking):
+    model, (reward, count), mask = make(stored), liking, tokenizer.mask_token_id
+    model.config.model_type = "sdar"
+    entrgi_kernels.guide(model, reward, tokenizer, **SETTINGS)
+    assert count(stored(model, prompt, mask, torch.Generator().manual_seed(0))[:, LENGTH:]) >= 0.9 * 2 * SLOTS
+    with pytest.raises(TypeError, match="its own loop alone"):
+        model.entrgi.generate("Why?")
+
+
+@torch.no_grad()
 def test_a_refused_call_leaves_the_cache_as_it_was(make, prompt, reward, tokenizer):
     model = make(grow_and_crop)
     cache = DynamicCache()
