@@ -163,6 +163,18 @@ class Handle:
 
     def patch(self, name: str, value: Any, owner: Any = None) -> None:
         """Set an attribute of an instance (the target, or a part of it), remembering what the instance itself held."""
+        self._undo.append(self._set(name, value, owner))
+
+    @contextlib.contextmanager
+    def patched(self, name: str, value: Any, owner: Any = None) -> Iterator[None]:
+        """:meth:`patch`, while inside."""
+        undo = self._set(name, value, owner)
+        try:
+            yield
+        finally:
+            undo()
+
+    def _set(self, name: str, value: Any, owner: Any) -> Callable[[], None]:
         content = (self._target if owner is None else owner).__dict__
         held = content.get(name, _MISSING)
         content[name] = value
@@ -173,7 +185,7 @@ class Handle:
             else:
                 content[name] = held
 
-        self._undo.append(undo)
+        return undo
 
     def on_remove(self, action: Callable[[], Any]) -> None:
         """Have something done by :meth:`remove`; last come, first done."""

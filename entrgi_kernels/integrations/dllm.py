@@ -1,8 +1,8 @@
 """dllm's samplers: an object with ``.sample``, ``.infill``, a model and a tokenizer.
 
-While one of the two runs, the model has the hook of :mod:`.forward` and is otherwise as it was; shift, scale, prompts
-and sampling settings are the sampler's own. Samplers that keep keys and values of earlier blocks (Fast-dLLM with a
-cache, BD3LM) hand the model one block at a time: they are refused with the reason, or served with ``canvas=``.
+While one of the two runs, the model's forward is wrapped as in :mod:`.forward`, and otherwise it is as it was; shift,
+scale, prompts and sampling settings are the sampler's own. Caches of samplers that keep keys and values of earlier
+blocks (Fast-dLLM with a cache, BD3LM, Nemotron) are followed by :mod:`.tracker`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,10 @@ class SamplerCall:
         taken = {"top_p": get("top_p"), "top_k": get("top_k")}
         if get("temperature"):
             taken["temperature"] = get("temperature")
-        prompts = [list(ids) if isinstance(ids, (list, tuple)) else ids.tolist() for ids in inputs]
+        if isinstance(inputs, torch.Tensor):
+            prompts = inputs.reshape(-1, inputs.shape[-1]).tolist()
+        else:
+            prompts = [list(ids) if isinstance(ids, (list, tuple)) else ids.tolist() for ids in inputs]
         hook = LogitsHook(
             self._guidance,
             shift=bool(get("right_shift_logits", False)) if self._parts.shift is None else self._parts.shift,
@@ -80,11 +83,8 @@ class SamplerCall:
             **taken,
         )
         with torch.no_grad():
-            handle = self._target.model.register_forward_hook(hook, with_kwargs=True)
-            try:
+            with self._guidance.patched("forward", hook.around(self._target.model.forward), self._target.model):
                 output = self._own(inputs, config, *args, **kwargs)
-            finally:
-                handle.remove()
         sequences = getattr(output, "sequences", output)
         steering = self._guidance.steering
         if hook.used and steering is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -56,7 +57,11 @@ class DreamIntegration(Integration):
 
     @staticmethod
     def recognises(target: Any) -> bool:
-        return isinstance(target, torch.nn.Module) and hasattr(target, "diffusion_generate")
+        if not isinstance(target, torch.nn.Module) or not hasattr(target, "diffusion_generate"):
+            return False
+        # Fast-dLLM's loop, by blocks on a cache: its forwards are guided instead.
+        loop: Any = getattr(target, "_sample", target.diffusion_generate)
+        return "dual_cache" not in inspect.signature(loop).parameters
 
     @staticmethod
     def attach(target: Any, guidance: Guidance, parts: Parts) -> None:

@@ -33,6 +33,9 @@ class Steering:
 
     Args:
         sampler: holds the models and settings. Its own adapter of the diffusion model is not run.
+
+    Attributes:
+        prompts: token ids of each row's prompt, of the call at hand.
     """
 
     def __init__(self, sampler: GuidedSampler) -> None:
@@ -42,6 +45,7 @@ class Steering:
         self._prepared: PreparedPrompts | None = None
         self._memory = Memory()
         self._starts: list[int] = []
+        self.prompts: list[list[int]] = []
 
     def begin(
         self,
@@ -64,16 +68,31 @@ class Steering:
             ValueError: a prompt without tokens, or settings out of range.
         """
         self.config: GuidanceConfig = self.sampler.config.replace(seed=seed, **settings)
+        self._ends = tuple(set(ends) - {self.sampler.eos_token_id})
+        self.prolong(prompts, starts)
+        self._step, self.started = 0, True
+        self.sampler.stats = Stats()
+
+    def prolong(self, prompts: Sequence[list[int]], starts: Sequence[int]) -> None:
+        """Within a call: some prompts turn out to be longer than :meth:`begin` was told."""
         distinct = list(dict.fromkeys(map(tuple, prompts)))
         place = {ids: number for number, ids in enumerate(distinct)}
         self._conversations = [conversation_from_ids(self.sampler.tokenizer, list(ids)) for ids in distinct]
+        self.prompts = [list(ids) for ids in prompts]
         self._rows = [place[tuple(ids)] for ids in prompts]
         self._keys = prompt_keys(prompts)
         self._starts = list(starts)
-        self._ends = tuple(set(ends) - {self.sampler.eos_token_id})
-        self._prepared, self._step, self.started = None, 0, True
+        self._prepared = None
         self._kept = 0, torch.empty(0)
-        self.sampler.stats = Stats()
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Within a call: the loop goes on with these rows of its batch."""
+        self.prompts = [self.prompts[row] for row in rows]
+        self._rows, self._keys, self._starts = (
+            [values[row] for row in rows] for values in (self._rows, self._keys, self._starts)
+        )
+        self._prepared = None
+        self._kept = 0, torch.empty(0)
 
     @property
     def conversations(self) -> list[Conversation]:

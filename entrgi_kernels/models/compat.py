@@ -116,7 +116,7 @@ def mend_generation_config(module: nn.Module) -> None:
         return
     try:
         settings.from_model_config(module.config)
-    except AttributeError:
+    except (AttributeError, TypeError):  # which of them, the version of transformers decides
         tokens = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
 
         def from_model_config(cls: Any, model_config: Any) -> Any:

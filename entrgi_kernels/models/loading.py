@@ -34,6 +34,10 @@ _BLOCKS = {"sdar": False, "sdar_moe": False, "llada2_moe": False, "fast_dllm_qwe
 _BLOCK_NAMES = ("block_length", "block_size", "bd_size")
 
 
+class UnknownBlockLengthError(ValueError):
+    """A model that was trained with blocks, and nothing tells of what length."""
+
+
 def wrap(
     model: Any,
     tokenizer: Any = None,
@@ -344,7 +348,7 @@ def _block_length(model: nn.Module, mark: dict[str, Any]) -> int:
     """Tokens of a block by the checkpoint's own mark, its config or the model's own ``generate``; 0 without blocks.
 
     Raises:
-        ValueError: it was trained with blocks, and nothing says how long they are.
+        UnknownBlockLengthError: it was trained with blocks, and nothing says how long they are.
     """
     import transformers
 
@@ -357,7 +361,7 @@ def _block_length(model: nn.Module, mark: dict[str, Any]) -> int:
         candidates.append(_own_default(model, "block_length"))
     found = next((c for c in candidates if isinstance(c, int) and not isinstance(c, bool) and 0 <= c < limit), None)
     if found is None and kind.lower() in _BLOCKS:
-        raise ValueError(
+        raise UnknownBlockLengthError(
             f"{type(model).__name__} was trained with blocks, and its config names no length of them; pass "
             "block_length=, the one the checkpoint was trained with, or 0 to have every position see every other"
         )

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, Qwen3ForCausalLM
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import AutoTokenizer, DynamicCache, Qwen3ForCausalLM
+from transformers.modeling_outputs import CausalLMOutput, CausalLMOutputWithPast
 
 from entrgi.tiny import weights_path
 
@@ -44,9 +44,86 @@ class Network(Qwen3ForCausalLM):
         return CausalLMOutput(logits=logits)
 
 
-def network(in_place: bool = False) -> tuple[Network, Any]:
+class CachedNetwork(Network):
+    """The same on top of keys and values, in the ways that loops hand them over.
+
+    A cache object grows in place; ``store_kv=False`` or ``update_past_key_values=False`` leave it as it is. A tuple of
+    (keys, values) by layer comes back longer, or with the positions replaced that ``replace_position`` tells, a mask.
+    With ``use_block_cache`` a second cache holds the block at hand: returned when none is given, else replaced from
+    ``replace_position`` on, a number.
+    """
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
+        store_kv=None, update_past_key_values=None, replace_position=None, use_block_cache=False,
+        block_past_key_values=None, **kwargs: Any,
+    ):  # fmt: skip
+        """Logits [B, n, V] and the caches."""
+        past, inner = past_key_values, block_past_key_values
+        layers = [(layer.keys, layer.values) for layer in past.layers] if isinstance(past, DynamicCache) else past or []
+        layers = [pair for pair in layers if pair[0] is not None]
+        length, (batch, count) = layers[0][0].shape[2] if layers else 0, input_ids.shape
+        columns = torch.arange(length, length + count)
+        others = torch.arange(length)
+        if inner is not None:
+            columns = columns + replace_position
+            pairs = [(layer.keys, layer.values) for layer in inner.layers]
+            layers = [
+                (torch.cat([k, ik], dim=2), torch.cat([v, iv], dim=2))
+                for (k, v), (ik, iv) in zip(layers, pairs, strict=True)
+            ]
+            others = torch.arange(length + pairs[0][0].shape[2])
+            others = others[~torch.isin(others, columns)]
+        elif replace_position is not None:
+            columns = replace_position[0].nonzero()[:, 0]
+            others = others[~torch.isin(others, columns)]
+        work = DynamicCache()
+        for number, (keys, values) in enumerate(layers):
+            work.update(keys[:, :, others], values[:, :, others], number)
+        seen = torch.ones(batch, 1, count, len(others) + count, dtype=torch.bool)
+        if isinstance(attention_mask, torch.Tensor):
+            mask = attention_mask if not attention_mask.is_floating_point() else attention_mask > 0
+            seen = mask.bool()[(slice(None), *[None] * (4 - mask.dim()))].expand_as(seen)
+        itself = torch.cat([torch.zeros(count, len(others)), torch.eye(count)], dim=1).bool()
+        places = columns.expand_as(input_ids) if position_ids is None else position_ids
+        hidden = self.model(
+            input_ids, attention_mask=seen | itself, position_ids=places, past_key_values=work, use_cache=True
+        )
+        logits = self.lm_head(hidden.last_hidden_state)
+        if self.in_place:
+            logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+        fresh = [(layer.keys[:, :, -count:], layer.values[:, :, -count:]) for layer in work.layers]
+        if use_block_cache and inner is None:
+            inner = DynamicCache()
+            for number, pair in enumerate(fresh):
+                inner.update(*pair, number)
+        elif inner is not None:
+            for layer, pair in zip(inner.layers, fresh, strict=True):
+                for old, new in zip((layer.keys, layer.values), pair, strict=True):
+                    old[:, :, replace_position : replace_position + count] = new
+        stores = use_cache if store_kv is None else store_kv
+        stores = stores if update_past_key_values is None else update_past_key_values
+        if isinstance(past, DynamicCache):
+            for number, pair in enumerate(fresh if stores else []):
+                past.update(*pair, number)
+        elif replace_position is not None and inner is None:
+            for held, pair in zip(past, fresh, strict=True):
+                for old, new in zip(held, pair, strict=True):
+                    old[:, :, columns] = new
+        elif stores:
+            held = past or [(pair[0][:, :, :0], pair[1][:, :, :0]) for pair in fresh]
+            past = tuple(
+                (torch.cat([k, new_k], dim=2), torch.cat([v, new_v], dim=2))
+                for (k, v), (new_k, new_v) in zip(held, fresh, strict=True)
+            )
+        output = CausalLMOutputWithPast(logits=logits, past_key_values=past)
+        output.block_past_key_values = inner
+        return output
+
+
+def network(in_place: bool = False, kind: type[Network] = Network) -> tuple[Network, Any]:
     """(the network, its tokenizer)."""
-    model = Network.from_pretrained(weights_path("diffusion"), dtype=torch.float32).eval()
+    model = kind.from_pretrained(weights_path("diffusion"), dtype=torch.float32).eval()
     model.in_place = in_place
     model.config.entrgi = {**model.config.entrgi, "shift": not in_place}
     model.config.mask_token_id = model.config.entrgi["mask_token_id"]
@@ -94,6 +171,47 @@ def llada_generate(
                 count = -(-int(left[row]) // (steps // blocks - step))
                 best = sure[row].topk(count).indices
                 x[row, best] = drawn[row, best]
+    return x
+
+
+@torch.no_grad()
+def block_generate(
+    model, prompt, mask_id, gen_length=16, block_length=4, temperature=0.0, threshold=0.9, attention_mask=None
+):  # fmt: skip
+    """Block diffusion on a cache, as SDAR and its kin run it: [B, P + gen_length] tokens, whole blocks.
+
+    The prompt's whole blocks fill the cache; then each block is denoised on top of it, surest tokens first, and added.
+    """
+    batch, width = prompt.shape
+    total = -(-(width + gen_length) // block_length) * block_length
+    x = torch.cat([prompt, prompt.new_full((batch, total - width), mask_id)], dim=1)
+    real = x.new_ones(x.shape)
+    real[:, :width] = real[:, :width] if attention_mask is None else attention_mask
+    places = (real.cumsum(-1) - 1).clamp(min=0)
+    cache, start = DynamicCache(), width // block_length * block_length
+    if start:
+        seen = real[:, None, :start].expand(batch, start, start)
+        model(
+            x[:, :start], attention_mask=seen, position_ids=places[:, :start], past_key_values=cache, use_cache=True,
+            store_kv=True,
+        )  # fmt: skip
+    for begin in range(start, total, block_length):
+        block = x[:, begin : begin + block_length]
+        told = dict(
+            attention_mask=real[:, None, : begin + block_length].expand(batch, block_length, -1),
+            position_ids=places[:, begin : begin + block_length],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        while (open_slots := block == mask_id).any():
+            logits = model(block, **told, store_kv=False).logits.double()
+            if temperature > 0:
+                logits = logits / temperature - (-torch.rand_like(logits).log()).log()
+            drawn = logits.argmax(dim=-1)
+            sure = logits.softmax(dim=-1).gather(-1, drawn[..., None])[..., 0].masked_fill(~open_slots, -1)
+            commit = open_slots & ((sure > threshold) | (sure == sure.amax(dim=1, keepdim=True)))
+            block[commit] = drawn[commit]
+        model(block, **told, store_kv=True)
     return x
 
 

@@ -176,6 +176,13 @@ def dllm_code(integration_code, monkeypatch):
     return load
 
 
+@pytest.fixture(scope="session")
+def llada_settings(tokenizer) -> dict[str, object]:
+    """Of a small LLaDA's config."""
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "pad", "eos")}
+    return dict(vocab_size=len(tokenizer), embedding_size=len(tokenizer), **special, **LLADA)
+
+
 @pytest.fixture
 def make_network(standins, make_diffusion, tokenizer):
     """Random networks behind those loops' way of calling, logits in place (LLaDA) or at i - 1 (Dream)."""
@@ -189,6 +196,36 @@ def make_network(standins, make_diffusion, tokenizer):
         return model
 
     return make
+
+
+@pytest.fixture
+def make_cached(standins, make_network):
+    """The same on top of keys and values."""
+
+    def make(in_place: bool = True, seed: int = 1):
+        model = make_network(in_place, seed)
+        model.__class__ = standins.CachedNetwork
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def liking(tokenizer):
+    """(a reward that likes capital letters, how many of them a sequence holds)."""
+    from entrgi_kernels.rewards import CallableReward
+
+    table = torch.zeros(len(tokenizer), 4)
+    liked = tokenizer.convert_tokens_to_ids([chr(letter) for letter in range(65, 91)])
+    table[liked, 0] = 1.0
+
+    def score(embeddings, mask, positions):
+        return 30 * (embeddings[..., 0] * mask).sum(dim=1) / mask.sum(dim=1)
+
+    def count(tokens) -> int:
+        return int(torch.isin(tokens, torch.tensor(liked)).sum())
+
+    return CallableReward(score, table, tokenizer), count
 
 
 @pytest.fixture(params=["stand-in", "real"])
