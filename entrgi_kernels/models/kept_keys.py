@@ -16,6 +16,9 @@ from transformers.cache_utils import DynamicLayer
 class _Layer(DynamicLayer):
     """One layer's keys and values: new ones go behind the others, which are not copied for it."""
 
+    keys: Any  # a tensor once there are any
+    values: Any
+
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self._capacity = capacity
@@ -68,7 +71,7 @@ class KeptKeys(DynamicCache):
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self._capacity = capacity
-        self.layer_class_to_replicate = partial(_Layer, capacity)
+        self.layer_class_to_replicate = partial(_Layer, capacity)  # type: ignore[assignment]
 
     def length(self) -> int:
         """How many columns are kept.
@@ -84,7 +87,7 @@ class KeptKeys(DynamicCache):
     def copy(self) -> KeptKeys:
         """Another cache that holds the same."""
         other = KeptKeys(self._capacity)
-        other.layers = [layer.copy() if layer.is_initialized else layer for layer in self.layers]
+        other.layers = [layer.copy() if layer.is_initialized else _Layer(self._capacity) for layer in self._layers()]
         return other
 
     def cut(self, length: int) -> None:
@@ -104,4 +107,7 @@ class KeptKeys(DynamicCache):
 
     def _used(self) -> list[_Layer]:
         # Layers that share another's keys are never written.
-        return [layer for layer in self.layers if layer.is_initialized]
+        return [layer for layer in self._layers() if layer.is_initialized]
+
+    def _layers(self) -> list[_Layer]:
+        return list(self.layers)  # type: ignore[arg-type]  # made by layer_class_to_replicate alone

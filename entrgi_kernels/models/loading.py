@@ -367,8 +367,8 @@ def _block_length(model: nn.Module, mark: dict[str, Any]) -> int:
 def _own_default(model: nn.Module, name: str) -> int | None:
     """What the model's own ``generate`` takes for an argument when it is told nothing; None where it has no such."""
     try:
-        parameter = inspect.signature(type(model).generate).parameters.get(name)
-    except (AttributeError, TypeError, ValueError):
+        parameter = inspect.signature(getattr(type(model), "generate", None)).parameters.get(name)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
         return None
     default = None if parameter is None else parameter.default
     return default if isinstance(default, int) and not isinstance(default, bool) else None
