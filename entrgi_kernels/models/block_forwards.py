@@ -75,7 +75,8 @@ class CroppedCanvas(WholeCanvas):
             check_inside(column - self._first[row], self._model.block_length)
             self._looked = True
         positions = row * end + column
-        return self._model.masked_logits(tokens[:, :end], self._cropped, masked[:, :end], positions=positions, out=out)
+        given = {"positions": positions, "out": out, "first": self._first}
+        return self._model.masked_logits(tokens[:, :end], self._cropped, masked[:, :end], **given)
 
 
 class BlockForwards:
@@ -173,6 +174,7 @@ class _Part:
     def __init__(self, model: BlockCausal, width: int, start: int, pads: list[int], prompts: list[int]) -> None:
         self.members: list[int] = []
         self._model, self._width, self._start = model, width, start
+        self._reads_before = model.shift or model.causal_context
         self._pads, self._prompts = pads, prompts
         self._forget()
 
@@ -218,7 +220,7 @@ class _Part:
         """
         block = self._model.block_length
         for begin, done, pad in zip(begins, self._done, self._pads, strict=True):
-            if begin < done or (begin - pad) % block:
+            if begin < done or (not self._model.causal_context and (begin - pad) % block):
                 raise ValueError(
                     f"a block begins at column {begin} of a row with {pad} columns of padding, {done} columns of which "
                     f"are done: expected a multiple of {block} behind the padding, not before what is done"
@@ -251,10 +253,11 @@ class _Part:
             positions = row * text.shape[1] + column - self._pads[0]
             return self._model.masked_logits(text, real, real, positions=positions, out=out)
         at = row * span + pending + local
-        if self._model.shift:
+        if self._reads_before:
             # A block's first slot is read at the last position before it: run now, run before, or not there at all.
             before = torch.where((done > pads)[row], len(self._begins) * span + row, at)
-            at = torch.where((local == 0) & (begins == done)[row], before, at - 1)
+            before = torch.where((begins == done)[row], before, at - 1)
+            at = torch.where(local == 0, before, at - 1 if self._model.shift else at)
         return self._run(tokens, pending, length, at, out)
 
     def _run_prompts(self, tokens: Tensor) -> None:
@@ -326,7 +329,7 @@ class _Part:
         columns = begins - pending + torch.arange(pending + length, device=tokens.device)
         real = (columns >= done) & (columns < self._width)
         positions = (columns - pads).masked_fill(~real, 0)
-        groups = self._model.groups(positions, real)
+        groups = self._model.groups(positions, real, begins - pads)
         keys = groups if self._groups is None else torch.cat([self._groups, groups], dim=1)
         arguments = self._model.call_arguments(positions, visible(groups, keys), self._cache)
         return columns.clamp_min(0), arguments, groups
@@ -335,7 +338,7 @@ class _Part:
         """What takes the wanted rows of [r * span, W], and with them the carried ones of the next block."""
 
         def pick(rows: Tensor) -> Tensor:
-            if not self._model.shift:
+            if not self._reads_before:
                 return rows.index_select(0, at.to(rows.device))
             count = len(self._begins)
             if self._carry is not None:

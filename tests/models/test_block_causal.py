@@ -295,6 +295,43 @@ def test_rows_need_not_keep_step(make, shift):
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
 
 
+def test_a_causal_context():
+    """Finished tokens see what is before them, the open block sees all of itself; its first slot is read before it."""
+    module = network("Qwen3", dtype=torch.float64)
+    model = BlockCausal(module, MASK, B, causal_context=True)
+    assert model.keeps_blocks and model.block_offsets(list(PROMPTS)) == [0] * 4
+    tokens, attention, start = canvases(repeats=2, length=10)
+    forwards, column = model.forwards(tokens, attention, start, 2), torch.arange(tokens.shape[1])
+    rows = None
+    for begin in (start, start + B, start + 2 * B):
+        first = torch.full((len(tokens),), begin)
+        forwards.open(tokens, first, rows)
+        for masked in ((column >= begin) & (column < begin + B), (column >= begin) & (column < begin + 2)):
+            masked = masked & (tokens == MASK)
+            expected = []
+            for text, real, hit in zip(tokens, attention, masked, strict=True):
+                text, real, hit = text[: begin + B], real[: begin + B], hit[: begin + B]
+                position = torch.arange(int(real.sum())).clamp_max(begin - int((~real).sum()))
+                seen = torch.zeros(len(position), len(position), dtype=torch.float64)
+                seen.masked_fill_(position > position[:, None], torch.finfo(torch.float64).min)
+                with torch.no_grad():
+                    logits = module(text[real][None], attention_mask=seen[None, None]).logits[0]
+                logits[int(position.max())] = logits[int(position.max()) - 1].clone()
+                expected.append(logits[hit[real]])
+            given = model.masked_logits(tokens, attention, masked, first=first)
+            torch.testing.assert_close(given, torch.cat(expected), rtol=0, atol=1e-10)
+            torch.testing.assert_close(forwards.masked_logits(tokens, masked), given, rtol=0, atol=1e-10)
+        tokens = tokens.masked_fill((column >= begin) & (column < begin + B), begin)
+        rows = torch.randperm(len(tokens))[:-1]
+        tokens, attention = tokens[rows], attention[rows]
+    with pytest.raises(ValueError, match="needs first="):
+        model.masked_logits(tokens, attention, attention)
+    with pytest.raises(ValueError, match="cannot be run behind a causal context"):
+        BlockCausal(OwnMask(), MASK, B, causal_context=True)
+    with pytest.raises(ValueError, match="expected shift=False"):
+        BlockCausal(module, MASK, B, shift=True, causal_context=True)
+
+
 def test_edited_tokens_are_run_again():
     model = BlockCausal(network("Qwen3", dtype=torch.float64), MASK, B)
     tokens, attention, start = canvases((5, 8), repeats=1, length=8)
@@ -482,10 +519,12 @@ def test_a_block_length_is_found_in_configs():
         network("Qwen3", mask_token_id=MASK, entrgi={"kind": "masked_diffusion", "block_length": B}, block_length=8),
         remote(network("Qwen3", mask_token_id=MASK), "some_remote_code", block_size=B),
         remote(network("Qwen3", mask_token_id=MASK), "Fast_dLLM_Qwen", bd_size=B),
+        remote(network("Qwen3", mask_token_id=MASK), "nemotron_labs_diffusion", block_size=B),
     ):
         model = models.wrap(module)
         assert isinstance(model, BlockCausal) and model.block_length == B
         assert model.shift is (module.config.model_type == "Fast_dLLM_Qwen")
+        assert model.causal_context is (module.config.model_type == "nemotron_labs_diffusion")
         assert isinstance(models.wrap(module, block_length=0), MaskedDiffusion)
         assert models.wrap(module, block_length=2).block_length == 2
     for kind, length in (("qwen3", B), ("some_remote_code", 64)):  # sparse attention's blocks; nanoGPT's context
