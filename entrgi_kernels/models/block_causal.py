@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .base import SAME, BackboneModel, check_canvas, embedding_rows, same_result
 from .block_forwards import HIDDEN, BlockForwards, CroppedCanvas, visible
@@ -91,13 +91,13 @@ class BlockCausal(BackboneModel):
         """How many of each prompt's last tokens stand in the block that its response begins in."""
         return [0 if self.causal_context else length % self.block_length for length in prompt_lengths]
 
-    def forwards(self, tokens: Tensor, attention: Tensor, start: int, repeats: int = 1) -> Forwards:
+    def forwards(self, tokens: torch.Tensor, attention: torch.Tensor, start: int, repeats: int = 1) -> Forwards:
         """See :meth:`BackboneModel.forwards`; a prompt's finished blocks are run once for all rows that share it."""
         if not self.keeps_blocks:
             return CroppedCanvas(self, attention)
         return BlockForwards(self, tokens, attention, start, repeats)
 
-    def inputs(self, attention_mask: Tensor, padded: bool) -> dict[str, Any]:
+    def inputs(self, attention_mask: torch.Tensor, padded: bool) -> dict[str, Any]:
         """The block-causal mask in the form that this network wants, positions where it takes them, no cache.
 
         Behind a causal context the last block is the open one.
@@ -106,7 +106,7 @@ class BlockCausal(BackboneModel):
         begins = (attention_mask.sum(dim=1, keepdim=True) - 1).div(block, rounding_mode="floor") * block
         return self.call_arguments(positions, visible(self.groups(positions, attention_mask, begins)))
 
-    def groups(self, positions: Tensor, real: Tensor, begins: Tensor) -> Tensor:
+    def groups(self, positions: torch.Tensor, real: torch.Tensor, begins: torch.Tensor) -> torch.Tensor:
         """Int64 [B, Q], what sees what: a position sees those of its own number and of lower ones.
 
         Args:
@@ -122,14 +122,14 @@ class BlockCausal(BackboneModel):
 
     def masked_logits(
         self,
-        canvas: Tensor,
-        attention_mask: Tensor,
-        masked: Tensor,
+        canvas: torch.Tensor,
+        attention_mask: torch.Tensor,
+        masked: torch.Tensor,
         *,
-        positions: Tensor | None = None,
-        out: Tensor | None = None,
-        first: Tensor | None = None,
-    ) -> Tensor:
+        positions: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        first: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See :meth:`BackboneModel.masked_logits`.
 
         Args:
@@ -159,7 +159,7 @@ class BlockCausal(BackboneModel):
                 return torch.empty(0, self.vocab_size, device=canvas.device, dtype=self.dtype)
             return self._rows(canvas, self.call_arguments(counted, seen), positions, out)
 
-    def call_arguments(self, positions: Tensor, seen: Tensor, cache: Any = None) -> dict[str, Any]:
+    def call_arguments(self, positions: torch.Tensor, seen: torch.Tensor, cache: Any = None) -> dict[str, Any]:
         """The network's keyword arguments beside the ids.
 
         Args:
@@ -226,7 +226,7 @@ class BlockCausal(BackboneModel):
         super()._probe(rows)
         self._probe_cache()
 
-    def _check_attention(self, first: Tensor, logits: Tensor, tokens: list[int]) -> None:
+    def _check_attention(self, first: torch.Tensor, logits: torch.Tensor, tokens: list[int]) -> None:
         """Raise ValueError unless a block sees all of itself and nothing after it."""
         name, block, length = type(self.module).__name__, self.block_length, first.shape[1]
         real, later = torch.ones_like(first, dtype=torch.bool), length - block
