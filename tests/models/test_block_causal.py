@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,6 +259,36 @@ def test_only_what_is_new_is_run():
         first = first + B
     # The two prompts' finished blocks, once for all rows; then blocks, the second with the first before it.
     assert counting.shapes == [(2, 8), (6, B), (6, B), (6, 2 * B), (6, B)]
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_within_a_block_nothing_waits_for_the_device(shift):
+    _spec = importlib.util.spec_from_file_location(
+        "simulated_device", Path(__file__).parents[1] / "guidance" / "simulated_device.py"
+    )
+    simulated = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(simulated)
+    device = simulated.SimulatedDevice()
+    tokens, attention, start = canvases(repeats=2)
+    first = start - torch.tensor([1, 1, 3, 3, 0, 0, 1, 1])
+    column = torch.arange(tokens.shape[1])
+    waits, here = [], BlockCausal(network("Qwen3", dtype=torch.float64), MASK, B, shift)
+    with device:
+        model = BlockCausal(simulated.to_device(network("Qwen3", dtype=torch.float64)), MASK, B, shift)
+        forwards = model.forwards(tokens.to(model.device), attention.to(model.device), start, 2)
+        for _ in range(2):
+            masked = (column >= start) & (column >= first[:, None]) & (column < first[:, None] + B)
+            positions = masked.flatten().nonzero().squeeze(1).to(model.device)
+            given = tokens.to(model.device), masked.to(model.device)
+            forwards.open(given[0], first.to(model.device))
+            for _ in range(3):
+                with device.counting():
+                    found = forwards.masked_logits(*given, positions=positions)
+                waits.append(sum(device.waits.values()))
+            expected = here.masked_logits(tokens, attention, masked)
+            torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-10)
+            tokens, first = tokens.masked_fill(masked, 5), first + B
+    assert model.keeps_blocks and waits[1:3] == waits[4:6] == [0, 0] and max(waits) <= 3, waits
 
 
 def test_a_block_is_opened_again_with_more_rows():
