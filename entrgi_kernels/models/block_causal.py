@@ -260,7 +260,7 @@ class BlockCausal(BackboneModel):
         return (
             f". Its attention implementation is {implementation!r}; those known to honour an explicit 4-D mask are "
             "'sdpa' and 'eager' (load the model with attn_implementation='sdpa'). A model that sees all positions is "
-            "wrapped without block_length"
+            "wrapped with block_length=0"
         )
 
     def _probe_cache(self) -> None:
