@@ -25,7 +25,7 @@ BELOW = {
 }
 NAMES = "entrgi_kernels.names"  # what a user chooses among; every room may read it, and it reads none
 # To be emptied: they still say Tensor for torch.Tensor, or hold lists of their own.
-SAY_TENSOR = {"models.block_causal", "models.block_forwards", "models.kept_keys", "models.forwards"}
+SAY_TENSOR: set[str] = set()
 HOLD_LISTS: set[str] = {"guidance.weights"}
 
 

@@ -189,7 +189,7 @@ class BackboneModel:
         Raises:
             ValueError: shapes or dtypes do not fit, or a row is longer than the positions that the network has learned.
         """
-        _check_canvas(canvas, attention_mask, masked)
+        check_canvas(canvas, attention_mask, masked)
         if self.position_limit is not None and canvas.shape[1] > self.position_limit:
             self.check_length(int(attention_mask.sum(1).max()), "a prompt with its response slots")
         if positions is None:
@@ -471,7 +471,8 @@ def _ordinary_tokens(rows: int, reserved: set[int | None]) -> list[int]:
     return (picked * 6)[:6] if len(picked) < 6 else picked
 
 
-def _check_canvas(canvas: torch.Tensor, attention_mask: torch.Tensor, masked: torch.Tensor) -> None:
+def check_canvas(canvas: torch.Tensor, attention_mask: torch.Tensor, masked: torch.Tensor) -> None:
+    """Raise ValueError unless the canvas is [B, S] ids, and both masks are bool of its shape."""
     if canvas.dim() != 2 or canvas.is_floating_point() or canvas.dtype == torch.bool:
         raise ValueError(f"canvas has shape {tuple(canvas.shape)} of {canvas.dtype}: expected [B, S] token ids")
     for name, tensor in (("attention_mask", attention_mask), ("masked", masked)):

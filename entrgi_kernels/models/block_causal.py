@@ -6,13 +6,13 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .base import SAME, BackboneModel, embedding_rows, same_result
+from .base import SAME, BackboneModel, check_canvas, embedding_rows, same_result
 from .block_forwards import HIDDEN, BlockForwards, CroppedCanvas, visible
 from .forwards import Forwards
 from .masked_diffusion import position_ids
-from .modules import accepted_arguments
+from .modules import accepted_arguments, evaluating, plain_precision
 
 logger = logging.getLogger("entrgi_kernels")
 
@@ -41,9 +41,12 @@ class BlockCausal(BackboneModel):
         block_length: tokens of a block, as the model was trained with.
         shift: True when slot i's logits are read at position i - 1 (Fast-dLLM v2); a block's first slot is then read
             at the last position of the block before it.
+        causal_context: True where finished tokens see only what is before them, and only the open block sees all of
+            itself (Nemotron diffusion). Blocks then begin where the response does, slots are read in place, and a
+            block's first one at the last position before it, where such models read the token that they begin with.
 
     Attributes:
-        block_length: as given.
+        block_length, causal_context: as given.
         mask_form: ``"bool"``; ``"added"``, 0 where a key is seen; ``"ones"``, 1 where it is; or ``"own"``: the network
             makes its mask, and rows of unequal padding run apart.
         keeps_blocks: whether :meth:`forwards` keeps finished blocks.
@@ -53,12 +56,22 @@ class BlockCausal(BackboneModel):
             is not.
     """
 
-    def __init__(self, module: nn.Module, mask_token_id: int, block_length: int, shift: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        mask_token_id: int,
+        block_length: int,
+        shift: bool = False,
+        causal_context: bool = False,
+    ) -> None:
         if not isinstance(block_length, int) or isinstance(block_length, bool):
             raise TypeError(f"block_length must be an int, got {block_length!r}")
         if block_length < 1:
             raise ValueError(f"block_length must be at least 1, got {block_length}")
+        if causal_context and shift:
+            raise ValueError("causal_context=True reads slots in place: expected shift=False, got True")
         self.block_length: int = block_length
+        self.causal_context = causal_context
         self.mask_form = "bool"
         self.keeps_blocks = False
         self._positions = False
@@ -76,24 +89,77 @@ class BlockCausal(BackboneModel):
 
     def block_offsets(self, prompt_lengths: list[int]) -> list[int]:
         """How many of each prompt's last tokens stand in the block that its response begins in."""
-        return [length % self.block_length for length in prompt_lengths]
+        return [0 if self.causal_context else length % self.block_length for length in prompt_lengths]
 
-    def forwards(self, tokens: Tensor, attention: Tensor, start: int, repeats: int = 1) -> Forwards:
+    def forwards(self, tokens: torch.Tensor, attention: torch.Tensor, start: int, repeats: int = 1) -> Forwards:
         """See :meth:`BackboneModel.forwards`; a prompt's finished blocks are run once for all rows that share it."""
         if not self.keeps_blocks:
             return CroppedCanvas(self, attention)
         return BlockForwards(self, tokens, attention, start, repeats)
 
-    def inputs(self, attention_mask: Tensor, padded: bool) -> dict[str, Any]:
-        """The block-causal mask in the form that this network wants, positions where it takes them, no cache."""
-        positions = position_ids(attention_mask)
-        return self.call_arguments(positions, visible(self.groups(positions, attention_mask)))
+    def inputs(self, attention_mask: torch.Tensor, padded: bool) -> dict[str, Any]:
+        """The block-causal mask in the form that this network wants, positions where it takes them, no cache.
 
-    def groups(self, positions: Tensor, real: Tensor) -> Tensor:
-        """Int64, as `positions`: the number of each position's block, ``HIDDEN`` where it is not real."""
-        return positions.div(self.block_length, rounding_mode="floor").masked_fill(~real, HIDDEN)
+        Behind a causal context the last block is the open one.
+        """
+        positions, block = position_ids(attention_mask), self.block_length
+        begins = (attention_mask.sum(dim=1, keepdim=True) - 1).div(block, rounding_mode="floor") * block
+        return self.call_arguments(positions, visible(self.groups(positions, attention_mask, begins)))
 
-    def call_arguments(self, positions: Tensor, seen: Tensor, cache: Any = None) -> dict[str, Any]:
+    def groups(self, positions: torch.Tensor, real: torch.Tensor, begins: torch.Tensor) -> torch.Tensor:
+        """Int64 [B, Q], what sees what: a position sees those of its own number and of lower ones.
+
+        Args:
+            positions: [B, Q] int64, counted from each text's first token.
+            real: [B, Q] bool; what is not real gets ``HIDDEN``.
+            begins: [B, 1] int64, the position at which each text's open block begins.
+        """
+        number = positions.div(self.block_length, rounding_mode="floor")
+        if self.causal_context:
+            open_block = (positions >= begins) & (positions < begins + self.block_length)
+            number = torch.where(open_block, begins, positions)
+        return number.masked_fill(~real, HIDDEN)
+
+    def masked_logits(
+        self,
+        canvas: torch.Tensor,
+        attention_mask: torch.Tensor,
+        masked: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        first: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See :meth:`BackboneModel.masked_logits`.
+
+        Args:
+            canvas, attention_mask, masked, positions, out: as there.
+            first: [B] int64, the columns at which the open blocks begin; needed behind a causal context alone, where
+                they tell what is finished.
+
+        Raises:
+            ValueError: see there; or `first` is missing.
+        """
+        if not self.causal_context:
+            return super().masked_logits(canvas, attention_mask, masked, positions=positions, out=out)
+        check_canvas(canvas, attention_mask, masked)
+        if first is None:
+            raise ValueError(
+                "behind a causal context masked_logits() needs first=, the columns at which the open blocks begin; "
+                "forwards() knows them"
+            )
+        if positions is None:
+            positions = masked.flatten().nonzero().squeeze(1)
+        counted, pads = position_ids(attention_mask), (~attention_mask).sum(dim=1)
+        seen = visible(self.groups(counted, attention_mask, (first - pads)[:, None]))
+        row, column = positions.div(canvas.shape[1], rounding_mode="floor"), positions % canvas.shape[1]
+        positions = torch.where((column == first[row]) & (column > pads[row]), positions - 1, positions)
+        with torch.no_grad(), plain_precision(canvas.device), evaluating(self.module):
+            if positions.numel() == 0:
+                return torch.empty(0, self.vocab_size, device=canvas.device, dtype=self.dtype)
+            return self._rows(canvas, self.call_arguments(counted, seen), positions, out)
+
+    def call_arguments(self, positions: torch.Tensor, seen: torch.Tensor, cache: Any = None) -> dict[str, Any]:
         """The network's keyword arguments beside the ids.
 
         Args:
@@ -120,7 +186,7 @@ class BlockCausal(BackboneModel):
         return arguments
 
     def _probe_canvas(self, tokens: list[int]) -> list[int]:
-        length = max(2 * self.block_length, 5)
+        length = self.block_length * max(2, -(-5 // self.block_length))
         ordinary = [tokens[0], tokens[1]] * length
         return [ordinary[i // 2] if i % 2 == 0 else self.mask_token_id for i in range(length - 1)] + [tokens[2]]
 
@@ -143,6 +209,12 @@ class BlockCausal(BackboneModel):
                 if not self.runs_apart:
                     self._probe_cache()
                     return
+                if self.causal_context:
+                    refusal = ValueError(
+                        f"{type(self.module).__name__} takes no mask or no positions, or padding disturbs it: it "
+                        "cannot be run behind a causal context"
+                    )
+                    continue
                 imperfect = imperfect or (form, positions)
         if imperfect is None:
             if isinstance(refusal, ValueError):
@@ -154,15 +226,15 @@ class BlockCausal(BackboneModel):
         super()._probe(rows)
         self._probe_cache()
 
-    def _check_attention(self, first: Tensor, logits: Tensor, tokens: list[int]) -> None:
+    def _check_attention(self, first: torch.Tensor, logits: torch.Tensor, tokens: list[int]) -> None:
         """Raise ValueError unless a block sees all of itself and nothing after it."""
         name, block, length = type(self.module).__name__, self.block_length, first.shape[1]
-        real = torch.ones_like(first, dtype=torch.bool)
+        real, later = torch.ones_like(first, dtype=torch.bool), length - block
         reached = torch.zeros((), dtype=logits.dtype, device=logits.device)
-        for token in sorted(set(tokens) - {int(first[0, block - 1])}) if block > 1 else ():
+        for token in sorted(set(tokens) - {tokens[2]}) if block > 1 else ():
             other = first.clone()
-            other[0, block - 1] = token
-            reached = (self._full(other, real)[:, 0] - logits[:, 0]).abs().amax()
+            other[0, -1] = token
+            reached = (self._full(other, real)[:, later] - logits[:, later]).abs().amax()
             if bool(reached > 0):
                 break
         else:
@@ -172,9 +244,8 @@ class BlockCausal(BackboneModel):
                     "of the first as they were. Either it attends causally, or its blocks are shorter than "
                     f"block_length={block}" + self._advice()
                 )
-        later = (length - 1) // block * block
         other = first.clone()
-        other[:, later:] = torch.tensor([tokens[3], tokens[4]], device=first.device).repeat(length)[: length - later]
+        other[:, later:] = torch.tensor([tokens[3], tokens[4]], device=first.device).repeat(length)[:block]
         leak = (self._full(other, real)[:, :later] - logits[:, :later]).abs().amax()
         # Rounding differs where tokens are sorted by experts; what is seen moves the logits as the own block does.
         scale = reached if block > 1 else logits.abs().amax()
@@ -189,7 +260,7 @@ class BlockCausal(BackboneModel):
         return (
             f". Its attention implementation is {implementation!r}; those known to honour an explicit 4-D mask are "
             "'sdpa' and 'eager' (load the model with attn_implementation='sdpa'). A model that sees all positions is "
-            "wrapped without block_length"
+            "wrapped with block_length=0"
         )
 
     def _probe_cache(self) -> None:
@@ -229,7 +300,7 @@ class BlockCausal(BackboneModel):
                 if not bool(masked.any()):
                     continue
                 found = forwards.masked_logits(tokens, masked)
-                if not same_result(found, self.masked_logits(tokens, attention, masked)):
+                if not same_result(found, self.masked_logits(tokens, attention, masked, first=first)):
                     return False
                 tokens = torch.where(inside & (column == first[:, None].clamp_min(start)), tokens[:, :1], tokens)
             tokens = torch.where(inside, tokens[:, 1:2], tokens)

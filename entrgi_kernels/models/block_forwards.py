@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from .forwards import WholeCanvas, check_open, check_rows
 from .modules import evaluating, plain_precision
@@ -20,7 +19,7 @@ HIDDEN = 1 << 40
 _CLOSED = "no block is open: open() comes before masked_logits()"
 
 
-def visible(queries: Tensor, keys: Tensor | None = None) -> Tensor:
+def visible(queries: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
     """[B, Q, K] bool: what positions of groups [B, Q] see of those of groups [B, K] (themselves where none are given).
 
     Those that nobody may see, padding, see everything: a row that sees nothing yields NaN in some kernels.
@@ -29,7 +28,7 @@ def visible(queries: Tensor, keys: Tensor | None = None) -> Tensor:
     return keys[:, None, :] <= queries[:, :, None]
 
 
-def check_inside(local: Tensor, block_length: int) -> None:
+def check_inside(local: torch.Tensor, block_length: int) -> None:
     """Raise ValueError unless slots [N], counted from the beginning of each row's block, lie in it."""
     outside = (local < 0) | (local >= block_length)
     if bool(outside.any()):
@@ -48,13 +47,13 @@ class CroppedCanvas(WholeCanvas):
         attention: [R, S] bool, True at real tokens.
     """
 
-    def __init__(self, model: BlockCausal, attention: Tensor) -> None:
+    def __init__(self, model: BlockCausal, attention: torch.Tensor) -> None:
         super().__init__(model, attention)
         self._cropped = attention
-        self._first: Tensor | None = None
+        self._first: torch.Tensor | None = None
         self._looked = False
 
-    def open(self, tokens: Tensor, first: Tensor, rows: Tensor | None = None) -> None:
+    def open(self, tokens: torch.Tensor, first: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         """See :class:`Forwards`."""
         super().open(tokens, first, rows)
         end = int(first.max()) + self._model.block_length if first.numel() else 0
@@ -62,8 +61,13 @@ class CroppedCanvas(WholeCanvas):
         self._cropped = self._attention[:, :end]  # the very same tensor at each step: what is derived from it is kept
 
     def masked_logits(
-        self, tokens: Tensor, masked: Tensor, *, positions: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
+        self,
+        tokens: torch.Tensor,
+        masked: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See :class:`Forwards`."""
         width, end = tokens.shape[1], self._cropped.shape[1]
         if positions is None:
@@ -75,7 +79,8 @@ class CroppedCanvas(WholeCanvas):
             check_inside(column - self._first[row], self._model.block_length)
             self._looked = True
         positions = row * end + column
-        return self._model.masked_logits(tokens[:, :end], self._cropped, masked[:, :end], positions=positions, out=out)
+        given = {"positions": positions, "out": out, "first": self._first}
+        return self._model.masked_logits(tokens[:, :end], self._cropped, masked[:, :end], **given)
 
 
 class BlockForwards:
@@ -92,7 +97,9 @@ class BlockForwards:
         repeats: this many consecutive rows share their prompt, which is run once for all of them.
     """
 
-    def __init__(self, model: BlockCausal, tokens: Tensor, attention: Tensor, start: int, repeats: int) -> None:
+    def __init__(
+        self, model: BlockCausal, tokens: torch.Tensor, attention: torch.Tensor, start: int, repeats: int
+    ) -> None:
         self._model, self._shape, self._opened = model, tuple(tokens.shape), False
         pads = (~attention).sum(dim=1).tolist()
         prompts = [row // repeats for row in range(len(pads))]
@@ -106,7 +113,7 @@ class BlockForwards:
             part.members = members
             self._parts.append(part)
 
-    def open(self, tokens: Tensor, first: Tensor, rows: Tensor | None = None) -> None:
+    def open(self, tokens: torch.Tensor, first: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         """See :class:`Forwards`."""
         kept = list(range(self._shape[0])) if rows is None else check_rows(rows, self._shape[0])
         check_open(tokens, first, (len(kept), self._shape[1]))
@@ -130,8 +137,13 @@ class BlockForwards:
         self._parts, self._shape, self._opened = parts, (len(kept), self._shape[1]), True
 
     def masked_logits(
-        self, tokens: Tensor, masked: Tensor, *, positions: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
+        self,
+        tokens: torch.Tensor,
+        masked: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See :class:`Forwards`."""
         for name, tensor in (("tokens", tokens), ("masked", masked)):
             if tuple(tensor.shape) != self._shape:
@@ -147,7 +159,7 @@ class BlockForwards:
                 return torch.empty(0, model.vocab_size, device=tokens.device, dtype=model.dtype)
             if len(self._parts) == 1:
                 return self._parts[0].logits(tokens, row, column, out)
-            found: Tensor | None = None
+            found: torch.Tensor | None = None
             for part in self._parts:
                 index = torch.full(self._shape[:1], -1, device=tokens.device)
                 members = torch.tensor(part.members, device=tokens.device)
@@ -173,6 +185,7 @@ class _Part:
     def __init__(self, model: BlockCausal, width: int, start: int, pads: list[int], prompts: list[int]) -> None:
         self.members: list[int] = []
         self._model, self._width, self._start = model, width, start
+        self._reads_before = model.shift or model.causal_context
         self._pads, self._prompts = pads, prompts
         self._forget()
 
@@ -183,11 +196,13 @@ class _Part:
         self._cache = KeptKeys(self._width + self._model.block_length)
         self._done = list(self._pads)  # columns before these are kept
         self._begins = list(self._pads)
-        self._groups: Tensor | None = None  # [r, C] int64, the block of each column of the cache
-        self._carry: Tensor | None = None  # [r, W], what the last kept position of a row gives the head; if shifted
-        self._final: Tensor | None = None  # [r, S], the tokens that the kept keys are of
-        self._usual: tuple[Tensor, dict[str, Any]] | None = None
-        self._columns: tuple[Tensor, ...] = ()
+        self._groups: torch.Tensor | None = None  # [r, C] int64, the block of each column of the cache
+        self._carry: torch.Tensor | None = (
+            None  # [r, W], what the last kept position of a row gives the head; if shifted
+        )
+        self._final: torch.Tensor | None = None  # [r, S], the tokens that the kept keys are of
+        self._usual: tuple[torch.Tensor, dict[str, Any]] | None = None
+        self._columns: tuple[torch.Tensor, ...] = ()
 
     def copy(self) -> _Part:
         """Another part of the same state."""
@@ -210,7 +225,7 @@ class _Part:
             if kept is not None:
                 setattr(self, name, kept.index_select(0, index.to(kept.device)))
 
-    def open(self, tokens: Tensor, begins: list[int]) -> None:
+    def open(self, tokens: torch.Tensor, begins: list[int]) -> None:
         """A block begins at these columns.
 
         Raises:
@@ -218,7 +233,7 @@ class _Part:
         """
         block = self._model.block_length
         for begin, done, pad in zip(begins, self._done, self._pads, strict=True):
-            if begin < done or (begin - pad) % block:
+            if begin < done or (not self._model.causal_context and (begin - pad) % block):
                 raise ValueError(
                     f"a block begins at column {begin} of a row with {pad} columns of padding, {done} columns of which "
                     f"are done: expected a multiple of {block} behind the padding, not before what is done"
@@ -234,7 +249,9 @@ class _Part:
         if self._cache.length() == 0 and max(begins) <= self._start:
             self._run_prompts(tokens)
 
-    def logits(self, tokens: Tensor, row: Tensor, column: Tensor, out: Tensor | None) -> Tensor:
+    def logits(
+        self, tokens: torch.Tensor, row: torch.Tensor, column: torch.Tensor, out: torch.Tensor | None
+    ) -> torch.Tensor:
         """Logits [N, V] of slots of the open block; the first call also runs what has become final before it."""
         begins, done, pads = self._columns
         pending = max(b - d for b, d in zip(self._begins, self._done, strict=True))
@@ -251,13 +268,14 @@ class _Part:
             positions = row * text.shape[1] + column - self._pads[0]
             return self._model.masked_logits(text, real, real, positions=positions, out=out)
         at = row * span + pending + local
-        if self._model.shift:
+        if self._reads_before:
             # A block's first slot is read at the last position before it: run now, run before, or not there at all.
             before = torch.where((done > pads)[row], len(self._begins) * span + row, at)
-            at = torch.where((local == 0) & (begins == done)[row], before, at - 1)
+            before = torch.where((begins == done)[row], before, at - 1)
+            at = torch.where(local == 0, before, at - 1 if self._model.shift else at)
         return self._run(tokens, pending, length, at, out)
 
-    def _run_prompts(self, tokens: Tensor) -> None:
+    def _run_prompts(self, tokens: torch.Tensor) -> None:
         """Run what is final of each prompt once, for all rows that share it."""
         leaders = [self._prompts.index(prompt) for prompt in dict.fromkeys(self._prompts)]
         pending = max(b - d for b, d in zip(self._begins, self._done, strict=True))
@@ -284,7 +302,9 @@ class _Part:
         """Put each row's columns on the device: where its block begins, what is done, its padding."""
         self._columns = torch.tensor([self._begins, self._done, self._pads], dtype=torch.int64, device=device).unbind()
 
-    def _run(self, tokens: Tensor, pending: int, length: int, at: Tensor, out: Tensor | None) -> Tensor:
+    def _run(
+        self, tokens: torch.Tensor, pending: int, length: int, at: torch.Tensor, out: torch.Tensor | None
+    ) -> torch.Tensor:
         """Logits at flat positions `at` of [r, pending + length], behind which stand the r carried rows.
 
         The first `pending` columns, final ones, are kept afterwards, the others are not.
@@ -298,7 +318,7 @@ class _Part:
         else:
             columns, arguments = self._usual
         ids = tokens.gather(1, columns.clamp_max(self._width - 1))
-        carried: list[Tensor] = []
+        carried: list[torch.Tensor] = []
         try:
             picked = self._model._picked(ids, arguments, self._pick(at, pending, pending + length, carried), out)
             grown = self._cache.length()
@@ -320,22 +340,26 @@ class _Part:
             self._carry = carried[0] if carried else None
         return picked
 
-    def _arguments(self, tokens: Tensor, pending: int, length: int) -> tuple[Tensor, dict[str, Any], Tensor]:
+    def _arguments(
+        self, tokens: torch.Tensor, pending: int, length: int
+    ) -> tuple[torch.Tensor, dict[str, Any], torch.Tensor]:
         """Columns [r, n] of the canvas to run, the network's arguments, and the columns' blocks [r, n]."""
         begins, done, pads = (column[:, None] for column in self._columns)
         columns = begins - pending + torch.arange(pending + length, device=tokens.device)
         real = (columns >= done) & (columns < self._width)
         positions = (columns - pads).masked_fill(~real, 0)
-        groups = self._model.groups(positions, real)
+        groups = self._model.groups(positions, real, begins - pads)
         keys = groups if self._groups is None else torch.cat([self._groups, groups], dim=1)
         arguments = self._model.call_arguments(positions, visible(groups, keys), self._cache)
         return columns.clamp_min(0), arguments, groups
 
-    def _pick(self, at: Tensor, pending: int, span: int, carried: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    def _pick(
+        self, at: torch.Tensor, pending: int, span: int, carried: list[torch.Tensor]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         """What takes the wanted rows of [r * span, W], and with them the carried ones of the next block."""
 
-        def pick(rows: Tensor) -> Tensor:
-            if not self._model.shift:
+        def pick(rows: torch.Tensor) -> torch.Tensor:
+            if not self._reads_before:
                 return rows.index_select(0, at.to(rows.device))
             count = len(self._begins)
             if self._carry is not None:

@@ -52,12 +52,16 @@ def provide_older_names() -> None:
     from transformers import utils
     from transformers.utils import import_utils
 
+    class LossKwargs(TypedDict, total=False):
+        """No keyword arguments."""
+
     added = []
     if not hasattr(utils, "LossKwargs"):
-        utils.LossKwargs = TypedDict("LossKwargs", {}, total=False)
+        vars(utils)["LossKwargs"] = LossKwargs
         added.append("utils.LossKwargs")
     if not hasattr(import_utils, "is_torch_fx_available"):
-        import_utils.is_torch_fx_available = lambda: False  # asked only to have a function be a leaf when traced
+        # Asked only to have a function be a leaf when traced.
+        vars(import_utils)["is_torch_fx_available"] = lambda: False
         added.append("utils.import_utils.is_torch_fx_available")
     if added:
         warnings.warn(

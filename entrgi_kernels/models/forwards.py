@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
 
 
 class Forwards(Protocol):
@@ -15,7 +15,7 @@ class Forwards(Protocol):
     kept between two calls is the model's affair: the logits are the same.
     """
 
-    def open(self, tokens: Tensor, first: Tensor, rows: Tensor | None = None) -> None:
+    def open(self, tokens: torch.Tensor, first: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         """A new block begins, or the open one goes on with other rows.
 
         Args:
@@ -32,8 +32,13 @@ class Forwards(Protocol):
         ...
 
     def masked_logits(
-        self, tokens: Tensor, masked: Tensor, *, positions: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
+        self,
+        tokens: torch.Tensor,
+        masked: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Logits [N, V] of the masked slots of the open block.
 
         Args:
@@ -57,12 +62,12 @@ class WholeCanvas:
         attention: [R, S] bool, True at real tokens.
     """
 
-    def __init__(self, model: Any, attention: Tensor) -> None:
+    def __init__(self, model: Any, attention: torch.Tensor) -> None:
         self._model, self._attention = model, attention
         taken = inspect.signature(model.masked_logits).parameters
         self._takes = {name for name in ("positions", "out") if name in taken}
 
-    def open(self, tokens: Tensor, first: Tensor, rows: Tensor | None = None) -> None:
+    def open(self, tokens: torch.Tensor, first: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         """See :class:`Forwards`; here a block means nothing but its rows."""
         if rows is not None:
             if rows.device.type == "cpu":  # elsewhere looking would mean waiting
@@ -71,15 +76,20 @@ class WholeCanvas:
         check_open(tokens, first, self._attention.shape)
 
     def masked_logits(
-        self, tokens: Tensor, masked: Tensor, *, positions: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
+        self,
+        tokens: torch.Tensor,
+        masked: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See :class:`Forwards`."""
         given = {"positions": positions, "out": out}
         wanted = {name: given[name] for name in self._takes if given[name] is not None}
         return self._model.masked_logits(tokens, self._attention, masked, **wanted)
 
 
-def forwards_of(model: Any, tokens: Tensor, attention: Tensor, start: int, repeats: int = 1) -> Forwards:
+def forwards_of(model: Any, tokens: torch.Tensor, attention: torch.Tensor, start: int, repeats: int = 1) -> Forwards:
     """The forwards of one batch's generation, for any model that follows ``DiffusionModel``.
 
     Args:
@@ -93,14 +103,14 @@ def forwards_of(model: Any, tokens: Tensor, attention: Tensor, start: int, repea
     return WholeCanvas(model, attention) if make is None else make(tokens, attention, start, repeats)
 
 
-def check_open(tokens: Tensor, first: Tensor, shape: Any) -> None:
+def check_open(tokens: torch.Tensor, first: torch.Tensor, shape: Any) -> None:
     """Raise ValueError unless tokens are int64 of `shape` [R', S], and `first` is int64 of [R']."""
     for name, tensor, wanted in (("tokens", tokens, tuple(shape)), ("first", first, (shape[0],))):
         if tensor.shape != wanted or tensor.is_floating_point():
             raise ValueError(f"{name} must be int64 of shape {wanted}, got {tensor.dtype} of {tuple(tensor.shape)}")
 
 
-def check_rows(rows: Tensor, count: int) -> list[int]:
+def check_rows(rows: torch.Tensor, count: int) -> list[int]:
     """The rows as a list.
 
     Raises:

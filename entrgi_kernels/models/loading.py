@@ -28,8 +28,9 @@ _NUMBER = re.compile(r"\.\d+(?=\.)")
 
 # model_type of a config (lower case) -> (adapter, whether its logits are shifted right by one)
 _BY_TYPE: dict[str, tuple[type[BackboneModel], bool]] = {"dream": (Dream, True), "llada": (LLaDA, False)}
+_NEMOTRON = "nemotron_labs_diffusion"  # its finished tokens are run causally
 # Those trained with block-causal attention -> whether their logits are shifted.
-_BLOCKS = {"sdar": False, "sdar_moe": False, "llada2_moe": False, "fast_dllm_qwen": True}
+_BLOCKS = {"sdar": False, "sdar_moe": False, "llada2_moe": False, "fast_dllm_qwen": True, _NEMOTRON: False}
 # What configs call the length of a block; the latter two mean other things in configs that transformers knows.
 _BLOCK_NAMES = ("block_length", "block_size", "bd_size")
 
@@ -58,9 +59,9 @@ def wrap(
             (``config.entrgi["shift"]``), else the architecture's own way: True for Dream and Fast-dLLM v2, False
             otherwise.
         block_length: tokens of a block of a model trained with block-causal attention (SDAR, TraDo, LLaDA2, Fast-dLLM
-            v2). None: what the config says (``config.entrgi["block_length"]``, ``block_length``, in remote code also
-            ``block_size`` and ``bd_size``), else what the model's own ``generate`` takes when it is told nothing. 0:
-            every position sees every other, whatever the config says.
+            v2, Nemotron diffusion). None: what the config says (``config.entrgi["block_length"]``, ``block_length``, in
+            remote code also ``block_size`` and ``bd_size``), else what the model's own ``generate`` takes when it is
+            told nothing. 0: every position sees every other, whatever the config says.
 
     Raises:
         TypeError: ``model`` is neither a network nor a wrapped one.
@@ -89,7 +90,7 @@ def wrap(
     if block_length is None:
         block_length = _block_length(model, mark)
     if block_length != 0:
-        return BlockCausal(model, mask_token_id, block_length, shift)
+        return BlockCausal(model, mask_token_id, block_length, shift, causal_context=kind == _NEMOTRON)
     return adapter(model, mask_token_id, shift)
 
 
@@ -371,8 +372,8 @@ def _block_length(model: nn.Module, mark: dict[str, Any]) -> int:
 def _own_default(model: nn.Module, name: str) -> int | None:
     """What the model's own ``generate`` takes for an argument when it is told nothing; None where it has no such."""
     try:
-        parameter = inspect.signature(type(model).generate).parameters.get(name)
-    except (AttributeError, TypeError, ValueError):
+        parameter = inspect.signature(getattr(type(model), "generate", None)).parameters.get(name)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
         return None
     default = None if parameter is None else parameter.default
     return default if isinstance(default, int) and not isinstance(default, bool) else None

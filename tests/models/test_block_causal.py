@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -259,6 +261,36 @@ def test_only_what_is_new_is_run():
     assert counting.shapes == [(2, 8), (6, B), (6, B), (6, 2 * B), (6, B)]
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_within_a_block_nothing_waits_for_the_device(shift):
+    _spec = importlib.util.spec_from_file_location(
+        "simulated_device", Path(__file__).parents[1] / "guidance" / "simulated_device.py"
+    )
+    simulated = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(simulated)
+    device = simulated.SimulatedDevice()
+    tokens, attention, start = canvases(repeats=2)
+    first = start - torch.tensor([1, 1, 3, 3, 0, 0, 1, 1])
+    column = torch.arange(tokens.shape[1])
+    waits, here = [], BlockCausal(network("Qwen3", dtype=torch.float64), MASK, B, shift)
+    with device:
+        model = BlockCausal(simulated.to_device(network("Qwen3", dtype=torch.float64)), MASK, B, shift)
+        forwards = model.forwards(tokens.to(model.device), attention.to(model.device), start, 2)
+        for _ in range(2):
+            masked = (column >= start) & (column >= first[:, None]) & (column < first[:, None] + B)
+            positions = masked.flatten().nonzero().squeeze(1).to(model.device)
+            given = tokens.to(model.device), masked.to(model.device)
+            forwards.open(given[0], first.to(model.device))
+            for _ in range(3):
+                with device.counting():
+                    found = forwards.masked_logits(*given, positions=positions)
+                waits.append(sum(device.waits.values()))
+            expected = here.masked_logits(tokens, attention, masked)
+            torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-10)
+            tokens, first = tokens.masked_fill(masked, 5), first + B
+    assert model.keeps_blocks and waits[1:3] == waits[4:6] == [0, 0] and max(waits) <= 3, waits
+
+
 def test_a_block_is_opened_again_with_more_rows():
     """One forward for the K samples of a prompt, which then go on by themselves."""
     model = BlockCausal(network("Qwen3", dtype=torch.float64), MASK, B, shift=True)
@@ -293,6 +325,43 @@ def test_rows_need_not_keep_step(make, shift):
         logits = forwards.masked_logits(blanked, masked)
         expected = model.masked_logits(blanked, attention, masked)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+
+
+def test_a_causal_context():
+    """Finished tokens see what is before them, the open block sees all of itself; its first slot is read before it."""
+    module = network("Qwen3", dtype=torch.float64)
+    model = BlockCausal(module, MASK, B, causal_context=True)
+    assert model.keeps_blocks and model.block_offsets(list(PROMPTS)) == [0] * 4
+    tokens, attention, start = canvases(repeats=2, length=10)
+    forwards, column = model.forwards(tokens, attention, start, 2), torch.arange(tokens.shape[1])
+    rows = None
+    for begin in (start, start + B, start + 2 * B):
+        first = torch.full((len(tokens),), begin)
+        forwards.open(tokens, first, rows)
+        for masked in ((column >= begin) & (column < begin + B), (column >= begin) & (column < begin + 2)):
+            masked = masked & (tokens == MASK)
+            expected = []
+            for text, real, hit in zip(tokens, attention, masked, strict=True):
+                text, real, hit = text[: begin + B], real[: begin + B], hit[: begin + B]
+                position = torch.arange(int(real.sum())).clamp_max(begin - int((~real).sum()))
+                seen = torch.zeros(len(position), len(position), dtype=torch.float64)
+                seen.masked_fill_(position > position[:, None], torch.finfo(torch.float64).min)
+                with torch.no_grad():
+                    logits = module(text[real][None], attention_mask=seen[None, None]).logits[0]
+                logits[int(position.max())] = logits[int(position.max()) - 1].clone()
+                expected.append(logits[hit[real]])
+            given = model.masked_logits(tokens, attention, masked, first=first)
+            torch.testing.assert_close(given, torch.cat(expected), rtol=0, atol=1e-10)
+            torch.testing.assert_close(forwards.masked_logits(tokens, masked), given, rtol=0, atol=1e-10)
+        tokens = tokens.masked_fill((column >= begin) & (column < begin + B), begin)
+        rows = torch.randperm(len(tokens))[:-1]
+        tokens, attention = tokens[rows], attention[rows]
+    with pytest.raises(ValueError, match="needs first="):
+        model.masked_logits(tokens, attention, attention)
+    with pytest.raises(ValueError, match="cannot be run behind a causal context"):
+        BlockCausal(OwnMask(), MASK, B, causal_context=True)
+    with pytest.raises(ValueError, match="expected shift=False"):
+        BlockCausal(module, MASK, B, shift=True, causal_context=True)
 
 
 def test_edited_tokens_are_run_again():
@@ -367,7 +436,7 @@ class Deaf(Wrapper):
 def test_attention_of_another_kind_is_refused():
     with pytest.raises(ValueError, match="does not see the rest of a block.*block_length=4.*'sdpa'"):
         BlockCausal(Deaf(causal=True), MASK, B)
-    with pytest.raises(ValueError, match="sees later blocks.*block_length=4.*without block_length"):
+    with pytest.raises(ValueError, match="sees later blocks.*block_length=4.*block_length=0"):
         BlockCausal(Deaf(causal=False), MASK, B)
 
     class ShorterBlocks(OwnMask):
@@ -482,10 +551,12 @@ def test_a_block_length_is_found_in_configs():
         network("Qwen3", mask_token_id=MASK, entrgi={"kind": "masked_diffusion", "block_length": B}, block_length=8),
         remote(network("Qwen3", mask_token_id=MASK), "some_remote_code", block_size=B),
         remote(network("Qwen3", mask_token_id=MASK), "Fast_dLLM_Qwen", bd_size=B),
+        remote(network("Qwen3", mask_token_id=MASK), "nemotron_labs_diffusion", block_size=B),
     ):
         model = models.wrap(module)
         assert isinstance(model, BlockCausal) and model.block_length == B
         assert model.shift is (module.config.model_type == "Fast_dLLM_Qwen")
+        assert model.causal_context is (module.config.model_type == "nemotron_labs_diffusion")
         assert isinstance(models.wrap(module, block_length=0), MaskedDiffusion)
         assert models.wrap(module, block_length=2).block_length == 2
     for kind, length in (("qwen3", B), ("some_remote_code", 64)):  # sparse attention's blocks; nanoGPT's context

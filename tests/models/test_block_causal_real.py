@@ -1,7 +1,7 @@
 """The published code of block-causal models, unedited, with tiny random weights: ``--integrations FOLDER``.
 
-FOLDER holds checkouts named ``dllm`` (ZHZisZZ/dllm, for LLaDA2 and 2.1) and ``dllm-rl`` (Gen-Verse/dLLM-RL, for SDAR and
-TraDo), and ``fast-dllm-v2``, the Python files of Efficient-Large-Model/Fast_dLLM_v2_7B.
+FOLDER holds checkouts named ``dllm`` (ZHZisZZ/dllm, for LLaDA2 and 2.1) and ``dllm-rl`` (Gen-Verse/dLLM-RL, for SDAR
+and TraDo), and ``fast-dllm-v2``, the Python files of Efficient-Large-Model/Fast_dLLM_v2_7B.
 """
 
 from __future__ import annotations
