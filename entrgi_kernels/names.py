@@ -53,6 +53,10 @@ CONFIDENCES = ("base", "guided")  # whose logits the entropy is of: before or af
 PROBABLE_ALGS = ("maskgit_plus", "topk_margin")  # whose confidence lies in [0, 1]: a threshold may be set for it
 SCHEDULES = ("linspace", "even")  # of commits
 
+# What is done with the trajectories of a prompt, and how a particle's reward weighs in.
+SEARCHES = ("best", "smc", "svdd")
+POTENTIALS = ("difference", "max", "sum")
+
 # What a bidirectional model may read again within a block; not exact.
 MODEL_CACHES = ("prefix", "dual")
 

@@ -54,6 +54,7 @@ def make_batches(
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     k = config.num_samples
+    rows = k * config.copies  # of the models, a prompt
     if config.batch_size != "auto":
         size = int(config.batch_size)
         return deque(Batch(tuple(order[i : i + size]), 0, k) for i in range(0, len(order), size))
@@ -65,7 +66,7 @@ def make_batches(
     batch: list[int] = []
     for prompt in order:
         # Sorted: the last is the longest, and sets the width.
-        if batch and needed((len(batch) + 1) * k, lengths[prompt]) > allowed:
+        if batch and needed((len(batch) + 1) * rows, lengths[prompt]) > allowed:
             batches.append(Batch(tuple(batch), 0, k))
             batch = []
         batch.append(prompt)
@@ -76,7 +77,7 @@ def make_batches(
         len(order),
         len(batches),
         largest,
-        max(needed(len(b.prompts) * k, max(lengths[i] for i in b.prompts)) for b in batches) / 1e9,
+        max(needed(len(b.prompts) * rows, max(lengths[i] for i in b.prompts)) for b in batches) / 1e9,
         allowed / 1e9,
     )
     return batches

@@ -49,12 +49,14 @@ def fill(
     # Trajectories that go on, and each one's row in the forwards.
     active, held = list(range(count)), list(range(count))
     for number in range((slots + max(offsets, default=0) - 1) // block_length + 1):
-        here = canvas.masked & (block_of_slot == number)
         ended = ((canvas.response == score.eos_token_id) & ~canvas.masked).any(dim=1)
-        left, done = torch.stack([here.sum(dim=1), ended.long()]).tolist()
-        going = [row for row in active if left[row] and not done[row]]
+        here = canvas.masked & (block_of_slot == number) & ~ended[:, None]
+        left = here.sum(dim=1).tolist()
+        going = [row for row in active if left[row]]
         if not going:
             continue
+        if denoiser.search is not None:
+            going = active  # whoever has ended may yet be copied, or replaced
         there = [held[active.index(row)] for row in going]
         rows = None if there == list(range(len(active))) else torch.tensor(there, device=device)
         of_all = torch.tensor(going, device=device)
@@ -80,6 +82,8 @@ def fill(
             first=canvas.start + number * block_length - begins[of_all],
             rows=rows,
         )
+        if denoiser.search is not None:
+            denoiser.search.canvas, denoiser.search.also = part, [canvas.masked]
         first_step, steps = _steps(config.steps, number, slots // block_length)
         try:
             one.run(
@@ -94,7 +98,8 @@ def fill(
             raise
         if not everyone:
             canvas.tokens[of_all] = part.tokens
-        canvas.masked &= (block_of_slot != number) | ended[:, None]
+        # What has ended before this block keeps its masks until the end.
+        canvas.masked &= (block_of_slot != number) | (canvas.response == denoiser.model.mask_token_id)
         held = [row // canvas.repeats if one.narrow else row for row in range(len(going))]
         active = going
     canvas.response.masked_fill_(canvas.masked, score.pad_token_id)

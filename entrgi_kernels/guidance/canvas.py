@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .keys import candidate_keys
+
 
 @dataclass
 class Canvas:
@@ -66,6 +68,11 @@ class Canvas:
             repeats=repeats,
         )
 
+    def copied(self, count: int) -> Canvas:
+        """A canvas with `count` rows for each, all of them alike but for their keys."""
+        rows = {name: getattr(self, name).repeat_interleave(count, dim=0) for name in ("tokens", "attention", "masked")}
+        return Canvas(**rows, start=self.start, keys=candidate_keys(self.keys, count), repeats=self.repeats * count)
+
     @property
     def response(self) -> torch.Tensor:
         """[R, L] view of the response's tokens."""
@@ -111,12 +118,30 @@ class OpenSlots:
         Returns:
             (the rows of phi of the first of each group, int64 [n]; which of these n each row of phi equals, [N]).
         """
-        leaders, source, begin = [], [], 0
+        leaders: list[int] = []
+        source: list[int] = []
+        begin = 0
         for count in self.counts[::repeats]:
             source += list(range(len(leaders), len(leaders) + count)) * repeats
             leaders += range(begin, begin + count)
             begin += count * repeats
         return on_device(leaders, self.rows.device), on_device(source, self.rows.device)
+
+    def permuted(self, ancestors: Sequence[int], keys: torch.Tensor) -> tuple[OpenSlots, torch.Tensor]:
+        """The open slots of trajectories that are copies of others, and of which row of phi each is a copy, int64 [N'].
+
+        Args:
+            ancestors: for each trajectory, the one that it is a copy of; host numbers.
+            keys: [R, L], each trajectory's own.
+        """
+        begins = [0]
+        for count in self.counts:
+            begins.append(begins[-1] + count)
+        source = [row for one in ancestors for row in range(begins[one], begins[one + 1])]
+        rows = [place for place, one in enumerate(ancestors) for _ in range(self.counts[one])]
+        index, here = on_device(source, self.rows.device), on_device(rows, self.rows.device)
+        slots = self.slots[index]
+        return OpenSlots(here, slots, keys[here, slots], [self.counts[one] for one in ancestors]), index
 
     def index_of_slot(self, masked: torch.Tensor) -> torch.Tensor:
         """[R, L] int64: the row of phi that belongs to a slot, -1 where it is not open."""

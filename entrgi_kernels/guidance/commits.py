@@ -104,6 +104,8 @@ class Commits:
         self._memory, self._faults, self._look = memory, faults, look
         # Where looking costs nothing the loop looks more often and draws less.
         self._reads_are_free = canvas.tokens.device.type == "cpu"
+        # [R], added to: log-probabilities of the committed tokens, under the logits that they are drawn from.
+        self.log_probs: torch.Tensor | None = None
 
     def base_ranking(self, phi: torch.Tensor, opened: OpenSlots, step: int) -> torch.Tensor | None:
         """[R, L] confidence before guidance, where that is what ranks the slots; phi is moved in place later."""
@@ -146,6 +148,11 @@ class Commits:
         with phases.scope(phases.SELECT):
             chosen = self._choose(phi, drawn, opened, step, wanted, share, ranking)
             self._fill(chosen, canvas.response.index_put((opened.rows, opened.slots), drawn))
+            if self.log_probs is not None:
+                backend = self._config.backend
+                probs = unmask_confidence(phi, drawn, alg="maskgit_plus", temperature=1.0, backend=backend)
+                committed = chosen[opened.rows, opened.slots]
+                self.log_probs.index_add_(0, opened.rows, probs.double().log().where(committed, 0.0))
         return chosen
 
     def commit_ranked(

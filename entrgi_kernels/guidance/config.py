@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..backends import check_name
-from ..names import ALGS, CONFIDENCES, METHODS, MODEL_CACHES, PROBABLE_ALGS, SCHEDULES
+from ..names import ALGS, CONFIDENCES, METHODS, MODEL_CACHES, POTENTIALS, PROBABLE_ALGS, SCHEDULES, SEARCHES
 from ..ops import _common
 from ..ops.guidance_update import MOMENT_DTYPES
 from .savings import check_savings
@@ -55,6 +55,15 @@ class GuidanceConfig:
         model_cache: for models that see the whole canvas, what of a block's first forward its others read again:
             "prefix", keys and values before the block, or "dual", those behind it too (Fast-dLLM). Not exact
             (docs/blocks.md), so None unless asked for.
+        search: what is done with a prompt's trajectories beside guidance (:mod:`.search`): "best" nothing, the best is
+            known at the end; "smc" resamples them by their predicted rewards; "svdd" draws `candidates` of each at
+            every step, the one whose predicted end scores best goes on.
+        search_every: r, denoising steps from one resampling of "smc" to the next.
+        search_temperature: lambda of "smc", in units of the reward.
+        potential: of "smc": "difference", "max" or "sum".
+        resample_below: "smc" resamples where the effective sample size is below this share of K; 0 never does.
+        self_rewarding: "smc" weighs by the log-probabilities of the committed tokens, and asks no reward.
+        candidates: B of "svdd": the models run K B rows a prompt.
         schedule: positions a step, "linspace" or "even".
         schedule_eps: last time of the "linspace" schedule.
         deprioritize_eos: a drawn end-of-sequence token is committed last.
@@ -97,6 +106,13 @@ class GuidanceConfig:
     threshold: float | None = None
     cfg_scale: float = 0.0
     model_cache: str | None = None
+    search: str = "best"
+    search_every: int = 8
+    search_temperature: float = 1.0
+    potential: str = "difference"
+    resample_below: float = 0.5
+    self_rewarding: bool = False
+    candidates: int = 4
     schedule: str = "linspace"
     schedule_eps: float = 1e-3
     deprioritize_eos: bool = True
@@ -154,13 +170,24 @@ class GuidanceConfig:
                 )
         _number("cfg_scale", self.cfg_scale, low=0)
         _one_of("model_cache", self.model_cache, (None, *MODEL_CACHES))
+        _one_of("search", self.search, SEARCHES)
+        _integer("search_every", self.search_every, 1, MAX_STEPS)
+        _number("search_temperature", self.search_temperature, low=0, open_low=True)
+        _one_of("potential", self.potential, POTENTIALS)
+        _number("resample_below", self.resample_below, low=0, high=1)
+        _integer("candidates", self.candidates, 1, MAX_SAMPLES)
+        if self.num_samples * self.copies > MAX_SAMPLES:
+            raise ValueError(
+                f"candidates={self.candidates} of num_samples={self.num_samples} trajectories: expected at most "
+                f"{MAX_SAMPLES} together"
+            )
         _one_of("schedule", self.schedule, SCHEDULES)
         _number("schedule_eps", self.schedule_eps, low=0, high=1, open_low=True)
         if isinstance(self.torch_compile, str):
             _one_of("torch_compile", self.torch_compile, (False, True, *torch.compiler.list_backends(exclude_tags=())))
         elif not isinstance(self.torch_compile, bool):
             raise TypeError(f"torch_compile={self.torch_compile!r}: expected True, False or a backend's name")
-        for name in ("deprioritize_eos", "suppress_undrawable", "cuda_graphs"):
+        for name in ("deprioritize_eos", "suppress_undrawable", "cuda_graphs", "self_rewarding"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected True or False")
         if isinstance(self.batch_size, str):
@@ -187,6 +214,11 @@ class GuidanceConfig:
     def guided(self) -> bool:
         """Whether any logit is moved at all."""
         return self.method != "none" and self.guidance_steps > 0
+
+    @property
+    def copies(self) -> int:
+        """Rows of the models that each trajectory takes: the candidates of "svdd", else 1."""
+        return self.candidates if self.search == "svdd" else 1
 
     def saves(self, name: str) -> bool:
         """Whether the exact saving `name` is on."""

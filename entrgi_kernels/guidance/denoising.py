@@ -6,6 +6,7 @@ an operator come from :mod:`entrgi_kernels.ops`, what the models compute from th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,11 +21,12 @@ from .capture import CapturedLoop
 from .commits import Commits
 from .config import GuidanceConfig
 from .errors import Faults
-from .inner import InnerLoop
+from .inner import Guided, InnerLoop
 from .memory import Memory
 from .results import Stats, StepTrace
 from .schedules import plan
 from .scoring import Scorer
+from .search import Search
 from .tracing import Trace
 
 OnStep = Callable[[int, torch.Tensor], "torch.Tensor | None"]
@@ -46,6 +48,7 @@ class Denoiser:
         memory: used again at every step; a run of several batches hands over the same.
         first: int64 [R], the column at which each row's block begins; None where the response does.
         rows: int64 [R], which of the rows of the forwards' last block these are; None for all of them.
+        search: what permutes the trajectories; None where nothing does.
         narrow: whether the forwards hold one row for each of the canvas's identical ones.
 
     The host waits for the device once before the first step, once after the last, and at most once in each step: to
@@ -64,6 +67,7 @@ class Denoiser:
     memory: Memory = field(default_factory=Memory)
     first: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    search: Search | None = None
 
     def __post_init__(self) -> None:
         self._device = self.canvas.tokens.device
@@ -72,9 +76,11 @@ class Denoiser:
         self._commits = Commits(self.config, self.canvas, self.undrawable, *ids, self.memory, self._faults, self._look)
         self._guide: InnerLoop | CapturedLoop | None = None
         if self.config.guided:
-            self._guide = InnerLoop(self.score, self.table, self.config, self.memory)
+            copies, rows = self.config.copies, torch.arange(len(self.canvas.tokens), device=self._device)
+            guided = self.score if copies == 1 else self.score.select(rows[::copies])
+            self._guide = InnerLoop(guided, self.table, self.config, self.memory)
             if self.config.cuda_graphs:
-                self._guide = CapturedLoop(self._guide, self.config, self.memory, len(self.canvas.tokens))
+                self._guide = CapturedLoop(self._guide, self.config, self.memory, len(rows) // copies)
         self._reads_are_free = self._device.type == "cpu"
         self._settled, self._edited, self.narrow = 0, False, False
         self._fillable = self.canvas.masked.clone()
@@ -112,8 +118,12 @@ class Denoiser:
         schedule = plan(config.schedule, left, steps or config.steps, config.schedule_eps)
         planned_counts = torch.tensor(schedule.counts, dtype=torch.int64, device=self._device)
         # Where commits follow the plan to the letter the host knows what is open; else (a drawn mask token stays open,
-        # a hook changes tokens, "origin" commits by chance, a threshold by confidence) it asks the device once a step.
+        # a hook changes tokens, "origin" commits by chance, a threshold by confidence, a search permutes) it asks the
+        # device once a step.
         self._planned = config.alg != "origin" and config.threshold is None and self.undrawable.numel() > 0
+        self._planned &= self.search is None
+        if self.search is not None:
+            self._commits.log_probs = self.search.log_probs
         self._identical = canvas.repeats > 1 and config.saves("shared_forward")
         self._open()
         self._trace = None if traces is None else Trace(traces)
@@ -163,24 +173,21 @@ class Denoiser:
         config, canvas = self.config, self.canvas
         with phases.scope(phases.MODEL):
             phi = self._logits(opened)
+        if self.search is not None and not self._identical and self.search.due(step):
+            phi, opened, counts, wanted = self._searched(self.search, phi, opened, step, counts, wanted)
         ranking = self._commits.base_ranking(phi, opened, step)
         if self._trace is not None:
             entropy = softmax_entropy(phi, backend=config.backend)[1]
         # The slots that may be committed are known before guidance: only they need its last update and a draw.
         partial = ranking is not None and self._trace is None and config.saves("committed_rows")
         partial &= self._planned or self._reads_are_free  # it may take a look, and a step has one
-        guided = None
+        partial &= self.search is None or not config.self_rewarding  # which reads all drawn tokens' probabilities
+        guided: Guided | None = None
+        move: Callable[[torch.Tensor], torch.Tensor] = functools.partial(self.memory.rows, "moved phi", phi)
         if self._guide is not None:
-            settled = self._settled if self.score.takes_committed else None
-            shown = canvas.read_by_reward(canvas.response, self.score.pad_token_id)
-            guided = self._guide(phi, opened, shown, step, settled, partial)
-            self.stats.reward_evaluations += config.guidance_steps
-            self.stats.add_weights(guided.weights)
-            self._faults.note_logits(step, opened.rows, guided.unreadable)
-            self._faults.note_rewards(step, *guided.faults(opened.rows))
+            guided, move = self._guided(self._guide, phi, opened, step, partial)
         if partial:
             assert ranking is not None
-            move = (lambda rows: self.memory.rows("moved phi", phi, rows)) if guided is None else guided.finish
             self._commits.commit_ranked(move, opened, step, counts, wanted, ranking, last)
         else:
             chosen = self._commits.commit_any(phi, opened, step, wanted, share, ranking, last)
@@ -192,9 +199,76 @@ class Denoiser:
             best = canvas.response.masked_scatter(canvas.masked, phi.argmax(dim=-1)[still_open])
             best = canvas.read_by_reward(best, self.score.pad_token_id)
             value = self.score(self.table[best], best)
-            before, after = (None, None) if guided is None else (guided.before, guided.after)
-            weight = None if guided is None else guided.weights[0]
+            before, after, weight = None, None, None
+            if guided is not None:
+                before, after = (value.repeat_interleave(config.copies) for value in (guided.before, guided.after))
+                weight = guided.weights[0]
+                if config.copies > 1:
+                    weight = weight[opened.leaders(config.copies)[1]]
             self._trace.add(step, canvas, opened, entropy, weight, chosen, value, before, after)
+
+    def _guided(
+        self, guide: InnerLoop | CapturedLoop, phi: torch.Tensor, opened: OpenSlots, step: int, partial: bool
+    ) -> tuple[Guided, Callable[[torch.Tensor], torch.Tensor]]:
+        """Move phi; of a trajectory's candidates, which are one and the same until they are drawn, one row is guided.
+
+        Returns:
+            (what guidance leaves behind, what gives the guided logits of some rows of phi).
+        """
+        canvas, copies = self.canvas, self.config.copies
+        shown = canvas.read_by_reward(canvas.response, self.score.pad_token_id)
+        moved, slots, source = phi, opened, None
+        if copies > 1:
+            leaders, source = opened.leaders(copies)
+            rows = opened.rows[leaders] // copies
+            slots = OpenSlots(rows, opened.slots[leaders], opened.keys[leaders], opened.counts[::copies])
+            shown, moved = shown[::copies], phi[leaders]
+        settled = self._settled if self.score.takes_committed else None
+        guided = guide(moved, slots, shown, step, settled, partial)
+        self.stats.reward_evaluations += self.config.guidance_steps
+        self.stats.add_weights(guided.weights)
+        self._faults.note_logits(step, slots.rows * copies, guided.unreadable)
+        hit, rewards = guided.faults(slots.rows)
+        self._faults.note_rewards(step, hit.repeat_interleave(copies), rewards.repeat_interleave(copies))
+        if source is None:
+            return guided, guided.finish
+        torch.index_select(moved, 0, source, out=phi)
+        return guided, lambda rows: guided.finish(source[rows])
+
+    def _searched(
+        self,
+        search: Search,
+        phi: torch.Tensor,
+        opened: OpenSlots,
+        step: int,
+        counts: tuple[int, ...],
+        wanted: torch.Tensor,
+    ) -> tuple[torch.Tensor, OpenSlots, tuple[int, ...], torch.Tensor]:
+        """The step's logits and slots after the search has chosen which trajectories go on."""
+        canvas = self.canvas
+        best = canvas.response.index_put((opened.rows, opened.slots), phi.argmax(dim=-1))
+        best = canvas.read_by_reward(best, self.score.pad_token_id)
+        evaluations = search.evaluations
+        ancestors = search.select(step, best)
+        self.stats.search_evaluations += search.evaluations - evaluations
+        self._commits.log_probs = search.log_probs
+        if ancestors is None:
+            return phi, opened, counts, wanted
+        index = on_device(ancestors, self._device)
+        search.permute(index)
+        if self.config.copies == 1:  # candidates are guided before they part: what is kept of them is theirs in common
+            self.score.permute(index)
+        self._fillable = self._fillable[index]
+        if self._trace is not None:
+            old = [list(trace) for trace in self._trace.trajectories]
+            for trace, one in zip(self._trace.trajectories, ancestors, strict=True):
+                trace[:] = old[one]
+        first = torch.full_like(canvas.tokens[:, 0], canvas.start) if self.first is None else self.first
+        self.forwards.open(canvas.tokens, first, index)
+        opened, source = opened.permuted(ancestors, canvas.keys)
+        kept = self.memory.take("permuted phi", (len(opened), phi.shape[1]), phi.dtype, phi.device)
+        torch.index_select(phi, 0, source, out=kept)
+        return kept, opened, tuple(counts[one] for one in ancestors), wanted[index]
 
     def _look(self, column: torch.Tensor, wanted: bool, open_slots: torch.Tensor) -> list[int]:
         """Int64 [n] as a list, and with the same transfer how far the responses are settled: a step's one wait.

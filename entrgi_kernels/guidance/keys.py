@@ -14,7 +14,7 @@ import torch
 
 _SAMPLE_BITS, _SLOT_BITS, _INNER_BITS = 10, 14, 8
 
-FINAL_DRAW, POSITIONS = 254, 255
+RESAMPLING, FINAL_DRAW, POSITIONS = 253, 254, 255
 
 
 def prompt_keys(prompts: Iterable[list[int]]) -> list[int]:
@@ -38,6 +38,14 @@ def row_keys(
     return (prompt | sample | slot).flatten(0, 1)
 
 
+def candidate_keys(keys: torch.Tensor, count: int) -> torch.Tensor:
+    """Keys [R * count, L] of `count` candidates of every row [R, L]: sample k becomes samples k count and following."""
+    sample = keys >> _SLOT_BITS & (1 << _SAMPLE_BITS) - 1
+    rows = (keys + (sample * (count - 1) << _SLOT_BITS)).repeat_interleave(count, dim=0)
+    number = torch.arange(count, device=keys.device).repeat(len(keys))
+    return rows + (number[:, None] << _SLOT_BITS)
+
+
 def draw_counter(denoising_step: int, inner: int) -> int:
-    """The 32-bit step of a draw: `inner` is the inner step, FINAL_DRAW or POSITIONS."""
+    """The 32-bit step of a draw: `inner` is the inner step, RESAMPLING, FINAL_DRAW or POSITIONS."""
     return denoising_step << _INNER_BITS | inner

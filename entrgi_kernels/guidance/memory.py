@@ -46,7 +46,7 @@ _EAGER_WORKSPACE, _FUSED_WORKSPACE = 24.0, 0.4
 # What is kept: the logits, Adam's moments, copies of the rows that a last step moves, the reward's input [R + 1, L, D]
 # flat, and what CUDA graphs read at fixed addresses.
 Name = Literal[
-    "phi", "exp_avg", "exp_avg_sq", "moved phi", "moved exp_avg", "moved exp_avg_sq", "response",
+    "phi", "permuted phi", "exp_avg", "exp_avg_sq", "moved phi", "moved exp_avg", "moved exp_avg_sq", "response",
     "graph rows", "graph slots", "graph keys", "graph rngs",
 ]  # fmt: skip
 

@@ -140,6 +140,7 @@ class Stats:
         steps: denoising steps taken (those that commit nothing are skipped).
         model_forwards: forwards of the diffusion model, batches.
         reward_evaluations: forwards and backwards of the reward model under guidance, batches.
+        search_evaluations: forwards of the reward, or of texts, that a search asked for, batches.
         mean_weight: mean share of the hard token over all rows and inner steps; None without guidance.
         seconds: wall-clock time of the whole run, models included.
     """
@@ -147,6 +148,7 @@ class Stats:
     steps: int = 0
     model_forwards: int = 0
     reward_evaluations: int = 0
+    search_evaluations: int = 0
     mean_weight: float | None = None
     seconds: float = 0.0
     _weights: list[torch.Tensor] = field(default_factory=list, repr=False)
@@ -162,10 +164,8 @@ class Stats:
 
     def to_dict(self) -> dict[str, float | int | None]:
         """The figures as a JSON-safe dict."""
-        return {
-            name: getattr(self, name)
-            for name in ("steps", "model_forwards", "reward_evaluations", "mean_weight", "seconds")
-        }
+        counts = ("steps", "model_forwards", "reward_evaluations", "search_evaluations")
+        return {name: getattr(self, name) for name in (*counts, "mean_weight", "seconds")}
 
 
 def named(prompt: str | Conversation) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import logging
@@ -36,6 +37,7 @@ from .memory import Memory, MemoryEstimate
 from .results import Conversation, GenerationResult, Sample, Stats, StepTrace, named, warn_of_missing
 from .savings import reward_savings
 from .scoring import Scorer
+from .search import Search
 
 logger = logging.getLogger("entrgi_kernels")
 
@@ -204,6 +206,8 @@ class GuidedSampler:
                 except Exception as error:
                     if not is_out_of_memory(error) or batch.halves() is None:
                         raise
+                    if config.search == "smc" and len(batch.prompts) == 1:
+                        raise  # its particles are resampled together
                 if finished is None:  # outside of the except clause, which keeps the failed call's tensors alive
                     memory = Memory()
                     batches.extendleft(reversed(self._halved(batch)))
@@ -293,23 +297,56 @@ class GuidedSampler:
         with self.running(config):
             table, undrawable = self.table(config, canvas.tokens.device)
             model, block_length = model or self.model, self._block_length(config)
+            stats, copies = stats or Stats(), config.copies
+            rows, paths, hook = canvas, traces, on_step
+            if copies > 1:
+                rows, index = canvas.copied(copies), index.repeat_interleave(copies)
+                paths = None if traces is None else [[] for _ in range(len(traces) * copies)]
+                hook = None if on_step is None else functools.partial(_on_first_copies, on_step, copies)
+            score = self.scorer(self.reward.prepare(conversations), index, config)
+            search = self._search(config, rows, score, table)
             denoiser = Denoiser(
                 model=model,
-                forwards=self._forwards(model, canvas, config, block_length),
-                score=self.scorer(self.reward.prepare(conversations), index, config),
+                forwards=self._forwards(model, rows, config, block_length),
+                score=score,
                 table=table,
                 config=config,
                 undrawable=undrawable,
-                canvas=canvas,
-                stats=stats or Stats(),
+                canvas=rows,
+                stats=stats,
                 memory=Memory() if memory is None else memory,
+                search=search,
             )
             try:
-                return fill(denoiser, block_length, traces=traces, on_step=on_step, every_step=every_step)
+                response = fill(denoiser, block_length, traces=paths, on_step=hook, every_step=every_step)
+                if search is not None:
+                    search.finish_rows(config.steps, rows, paths)
+                    stats.search_evaluations += not config.self_rewarding
+                if copies > 1:
+                    canvas.tokens.copy_(rows.tokens[::copies])
+                    canvas.masked.copy_(rows.masked[::copies])
+                    response = canvas.response
+                    if traces is not None and paths is not None:
+                        for trace, path in zip(traces, paths[::copies], strict=True):
+                            trace.extend(path)
+                return response
             except (NonFiniteLogitsError, NonFiniteRewardError) as error:
-                places, row = index.tolist(), error.trajectory
+                places, row = index.tolist()[::copies], error.trajectory // copies
                 number = first_sample + places[:row].count(places[row])
                 raise error.at(f"sample {number} of {named(conversations[places[row]])}") from error
+
+    def _search(self, config: GuidanceConfig, canvas: Canvas, score: Scorer, table: torch.Tensor) -> Search | None:
+        if config.search == "best":
+            return None
+        groups = score.index.tolist()
+        if config.search == "svdd":
+            groups = [row // config.copies for row in range(len(canvas.tokens))]
+        # What the reward keeps of the guided rows is not for other rows.
+        apart = dataclasses.replace(
+            score, prepared=dataclasses.replace(score.prepared, extra=dict(score.prepared.extra))
+        )
+        predicted = functools.partial(apart.of_tokens, table=table)
+        return Search(config, canvas, groups, predicted, apart.of_texts)
 
     def _forwards(
         self, model: DiffusionModel, canvas: Canvas, config: GuidanceConfig, block_length: int | None
@@ -474,6 +511,16 @@ class GuidedSampler:
             )
         undrawable = self._undrawable if config.suppress_undrawable else self._undrawable[:0]
         return table, undrawable.to(device)
+
+
+def _on_first_copies(on_step: OnStep, copies: int, step: int, tokens: torch.Tensor) -> None:
+    """Show a hook one candidate of each trajectory.
+
+    Raises:
+        ValueError: it would change tokens, of which there are several sets.
+    """
+    if on_step(step, tokens[::copies]) is not None:
+        raise ValueError("search='svdd' draws candidates of every trajectory: expected a hook that changes no tokens")
 
 
 def _hide(progress: bool | None) -> bool | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,33 @@ class Scorer:
     def select(self, rows: torch.Tensor) -> Scorer:
         """Of some trajectories only."""
         return dataclasses.replace(self, index=self.index[rows])
+
+    def permute(self, rows: torch.Tensor) -> None:
+        """Trajectory i is a copy of trajectory rows[i], of the same prompt, from now on: so is what is kept of it."""
+        if self.takes_committed:
+            self.reward.permute(self.prepared, rows)  # type: ignore[attr-defined]
+
+    def of_tokens(self, tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Rewards [R] of responses given as tokens [R, L] alone; of their texts, where the reward has no gradient.
+
+        Args:
+            table: [V, D].
+        """
+        if getattr(self.reward, "differentiable", True):
+            return self(table[tokens], tokens)
+        return self.of_texts(tokens)
+
+    def of_texts(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Rewards [R] of finished responses [R, L], decoded and tokenised again."""
+        turns = [self.prepared.conversations[prompt] for prompt in self.index.tolist()]
+        texts = [self.decode(response) for response in tokens.tolist()]
+        return torch.tensor(self.reward.score_texts(turns, texts, batch_size=max(1, len(texts))), dtype=torch.float64)
+
+    def decode(self, response: list[int]) -> str:
+        """The text of a response's ids: up to the first that ends it, special tokens removed."""
+        ends = {self.eos_token_id, *self.ends}
+        cut = list(itertools.takewhile(lambda token: token not in ends, response))
+        return str(self.tokenizer.decode(cut, skip_special_tokens=True))
 
     def __call__(
         self,

@@ -16,13 +16,14 @@ svdd  Soft value-based decoding (arXiv 2408.08252): B candidates of each traject
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ..backends import philox
 from ..ops import make_rng
 from .canvas import Canvas
-from .config import GuidanceConfig
+from .config import MAX_STEPS, GuidanceConfig
 from .keys import RESAMPLING, draw_counter
 
 
@@ -39,6 +40,8 @@ class Search:
     Attributes:
         log_probs: [R], of the tokens committed since the last potential; the loop adds to it.
         evaluations: how often rewards were asked for.
+        canvas: the trajectories. A block's canvas takes its place while the block is filled.
+        also: further tensors [R, ..] that are permuted with it.
     """
 
     def __init__(
@@ -49,7 +52,9 @@ class Search:
         predicted: Callable[[torch.Tensor], torch.Tensor],
         finished: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        self._config, self._canvas, self._predicted, self._finished = config, canvas, predicted, finished
+        self._config, self._predicted, self._finished = config, predicted, finished
+        self.canvas: Canvas = canvas
+        self.also: list[torch.Tensor] = []
         self._groups = [[row for row, group in enumerate(groups) if group == one] for one in dict.fromkeys(groups)]
         rows = len(groups)
         self.log_probs = torch.zeros(rows, dtype=torch.float64, device=canvas.tokens.device)
@@ -57,6 +62,11 @@ class Search:
         self._log_weights, self._potentials = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows).double()
         self._last, self._highest, self._sum = (torch.zeros(rows, dtype=torch.float64) for _ in range(3))
         self._seen = False
+
+    def permute(self, index: torch.Tensor) -> None:
+        """Every row of the canvas becomes a copy of the row in `index`, int64 [R]; its keys stay its own."""
+        for tensor in (self.canvas.tokens, self.canvas.masked, *self.also):
+            tensor.copy_(tensor[index])
 
     def due(self, step: int) -> bool:
         """Whether rows may change places in a step."""
@@ -74,6 +84,16 @@ class Search:
     def finish(self, step: int, response: torch.Tensor) -> list[int] | None:
         """As :meth:`select`, of finished responses; of svdd's candidates the first of each group is the one kept."""
         return self._choose(step, self._values(self._finished, response), last=True)
+
+    def finish_rows(self, step: int, canvas: Canvas, traces: list[list[Any]] | None) -> None:
+        """Take the last choice, of a finished canvas and its traces."""
+        self.canvas, self.also = canvas, []
+        ancestors = self.finish(step % MAX_STEPS, canvas.response)
+        if ancestors is None:
+            return
+        self.permute(torch.tensor(ancestors, device=canvas.tokens.device))
+        if traces is not None:
+            traces[:] = [list(traces[one]) for one in ancestors]
 
     def _values(self, score: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
         if self._config.self_rewarding:
@@ -135,7 +155,7 @@ class Search:
 
     def _uniform(self, step: int, row: int) -> float:
         """In [0, 1), of the prompt and the step alone."""
-        key = self._canvas.keys[row, :1]
+        key = self.canvas.keys[row, :1]
         rng = make_rng(key, self._config.seed, draw_counter(step, RESAMPLING))
         return float(philox.uniform(rng, key, torch.zeros_like(key)))
 

@@ -61,10 +61,10 @@ class Reward(Protocol):
                 their position ids.
 
         A reward with the attribute ``takes_committed`` also takes ``committed=``, how many leading slots of each row
-        are the same in all later calls; see :class:`NetworkReward`. One with ``takes_ended`` also takes ``ended=``,
-        [B, L] bool, the slots whose token ends the response: a template that closes it itself leaves them out. One
-        with ``takes_targets`` also takes ``targets=``, the tokens themselves (:class:`Targets`): a likelihood is one
-        of tokens.
+        are the same in all later calls, and has ``permute``; see :class:`NetworkReward`. One with ``takes_ended`` also
+        takes ``ended=``, [B, L] bool, the slots whose token ends the response: a template that closes it itself leaves
+        them out. One with ``takes_targets`` also takes ``targets=``, the tokens themselves (:class:`Targets`): a
+        likelihood is one of tokens.
         """
         ...
 

@@ -218,6 +218,15 @@ class NetworkReward(EmbeddingReward):
             last = None if all(prepared.suffix_ids) else last_real(sequences.mask)
             return self._plain(sequences, last)
 
+    def permute(self, prepared: PreparedPrompts, index: torch.Tensor) -> None:
+        """Row i of a batch is a copy of row index[i], of the same prompt, from now on: what is kept of it follows.
+
+        Args:
+            prepared: as in :meth:`score_embeddings`.
+            index: int64 [B].
+        """
+        ExactSavings.permute(prepared, index)
+
     def score_texts(self, conversations: list[Conversation], responses: list[str], batch_size: int = 8) -> list[float]:
         """Rewards of finished responses: template, tokenise, score. A batch gives what single texts would.
 

@@ -184,6 +184,12 @@ class WeightedSum(Combinable):
         assert total is not None
         return total
 
+    def permute(self, prepared: PreparedPrompts, index: torch.Tensor) -> None:
+        """See :meth:`NetworkReward.permute`."""
+        for reward, part in zip(self.rewards, prepared.extra["parts"], strict=True):
+            if getattr(reward, "takes_committed", False):
+                reward.permute(part, index)  # type: ignore[attr-defined]
+
     def score_texts(self, conversations: list[Conversation], responses: list[str], batch_size: int = 8) -> list[float]:
         """Weighted rewards of finished responses."""
         found = self.score_components(conversations, responses, batch_size)

@@ -44,6 +44,13 @@ _OPTIONS = (
     "threshold",
     "cfg_scale",
     "model_cache",
+    "search",
+    "search_every",
+    "search_temperature",
+    "potential",
+    "resample_below",
+    "self_rewarding",
+    "candidates",
     "schedule",
     "deprioritize_eos",
     "batch_size",
@@ -215,6 +222,7 @@ def add_sampler_arguments(
         default=True,
         help="postpone a drawn end of text (default: yes)",
     )
+    _add_search_arguments(parser)
     group.add_argument(
         "--batch-size",
         type=_batch_size,
@@ -223,6 +231,41 @@ def add_sampler_arguments(
         help="prompts denoised together, or auto: what fits; changes no text (default: 4; 12 with the tiny models)",
     )
     group.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts (default: 0)")
+
+
+def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("search beside guidance (docs/methods.md)")
+    group.add_argument(
+        "--search",
+        default="best",
+        choices=names.SEARCHES,
+        help="best of K at the end, smc resamples the K, svdd draws candidates at every step (default: best)",
+    )
+    group.add_argument(
+        "--search-every", type=int, default=8, metavar="R", help="smc: steps between resamplings (default: 8)"
+    )
+    group.add_argument(
+        "--search-temperature", type=float, default=1.0, metavar="LAMBDA", help="smc: in rewards (default: 1)"
+    )
+    group.add_argument(
+        "--potential",
+        default="difference",
+        choices=names.POTENTIALS,
+        help="smc: how rewards weigh (default: difference)",
+    )
+    group.add_argument(
+        "--resample-below",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="smc: resample where the effective sample size is below this share of K (default: 0.5)",
+    )
+    group.add_argument(
+        "--self-rewarding", action="store_true", help="smc: weigh by the model's own confidence, not by the reward"
+    )
+    group.add_argument(
+        "--candidates", type=int, default=4, metavar="B", help="svdd: candidates of each trajectory (default: 4)"
+    )
 
 
 def config_from(args: argparse.Namespace, *, tiny: bool, method: str | None = None) -> GuidanceConfig:

@@ -17,7 +17,7 @@ from entrgi.errors import UsageError
 from entrgi.evaluate.config import cells_of, from_dict, presets, read_config
 from entrgi.prompts import read_prompts
 from entrgi_kernels.guidance import GuidanceConfig
-from entrgi_kernels.names import ALGS, CONFIDENCES, METHODS, MODEL_CACHES
+from entrgi_kernels.names import ALGS, CONFIDENCES, METHODS, MODEL_CACHES, POTENTIALS, SEARCHES
 
 from .arguments import THINGS, eps, integral, lr, real, temperature
 from .draws import Draws, Failure
@@ -241,6 +241,9 @@ SETTINGS: dict[str, Callable[[Any], bool | None]] = {
     "alg": _one(*ALGS), "alg_temp": lambda x: x is None or temperature(x), "confidence": _one(*CONFIDENCES),
     "block_length": lambda x: x is None or (_whole(1, 1 << 14)(x) and 128 % x == 0),
     "threshold": lambda x: x is None, "cfg_scale": _number(0), "model_cache": _one(None, *MODEL_CACHES),
+    "search": _one(*SEARCHES), "search_every": _whole(1, 1 << 24), "search_temperature": _number(0, above=True),
+    "potential": _one(*POTENTIALS), "resample_below": _number(0, 1), "self_rewarding": lambda x: isinstance(x, bool),
+    "candidates": _whole(1, 1 << 10),
     "schedule": _one("linspace", "even"), "schedule_eps": _number(0, 1, above=True),
     "deprioritize_eos": lambda x: isinstance(x, bool), "suppress_undrawable": lambda x: isinstance(x, bool),
     "batch_size": lambda x: x == "auto" if isinstance(x, str) else integral(x) and x >= 1,

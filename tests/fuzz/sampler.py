@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 from entrgi_kernels.backends import native
 from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler
 from entrgi_kernels.guidance.savings import SAVINGS
-from entrgi_kernels.names import ALGS, CONFIDENCES, METHODS, PROBABLE_ALGS, SCHEDULES
+from entrgi_kernels.names import ALGS, CONFIDENCES, METHODS, POTENTIALS, PROBABLE_ALGS, SCHEDULES
 
 from .draws import Draws, Failure
 
@@ -111,6 +111,12 @@ def settings(d: Draws, wide: bool) -> dict[str, Any]:
         chosen["model_cache"] = d.pick([None, None, "prefix", "dual"])
     if chosen["alg"] in PROBABLE_ALGS and d.chance(0.5):
         chosen["threshold"] = d.pick([1e-9, 0.3, 0.9, 1.0])
+    if d.chance(0.3):
+        chosen["search"] = d.pick(["smc", "smc", "svdd"])
+        chosen["search_every"], chosen["candidates"] = d.pick([1, 2, 5]), d.pick([1, 2, 3])
+        chosen["search_temperature"] = d.pick([1.0, 0.01, 100.0])
+        chosen["potential"], chosen["self_rewarding"] = d.pick(POTENTIALS), d.chance(0.3)
+        chosen["resample_below"] = d.pick([0.5, 1.0, 0.0])
     if d.chance(0.15):
         chosen["cfg_scale"] = d.pick([0.5, 2, 1e-9])
     if chosen["method"] == "entrgi":
@@ -244,6 +250,8 @@ def trace(made: GuidedSampler, results: list[Any], prompts: list[Any], chosen: d
 
 
 def count(made: GuidedSampler, results: list[Any], prompts: list[Any], chosen: dict[str, Any], again: Callable) -> None:
+    if chosen.get("search") == "smc":
+        return  # its samples are resampled together
     more = again(**{**chosen, "num_samples": chosen["num_samples"] + 1})
     if [samples[:-1] for samples in tokens_of(more)] != tokens_of(results):
         raise Failure("a sample depends on how many there are")

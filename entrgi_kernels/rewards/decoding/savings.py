@@ -95,6 +95,13 @@ class _Committed:
             self.response, self.alive, self.count = self.response[:, :count], self.alive[:, :count], count
             self.read = {name: values[:, :count] for name, values in self.read.items()}
 
+    def permute(self, index: torch.Tensor) -> None:
+        """Row i becomes a copy of row index[i]."""
+        self.layers = [(key.index_select(0, index), value.index_select(0, index)) for key, value in self.layers]
+        self.read = {name: values.index_select(0, index) for name, values in self.read.items()}
+        if self.count:
+            self.response, self.alive = self.response.index_select(0, index), self.alive.index_select(0, index)
+
     def extend(
         self, layers: KeyValues, response: torch.Tensor, alive: torch.Tensor, read: dict[str, torch.Tensor]
     ) -> None:
@@ -338,6 +345,13 @@ class ExactSavings:
         now, live = response[:, : state.count], alive[:, : state.count]
         same = torch.eq(now.masked_fill(~live[..., None], 0), state.response).all() & torch.eq(live, state.alive).all()
         return same.long()
+
+    @staticmethod
+    def permute(prepared: PreparedPrompts, index: torch.Tensor) -> None:
+        """What is kept of committed slots follows: row i is a copy of row index[i] from now on."""
+        state: _Committed | None = prepared.extra.get("committed")
+        if state is not None:
+            state.permute(index)
 
     # ---- the probe
 
