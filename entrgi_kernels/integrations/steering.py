@@ -70,8 +70,8 @@ class Steering:
         self.config: GuidanceConfig = self.sampler.config.replace(seed=seed, **settings)
         if self.config.search != "best":
             raise ValueError(
-                f"search={self.config.search!r}: this loop keeps its trajectories to itself, expected search='best' here; "
-                "GuidedSampler, and guide() where it runs the loop, search"
+                f"search={self.config.search!r}: this loop keeps its trajectories to itself, expected search='best' "
+                "here; GuidedSampler, and guide() where it runs the loop, search"
             )
         self._ends = tuple(set(ends) - {self.sampler.eos_token_id})
         self.prolong(prompts, starts)
