@@ -219,7 +219,7 @@ def product_dtype(*dtypes: torch.dtype) -> torch.dtype:
 def backward(
     logits: torch.Tensor,
     grad: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     soft: torch.Tensor,
     lse: torch.Tensor,
     temperature: float,
@@ -231,31 +231,31 @@ def backward(
 
     Matrices over V have dense rows.
     """
-    (n, v), d = logits.shape, embedding.shape[1]
+    (n, v), d = logits.shape, table.shape[1]
     if n == 0:
         return
     target = config.target(logits.device)
-    embedding, soft, lse = rows_of(embedding), rows_of(soft), vector(lse.float())
-    grad = rows_of(grad.to(product_dtype(grad.dtype, embedding.dtype)))
+    table, soft, lse = rows_of(table), rows_of(soft), vector(lse.float())
+    grad = rows_of(grad.to(product_dtype(grad.dtype, table.dtype)))
     delta = torch.empty(n, dtype=torch.float32, device=logits.device)
     launch(_rowdot_kernel, (n,), grad, soft, delta, d, grad.stride(0), soft.stride(0), num_warps=4, BLOCK_D=512)
     if (
         target.compiled
         and step.moves
         and n >= config.LEAST_COMPILED
-        and hopper.serves(logits, grad, embedding)
+        and hopper.serves(logits, grad, table)
         and (moments is None or hopper.serves_moments(*moments))
     ):
         torch.ops.entrgi_cuda.hopper_update_(
-            *(logits, grad, embedding, delta, lse, *(moments or (None, None))),
+            *(logits, grad, table, delta, lse, *(moments or (None, None))),
             *(step.reads, step.writes, temperature, *step.scalars),
         )
         return
-    even = aligned(logits, embedding, grad, out, *(moments or ()))
-    whole = bulk(grad, embedding)
+    even = aligned(logits, table, grad, out, *(moments or ()))
+    whole = bulk(grad, table)
     entry = config.pick_product(target.architecture, "backward", grad.element_size(), n, even, whole)
     if entry.engine == "chunked":
-        chunked.backward(logits, grad, embedding, delta, lse, temperature, out, moments, step)
+        chunked.backward(logits, grad, table, delta, lse, temperature, out, moments, step)
         return
     exp_avg, exp_avg_sq = moments or (out, out)
     descriptors = entry.loads == "descriptor"
@@ -269,8 +269,8 @@ def backward(
         logits.stride(0),
         tiles(grad, entry.block_n, entry.block_d) if descriptors else grad,
         grad.stride(0),
-        tiles(embedding, entry.block_v, entry.block_d) if descriptors else embedding,
-        embedding.stride(0),
+        tiles(table, entry.block_v, entry.block_d) if descriptors else table,
+        table.stride(0),
         delta,
         lse,
         exp_avg,
@@ -301,7 +301,7 @@ def backward(
 def guidance_update_(
     logits: torch.Tensor,
     grad: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     soft: torch.Tensor,
     lse: torch.Tensor,
     temperature: float,
@@ -309,7 +309,7 @@ def guidance_update_(
 ) -> None:
     """One Adam step on the logits, in place; see :func:`entrgi_kernels.backends.eager.guidance_update_`."""
     if soft.dtype == torch.float64:  # of a float64 table
-        eager.guidance_update_(logits, grad, embedding, soft, lse, temperature, adam)
+        eager.guidance_update_(logits, grad, table, soft, lse, temperature, adam)
         return
     exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, keep = adam
     moments = None if exp_avg is None or exp_avg_sq is None else (exp_avg, exp_avg_sq)
@@ -320,7 +320,7 @@ def guidance_update_(
         lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), beta1, beta2, eps, reads=reads, writes=writes
     )
     state = (dense[1], dense[2]) if reads or writes else None
-    backward(dense[0], grad, embedding, soft, lse, temperature, dense[0], state, taken)
+    backward(dense[0], grad, table, soft, lse, temperature, dense[0], state, taken)
     for tensor, copy in zip(targets if writes else targets[:1], dense, strict=False):
         if copy is not tensor:
             tensor.copy_(copy)
