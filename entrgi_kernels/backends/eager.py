@@ -22,7 +22,7 @@ from .arguments import Adam, Draw, Placement
 
 NAME = "eager"
 # Elements of a temporary that a chunk may hold: 2^22 float32 are 16 MiB.
-_CHUNK_ELEMENTS = 1 << 22
+CHUNK_ELEMENTS = 1 << 22
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -40,7 +40,7 @@ def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 def _slices(total: int, width: int) -> Iterator[slice]:
     """Slices over `total` such that a slice times `width` stays within the chunk budget."""
-    size = max(1, _CHUNK_ELEMENTS // max(1, width))
+    size = max(1, CHUNK_ELEMENTS // max(1, width))
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 

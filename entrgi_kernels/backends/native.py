@@ -16,7 +16,7 @@ from .arguments import Adam, Draw, Placement
 
 NAME = "native"
 _MODULE = "entrgi_kernels._C"
-_INTERFACE = 2  # that of csrc/cpu/bindings.cpp; a checkout may be newer than what was built from it
+INTERFACE = 2  # that of csrc/cpu/bindings.cpp; a checkout may be newer than what was built from it
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -27,7 +27,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type == "cpu":
             extension.warn_of_loss(_MODULE)
         return module
-    if getattr(module, "INTERFACE", 1) != _INTERFACE:
+    if getattr(module, "INTERFACE", 1) != INTERFACE:
         return f"{_MODULE} was built from other sources: run 'python setup.py build_ext --inplace', or install again"
     if device.type != "cpu":
         return f"it runs on CPU tensors, not on {device.type}"

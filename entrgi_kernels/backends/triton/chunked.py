@@ -138,7 +138,7 @@ def chunks(n: int, v: int, bytes_per_entry: int, budget: int) -> Iterator[tuple[
     return ((first, min(length, v - first)) for first in range(0, v, length))
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
     """out (float32) = a @ b, plus out when `add`; float32 sums of 16-bit operands."""
     kind: Any = {"out_dtype": torch.float32}
     if a.dtype == torch.float32 or a.device.type != "cuda":
@@ -183,7 +183,7 @@ def forward(
             num_warps=block.num_warps,
             BLOCK_V=block.block,
         )
-        _product(p, table[first : first + length], soft, add=first > 0)
+        multiply(p, table[first : first + length], soft, add=first > 0)
     return soft.mul_(2.0**-log2_scale) if log2_scale else soft
 
 
@@ -211,7 +211,7 @@ def backward(
     exp_avg, exp_avg_sq = moments or (out, out)
     for first, length in parts:
         product = scratch[: n * length].view(n, length)
-        _product(grad, table[first : first + length].to(grad.dtype).t(), product, add=False)
+        multiply(grad, table[first : first + length].to(grad.dtype).t(), product, add=False)
         launch(
             _update_kernel,
             (n, cdiv(length, block.block)),

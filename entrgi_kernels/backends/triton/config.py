@@ -19,8 +19,8 @@ import triton
 from . import hopper
 
 # By which a user gives Triton another ptxas.
-_ASSEMBLERS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
-_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+ASSEMBLERS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
+TRITON_RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 # A row is read by this many programs at most. Merging kernels have as many lanes whatever the split, so that a new
 # number of rows compiles nothing.
@@ -366,7 +366,7 @@ def target_of(major: int, sms: int, hip: bool = False) -> Target:
     if hip:
         return Target(_SM_80, sms, "ieee")
     # Triton 3.9 and ptxas 13.3, which it brings, are the cure together; nobody knows what another assembler does.
-    unsafe = _TRITON < (3, 9) or any(os.environ.get(name) for name in _ASSEMBLERS)
+    unsafe = TRITON_RELEASE < (3, 9) or any(os.environ.get(name) for name in ASSEMBLERS)
     return Target(_BY_MAJOR.get(major, _SM_80), sms, "tf32x3", waits=major == 9 and unsafe)
 
 
