@@ -111,7 +111,9 @@ class OpenSlots:
         Returns:
             (the rows of phi of the first of each group, int64 [n]; which of these n each row of phi equals, [N]).
         """
-        leaders, source, begin = [], [], 0
+        leaders: list[int] = []
+        source: list[int] = []
+        begin = 0
         for count in self.counts[::repeats]:
             source += list(range(len(leaders), len(leaders) + count)) * repeats
             leaders += range(begin, begin + count)
