@@ -24,9 +24,6 @@ BELOW = {
     "integrations": {"backends", "guidance", "models", "ops", "rewards", "text"},
 }
 NAMES = "entrgi_kernels.names"  # what a user chooses among; every room may read it, and it reads none
-# To be emptied: they still say Tensor for torch.Tensor, or hold lists of their own.
-SAY_TENSOR: set[str] = set()
-HOLD_LISTS: set[str] = {"guidance.weights"}
 
 
 def modules_of(sources: dict[str, Path]) -> dict[str, Path]:
@@ -145,11 +142,10 @@ def test_imports_inside_a_package_are_relative(modules: dict[str, Path]) -> None
 
 def test_there_is_one_hand(modules: dict[str, Path]) -> None:
     """torch.Tensor is written out, and an error says what was "expected", not what is "accepted"."""
-    exempt = {f"entrgi_kernels.{name}" for name in SAY_TENSOR}
     found = []
     for name, path in modules.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            tensor = isinstance(node, ast.ImportFrom) and node.module == "torch" and name not in exempt
+            tensor = isinstance(node, ast.ImportFrom) and node.module == "torch"
             if tensor and any(alias.name == "Tensor" for alias in node.names):
                 found.append(f"{name}:{node.lineno} imports Tensor")
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and "accepted: " in node.value:
@@ -167,11 +163,10 @@ def lists_of_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def test_lists_of_names_stand_once(modules: dict[str, Path], arrows: dict[str, set[str]]) -> None:
-    exempt = {NAMES, *(f"entrgi_kernels.{name}" for name in HOLD_LISTS)}
     found = [
         f"{name}:{line} {which}"
         for name, path in modules.items()
-        if name not in exempt
+        if name != NAMES
         for line, which in lists_of_names(ast.parse(path.read_text(encoding="utf-8")))
     ]
     assert not found

@@ -362,7 +362,7 @@ Tensor row_dot(const Tensor& a, const Tensor& b) {
 // Everything of the job but the destination. Tensors that it points to are kept alive by the caller through `hold`.
 struct Backward {
   entrgi::BackwardJob job;
-  Tensor embedding, grad, baseline, packed;
+  Tensor table, grad, baseline, packed;
   Normaliser norm;
 
   Backward(const Tensor& logits, const Tensor& embedding_, const Tensor& grad_, const Tensor& soft, const Tensor& lse_,
@@ -505,20 +505,20 @@ TORCH_LIBRARY(entrgi_native, m) {
       "softmax_entropy_backward(Tensor logits, Tensor lse, Tensor entropy, Tensor grad_lse, Tensor grad_entropy, "
       "float temperature) -> Tensor");
   m.def(
-      "sample_tokens(Tensor logits, Tensor rng, Tensor rows, float temperature, int top_k, float top_p) -> Tensor");
-  m.def("soft_embedding(Tensor logits, Tensor embedding, float temperature) -> (Tensor, Tensor)");
+      "sample_tokens(Tensor logits, Tensor rng, Tensor keys, float temperature, int top_k, float top_p) -> Tensor");
+  m.def("soft_embedding(Tensor logits, Tensor table, float temperature) -> (Tensor, Tensor)");
   m.def(
-      "soft_embedding_backward(Tensor logits, Tensor embedding, Tensor grad, Tensor soft, Tensor lse, "
+      "soft_embedding_backward(Tensor logits, Tensor table, Tensor grad, Tensor soft, Tensor lse, "
       "float temperature) -> Tensor");
   m.def(
       "soft_embedding_grad_table(Tensor logits, Tensor grad, Tensor lse, float temperature, ScalarType dtype) -> "
       "Tensor");
   m.def(
-      "entrgi_embedding(Tensor logits, Tensor embedding, Tensor rng, Tensor rows, Tensor? tokens, Tensor? weight, "
+      "entrgi_embedding(Tensor logits, Tensor table, Tensor rng, Tensor keys, Tensor? tokens, Tensor? weight, "
       "str weight_mode, float temperature, int top_k, float top_p, Tensor(a!) out, Tensor? index) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "guidance_update_(Tensor(a!) logits, Tensor grad, Tensor embedding, Tensor soft, Tensor lse, "
+      "guidance_update_(Tensor(a!) logits, Tensor grad, Tensor table, Tensor soft, Tensor lse, "
       "Tensor(b!)? exp_avg, Tensor(c!)? exp_avg_sq, int step, float temperature, float lr, float beta1, float beta2, "
       "float eps, bool keep) -> ()");
   m.def(

@@ -175,7 +175,7 @@ TORCH_LIBRARY(entrgi_cuda, m) {
       "softmax_entropy_backward(Tensor logits, Tensor lse, Tensor entropy, Tensor grad_lse, Tensor grad_entropy, "
       "float temperature) -> Tensor");
   m.def(
-      "draw(Tensor logits, Tensor rng, Tensor rows, float temperature, int top_k, float top_p, bool statistics) -> "
+      "draw(Tensor logits, Tensor rng, Tensor keys, float temperature, int top_k, float top_p, bool statistics) -> "
       "(Tensor, Tensor, Tensor)");
   m.def(
       "unmask_confidence(Tensor logits, Tensor tokens, str alg, float temperature, int top_k, float top_p) -> Tensor");

@@ -33,7 +33,7 @@ _MODULES = {name: f"{__name__}.{name}" for name in NAMES}
 # What "auto" tries on a device type, in order: the first that can serve the device and the dtype and has the operator.
 # Where :data:`.proof.DEVICES` has the device type, those of _PROVEN also have to pass their proof on the machine at
 # hand, and where `entrgi check` has timed several that do, the fastest goes first.
-_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": (NATIVE, EAGER), "cuda": (TRITON, CUDA, EAGER)}
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": (NATIVE, EAGER), "cuda": (TRITON, CUDA, EAGER)}
 _PROVEN = (TRITON, CUDA)
 
 
@@ -57,7 +57,7 @@ class BackendInfo:
 
 
 @cache
-def _load(name: str) -> ModuleType | str:
+def load(name: str) -> ModuleType | str:
     """The backend's module, or the reason why it cannot be imported."""
     try:
         module = importlib.import_module(_MODULES[name])
@@ -71,8 +71,9 @@ def _load(name: str) -> ModuleType | str:
         return f"importing it failed: {type(error).__name__}: {error}"
 
 
-def _why_not(name: str, device: torch.device, dtype: torch.dtype, op: str | None = None) -> str | None:
-    module = _load(name)
+def why_not(name: str, device: torch.device, dtype: torch.dtype, op: str | None = None) -> str | None:
+    """Why a backend cannot serve a device and dtype, or has no raw function `op`; None when it can."""
+    module = load(name)
     if isinstance(module, str):
         return module
     try:
@@ -88,16 +89,11 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, op: str | None
 @cache
 def _choose(device_type: str, dtype: torch.dtype, op: str | None) -> tuple[str, ...]:
     """The backends that "auto" means, best first; says once why the very first of its list is passed over."""
-    device, names = torch.device(device_type), _PREFERENCE.get(device_type, (EAGER,))
-    reasons = {name: _why_not(name, device, dtype, op) for name in names}
+    device, names = torch.device(device_type), PREFERENCE.get(device_type, (EAGER,))
+    reasons = {name: why_not(name, device, dtype, op) for name in names}
     if reasons[names[0]] is not None:
-        _say_once(f"backend {names[0]!r} is not used on {device_type}: {reasons[names[0]]}")
+        proof.say_once(f"backend {names[0]!r} is not used on {device_type}: {reasons[names[0]]}")
     return tuple(name for name, reason in reasons.items() if reason is None) or (EAGER,)
-
-
-@cache
-def _say_once(message: str) -> None:
-    logger.warning("%s", message)
 
 
 def check_name(name: str, source: str = "backend") -> str:
@@ -137,17 +133,24 @@ def _resolved(name: str, device: torch.device, dtype: torch.dtype, op: str | Non
     if name == "auto":
         names = _choose(device.type, dtype, op)
     else:
-        reason = _why_not(name, device, dtype, op)
+        reason = why_not(name, device, dtype, op)
         if reason is not None:
             raise BackendUnavailableError(
                 f"backend={name!r} cannot serve {op or 'operators'} on {dtype} tensors on {device.type}: {reason}"
             )
     if names[0] in _PROVEN and device.type in proof.DEVICES:
-        engines = [(one, _load(one)) for one in names if one in _PROVEN]
+        engines = [(one, load(one)) for one in names if one in _PROVEN]
         return proof.proven(engines, strict=name != "auto")  # type: ignore[arg-type, return-value]
-    module = _load(names[0])
+    module = load(names[0])
     assert not isinstance(module, str)
     return module
+
+
+def forget() -> None:
+    """Choose, prove and say everything anew, as a new process would; the file of proofs stays."""
+    _choose.cache_clear()
+    _resolved.cache_clear()
+    proof.forget()
 
 
 def backends() -> dict[str, BackendInfo]:
@@ -164,7 +167,7 @@ def backends() -> dict[str, BackendInfo]:
         logger.debug("cannot tell whether CUDA is available", exc_info=True)
     infos = {}
     for name in NAMES:
-        reasons = {device: _why_not(name, torch.device(device), torch.float32) for device in devices}
+        reasons = {device: why_not(name, torch.device(device), torch.float32) for device in devices}
         served = tuple(device for device, reason in reasons.items() if reason is None)
         reason = None if served else "; ".join(dict.fromkeys(str(r) for r in reasons.values()))
         here = [device for device in served if device in proof.DEVICES and name in _PROVEN]

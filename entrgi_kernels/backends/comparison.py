@@ -50,7 +50,8 @@ class Scale(NamedTuple):
 GPU = Scale(v=4096, d=512, split=36_864, more=36)
 
 
-def _scale(device: torch.device) -> Scale:
+def scale_of(device: torch.device) -> Scale:
+    """The sizes that trials on a device are compared at."""
     chosen = architecture(device)
     if chosen is not None and chosen.name == "interpreter":
         return Scale(v=128, d=32, split=270, more=4)
@@ -62,7 +63,7 @@ class _Maker:
 
     def __init__(self, trial: Trial, device: torch.device) -> None:
         self.trial, self.device = trial, device
-        scale = _scale(device)
+        scale = scale_of(device)
         first, last = trial.rows
         self.n = first + scale.more if last is None else min(last, first + scale.more)
         # Long rows, which are split over programs, where the results are no wider than D and rows are few.

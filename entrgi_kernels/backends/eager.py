@@ -22,7 +22,7 @@ from .arguments import Adam, Draw, Placement
 
 NAME = "eager"
 # Elements of a temporary that a chunk may hold: 2^22 float32 are 16 MiB.
-_CHUNK_ELEMENTS = 1 << 22
+CHUNK_ELEMENTS = 1 << 22
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -40,7 +40,7 @@ def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 def _slices(total: int, width: int) -> Iterator[slice]:
     """Slices over `total` such that a slice times `width` stays within the chunk budget."""
-    size = max(1, _CHUNK_ELEMENTS // max(1, width))
+    size = max(1, CHUNK_ELEMENTS // max(1, width))
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
@@ -153,25 +153,23 @@ def sample_tokens(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
     return tokens
 
 
-def soft_embedding(
-    logits: torch.Tensor, embedding: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(softmax(logits / temperature) @ embedding [N, D] in acc, log-sum-exp [N] in acc)."""
-    acc = accumulation_dtype(logits, embedding)
+def soft_embedding(logits: torch.Tensor, table: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(softmax(logits / temperature) @ table [N, D] in acc, log-sum-exp [N] in acc)."""
+    acc = accumulation_dtype(logits, table)
     p, lse, _ = _distribution(logits.to(acc), temperature)
-    return _expectation(p, embedding), lse
+    return _expectation(p, table), lse
 
 
-def _expectation(p: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-    soft = p.new_zeros(p.shape[0], embedding.shape[1])
-    for part in _slices(*embedding.shape):
-        soft.addmm_(p[:, part], embedding[part].to(p.dtype))
+def _expectation(p: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    soft = p.new_zeros(p.shape[0], table.shape[1])
+    for part in _slices(*table.shape):
+        soft.addmm_(p[:, part], table[part].to(p.dtype))
     return soft
 
 
 def soft_embedding_backward(
     logits: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     grad: torch.Tensor,
     soft: torch.Tensor,
     lse: torch.Tensor,
@@ -179,14 +177,14 @@ def soft_embedding_backward(
 ) -> torch.Tensor:
     """d loss/d logits [N, V] of the logits' dtype, from `grad` = d loss/d soft embedding [N, D]."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    for part, chunk in _logit_gradient(logits, embedding, grad, soft, lse, temperature):
+    for part, chunk in _logit_gradient(logits, table, grad, soft, lse, temperature):
         out[:, part] = chunk.to(out.dtype)
     return out
 
 
 def _logit_gradient(
     logits: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     grad: torch.Tensor,
     soft: torch.Tensor,
     lse: torch.Tensor,
@@ -196,15 +194,15 @@ def _logit_gradient(
     grad = grad.to(soft.dtype)
     baseline = (grad * soft).sum(dim=-1, keepdim=True)
     shift, rest = _normaliser(logits.to(soft.dtype), lse, temperature)
-    for part in _slices(embedding.shape[0], max(embedding.shape[1], logits.shape[0])):
+    for part in _slices(table.shape[0], max(table.shape[1], logits.shape[0])):
         p = ((logits[:, part].to(soft.dtype) - shift) / temperature - rest).exp()
-        yield part, p * (_matmul(grad, embedding[part].to(soft.dtype).T) - baseline) / temperature
+        yield part, p * (_matmul(grad, table[part].to(soft.dtype).T) - baseline) / temperature
 
 
 def soft_embedding_grad_table(
     logits: torch.Tensor, grad: torch.Tensor, lse: torch.Tensor, temperature: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    """d loss/d embedding = p^T grad [V, D] of `dtype`."""
+    """d loss/d table = p^T grad [V, D] of `dtype`."""
     v, d = logits.shape[1], grad.shape[1]
     grad = grad.to(lse.dtype)
     shift, rest = _normaliser(logits.to(lse.dtype), lse, temperature)
@@ -217,7 +215,7 @@ def soft_embedding_grad_table(
 
 def entrgi_embedding(
     logits: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     draw: Draw,
     tokens: torch.Tensor | None,
     weight: torch.Tensor | None,
@@ -235,10 +233,10 @@ def entrgi_embedding(
         (embedding [N, D] of the table's dtype, or the placement's `out`, tokens [N] int64, weight [N] acc, entropy [N]
         acc at temperature 1, soft [N, D] acc, log-sum-exp [N] acc at the draw's temperature, argmax [N] int64).
     """
-    acc = accumulation_dtype(logits, embedding)
+    acc = accumulation_dtype(logits, table)
     x = logits.to(acc)
     _, _, entropy = _distribution(x, 1.0)
-    soft, lse = soft_embedding(logits, embedding, draw.temperature)
+    soft, lse = soft_embedding(logits, table, draw.temperature)
     if weight_mode == "entropy":
         # V = 1: the entropy is 0, so is the weight. Divided all the same: two outputs may not share memory.
         weight = entropy / (math.log(logits.shape[1]) or 1.0)
@@ -253,8 +251,8 @@ def entrgi_embedding(
         tokens = torch.full_like(draw.keys, -1)
     else:
         tokens = sample_tokens(logits, draw)
-    hard = embedding[tokens.clamp(min=0)].to(acc)
-    mixed = torch.lerp(soft, hard, weight[:, None]).to(embedding.dtype)
+    hard = table[tokens.clamp(min=0)].to(acc)
+    mixed = torch.lerp(soft, hard, weight[:, None]).to(table.dtype)
     if placement is not None:
         mixed = placement.out.index_copy_(0, placement.rows, mixed)
     return mixed, tokens, weight, entropy, soft, lse, x.argmax(dim=-1)
@@ -263,7 +261,7 @@ def entrgi_embedding(
 def guidance_update_(
     logits: torch.Tensor,
     grad: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     soft: torch.Tensor,
     lse: torch.Tensor,
     temperature: float,
@@ -275,7 +273,7 @@ def guidance_update_(
     """
     exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, keep = adam
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    for part, g in _logit_gradient(logits, embedding, grad, soft, lse, temperature):
+    for part, g in _logit_gradient(logits, table, grad, soft, lse, temperature):
         m, v = (1 - beta1) * g, (1 - beta2) * g * g
         if exp_avg is not None and exp_avg_sq is not None:
             if step > 1:

@@ -12,7 +12,7 @@ from types import ModuleType
 
 logger = logging.getLogger("entrgi_kernels")
 
-_RECORD = Path(__file__).parents[1] / "_build_info.json"  # setup.py writes there what became of the build
+RECORD = Path(__file__).parents[1] / "_build_info.json"  # setup.py writes there what became of the build
 
 _UNKNOWN = "run 'python setup.py build_ext --inplace' in a checkout, or install the package again"
 
@@ -43,7 +43,7 @@ def warn_of_loss(name: str) -> None:
 
 def _recorded_reason(name: str) -> str:
     try:
-        reason = json.loads(_RECORD.read_text(encoding="utf-8"))["extensions"][name]
+        reason = json.loads(RECORD.read_text(encoding="utf-8"))["extensions"][name]
     except (OSError, ValueError, KeyError, TypeError):
         reason = None
     return str(reason or _UNKNOWN)

@@ -16,7 +16,7 @@ from .arguments import Adam, Draw, Placement
 
 NAME = "native"
 _MODULE = "entrgi_kernels._C"
-_INTERFACE = 2  # that of csrc/cpu/bindings.cpp; a checkout may be newer than what was built from it
+INTERFACE = 2  # that of csrc/cpu/bindings.cpp; a checkout may be newer than what was built from it
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -27,7 +27,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type == "cpu":
             extension.warn_of_loss(_MODULE)
         return module
-    if getattr(module, "INTERFACE", 1) != _INTERFACE:
+    if getattr(module, "INTERFACE", 1) != INTERFACE:
         return f"{_MODULE} was built from other sources: run 'python setup.py build_ext --inplace', or install again"
     if device.type != "cpu":
         return f"it runs on CPU tensors, not on {device.type}"
@@ -84,35 +84,33 @@ def sample_tokens(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
     return torch.ops.entrgi_native.sample_tokens(logits, *draw)
 
 
-def soft_embedding(
-    logits: torch.Tensor, embedding: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(softmax(logits / temperature) @ embedding [N, D] in acc, log-sum-exp [N] in acc)."""
-    return torch.ops.entrgi_native.soft_embedding(logits, embedding, temperature)
+def soft_embedding(logits: torch.Tensor, table: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(softmax(logits / temperature) @ table [N, D] in acc, log-sum-exp [N] in acc)."""
+    return torch.ops.entrgi_native.soft_embedding(logits, table, temperature)
 
 
 def soft_embedding_backward(
     logits: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     grad: torch.Tensor,
     soft: torch.Tensor,
     lse: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
     """d loss/d logits [N, V] of the logits' dtype, from `grad` = d loss/d soft embedding [N, D]."""
-    return torch.ops.entrgi_native.soft_embedding_backward(logits, embedding, grad, soft, lse, temperature)
+    return torch.ops.entrgi_native.soft_embedding_backward(logits, table, grad, soft, lse, temperature)
 
 
 def soft_embedding_grad_table(
     logits: torch.Tensor, grad: torch.Tensor, lse: torch.Tensor, temperature: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    """d loss/d embedding = p^T grad [V, D] of `dtype`."""
+    """d loss/d table = p^T grad [V, D] of `dtype`."""
     return torch.ops.entrgi_native.soft_embedding_grad_table(logits, grad, lse, temperature, dtype)
 
 
 def entrgi_embedding(
     logits: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     draw: Draw,
     tokens: torch.Tensor | None,
     weight: torch.Tensor | None,
@@ -121,26 +119,26 @@ def entrgi_embedding(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The whole forward: soft + weight (E[token] - soft); see the eager twin for arguments and returns."""
     if placement is None:
-        index, out = None, embedding.new_empty((logits.shape[0], embedding.shape[1]))
+        index, out = None, table.new_empty((logits.shape[0], table.shape[1]))
     else:
         out, index = placement
     rng, keys, *rest = draw
     return out, *torch.ops.entrgi_native.entrgi_embedding(
-        logits, embedding, rng, keys, tokens, weight, weight_mode, *rest, out, index
+        logits, table, rng, keys, tokens, weight, weight_mode, *rest, out, index
     )
 
 
 def guidance_update_(
     logits: torch.Tensor,
     grad: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     soft: torch.Tensor,
     lse: torch.Tensor,
     temperature: float,
     adam: Adam,
 ) -> None:
     """One Adam step on the logits, in place, from `grad` = d loss/d embedding [N, D]; see the eager twin."""
-    torch.ops.entrgi_native.guidance_update_(logits, grad, embedding, soft, lse, *adam[:3], temperature, *adam[3:])
+    torch.ops.entrgi_native.guidance_update_(logits, grad, table, soft, lse, *adam[:3], temperature, *adam[3:])
 
 
 def unmask_confidence(

@@ -68,18 +68,22 @@ class Verdict(NamedTuple):
 @cache
 def machine(device: torch.device) -> str:
     """What a verdict holds for: device, driver, versions, revision of the kernels."""
-    return " | ".join((_device(device), f"torch {torch.__version__}", f"triton {_triton()}", f"kernels {revision()}"))
+    return " | ".join(
+        (device_facts(device), f"torch {torch.__version__}", f"triton {triton_facts()}", f"kernels {revision()}")
+    )
 
 
-def _device(device: torch.device) -> str:
+def device_facts(device: torch.device) -> str:
+    """Name, compute capability, driver and runtime of a GPU."""
     if device.type != "cuda":
         return f"{device.type} {platform.machine()}"
     facts = torch.cuda.get_device_properties(device)
     runtime = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-    return f"{facts.name} {facts.major}.{facts.minor} | {_driver()} | {runtime}"
+    return f"{facts.name} {facts.major}.{facts.minor} | {driver()} | {runtime}"
 
 
-def _driver() -> str:
+def driver() -> str:
+    """The driver's release, or the newest CUDA that it serves."""
     with contextlib.suppress(OSError):
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
         if found := re.search(r"\d{3,}\.\d+(?:\.\d+)?", text):
@@ -89,7 +93,8 @@ def _driver() -> str:
     return "driver unknown"
 
 
-def _triton() -> str:
+def triton_facts() -> str:
+    """Triton's release, and the assembler where one was given by hand."""
     try:
         import triton
 
@@ -234,11 +239,12 @@ _memory = _Memory()
 
 
 def forget() -> None:
-    """Forget what this process knows; the file stays."""
+    """Forget what this process knows and has said; the file stays."""
     global _memory
     with _lock:
         _memory = _Memory()
         machine.cache_clear()
+        say_once.cache_clear()
         for guard in _guards.values():
             guard.clear()
 
@@ -380,10 +386,10 @@ class _Function:
                 if verdict is not None and verdict.passed:
                     return self._keep(key, getattr(module, self._op))
                 unknown |= verdict is None
-                message = f"{name}: {trial} on {_device(device)}: {why}"
+                message = f"{name}: {trial} on {device_facts(device)}: {why}"
                 if self._strict:
                     raise BackendUnavailableError(f"backend={name!r} is not used: {message}")
-                _say_once(f"eager torch serves in place of {message}")
+                say_once(f"eager torch serves in place of {message}")
         function = getattr(eager, self._op)
         return function if unknown else self._keep(key, function)
 
@@ -435,5 +441,6 @@ def proven(engines: Sequence[tuple[str, ModuleType]], strict: bool) -> Proven:
 
 
 @cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Warn, unless this process has said so already."""
     logger.warning("%s", message)

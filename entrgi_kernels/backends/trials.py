@@ -69,30 +69,30 @@ def _sample(logits, draw):
     return (logits,), ("argmax" if draw.temperature == 0 else filters,)
 
 
-def _soft(logits, embedding, temperature):
-    return (logits, embedding), ()
+def _soft(logits, table, temperature):
+    return (logits, table), ()
 
 
-def _soft_backward(logits, embedding, grad, soft, lse, temperature):
-    return (logits, embedding, grad), (soft.dtype,)
+def _soft_backward(logits, table, grad, soft, lse, temperature):
+    return (logits, table, grad), (soft.dtype,)
 
 
 def _grad_table(logits, grad, lse, temperature, dtype):
     return (logits, grad), (dtype,)
 
 
-def _entrgi(logits, embedding, draw, tokens, weight, mode, placement=None):
+def _entrgi(logits, table, draw, tokens, weight, mode, placement=None):
     filters = _filters(logits.shape[1], draw.top_k, draw.top_p)
     if tokens is not None or mode == "zero":
         filters = "undrawn"
-    return (logits, embedding, placement and placement.out), (filters, draw.temperature == 1.0)
+    return (logits, table, placement and placement.out), (filters, draw.temperature == 1.0)
 
 
-def _update(logits, grad, embedding, soft, lse, temperature, adam):
+def _update(logits, grad, table, soft, lse, temperature, adam):
     keep = adam.exp_avg is not None and adam.keep
     reads = adam.exp_avg is not None and adam.step > 1
     moments = (adam.exp_avg, adam.exp_avg_sq) if reads or keep else (None, None)
-    return (logits, embedding, grad, *moments), (soft.dtype, reads, keep)
+    return (logits, table, grad, *moments), (soft.dtype, reads, keep)
 
 
 def _confidence(logits, tokens, alg, temperature, top_k, top_p):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..names import METHODS
+from ..names import METHODS, WEIGHT_MODES
 
 WeightFunction = Callable[[torch.Tensor, int], torch.Tensor]
 
@@ -58,9 +58,7 @@ class StepWeight:
 # Name -> the operators' own mode, or a class whose arguments may follow the name, as in "threshold(0.5, 1.0)".
 WEIGHTS: dict[str, str | type] = {
     "linear": "entropy",
-    "entropy": "entropy",
-    "one": "one",
-    "zero": "zero",
+    **{mode: mode for mode in WEIGHT_MODES},
     "threshold": ThresholdWeight,
     "step": StepWeight,
 }

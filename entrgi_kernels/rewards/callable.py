@@ -10,7 +10,7 @@ from torch import nn
 
 from ..models.modules import evaluating, frozen, plain_precision
 from ..text.template import PLAIN, Conversation
-from .base import check_texts, reward_gradient
+from .base import reward_gradient
 from .decoding.sequences import PreparedPrompts, assemble, wide
 from .embedding import EmbeddingReward
 
@@ -91,11 +91,8 @@ class CallableReward(EmbeddingReward):
         Raises:
             ValueError, TypeError: as for :meth:`NetworkReward.score_texts`.
         """
-        check_texts(conversations, responses, batch_size)
-        rows = [self.encode(turns, response) for turns, response in zip(conversations, responses, strict=True)]
         scores: list[float] = []
-        for start in range(0, len(rows), batch_size):
-            embeddings, mask = self.embed_right_aligned(rows[start : start + batch_size])
+        for embeddings, mask in self._embedded(conversations, responses, batch_size):
             scores += self._call(embeddings, mask, (mask.long().cumsum(1) - 1).clamp_min(0)).tolist()
         return scores
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from ..models.modules import input_embedding, module_device, module_dtype, plain_precision
 from ..text.template import Conversation, encode_answered, split_template
 from ..text.vocabulary import VocabularyMap, check_rows, check_tokenizer, check_unmatched
+from .base import check_texts
 from .decoding.sequences import PreparedPrompts
 from .weighted_sum import Combinable
 
@@ -112,6 +114,15 @@ class EmbeddingReward(Combinable):
     def encode(self, conversation: Conversation, response: str) -> list[int]:
         """Token ids of a conversation with its response."""
         return encode_answered(self.tokenizer, conversation, response, chat_template=self.chat_template)
+
+    def _embedded(
+        self, conversations: list[Conversation], responses: list[str], batch_size: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Finished responses in batches, each as :meth:`embed_right_aligned` gives it."""
+        check_texts(conversations, responses, batch_size)
+        rows = [self.encode(turns, response) for turns, response in zip(conversations, responses, strict=True)]
+        for start in range(0, len(rows), batch_size):
+            yield self.embed_right_aligned(rows[start : start + batch_size])
 
     def prepare(self, conversations: list[Conversation]) -> PreparedPrompts:
         """Prefix and suffix of every prompt, as ids and as padded embeddings."""

@@ -20,7 +20,6 @@ from ..models.modules import (
 )
 from ..text.plain import plain_ids
 from ..text.template import Conversation, check_unicode
-from .base import check_texts
 from .decoding.sequences import PreparedPrompts, assemble, last_real, wide
 from .embedding import EmbeddingReward
 
@@ -152,12 +151,10 @@ class SimilarityReward(EmbeddingReward):
         Raises:
             ValueError, TypeError: as for :meth:`NetworkReward.score_texts`.
         """
-        check_texts(conversations, responses, batch_size)
-        rows = [self.encode(turns, response) for turns, response in zip(conversations, responses, strict=True)]
         scores: list[float] = []
         with plain_precision(self.device), evaluating(self.module):
-            for start in range(0, len(rows), batch_size):
-                scores += self._cosine(*self.embed_right_aligned(rows[start : start + batch_size])).tolist()
+            for embeddings, mask in self._embedded(conversations, responses, batch_size):
+                scores += self._cosine(embeddings, mask).tolist()
         return scores
 
     # ---- how the model is run

@@ -102,8 +102,8 @@ def engines_of(device: Any) -> tuple[dict[str, Any], dict[str, str]]:
 
     engines, absent = {}, {}
     for name in ("triton", "cuda") if device.type == "cuda" else ("native",):
-        module = backends._load(name)
-        reason = backends._why_not(name, device, torch.bfloat16)
+        module = backends.load(name)
+        reason = backends.why_not(name, device, torch.bfloat16)
         if isinstance(module, str) or reason is not None:
             absent[name] = str(reason)
         else:

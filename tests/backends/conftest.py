@@ -38,6 +38,7 @@ def check_captured_draws() -> Callable[[Callable[[], torch.Tensor], torch.Tensor
     return check
 
 
+# Unpatched too, Triton 3.6's interpreter fails with NumPy 2.4: "only 0-dimensional arrays can be converted".
 def _patch_the_interpreter_once() -> None:
     """Let nested device functions reuse the language patch of the launch that calls them.
 

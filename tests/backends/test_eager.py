@@ -38,7 +38,7 @@ def _everything(dtype: torch.dtype) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_chunks_change_nothing(monkeypatch, dtype, budget):
     whole = _everything(dtype)
-    monkeypatch.setattr(eager, "_CHUNK_ELEMENTS", budget)
+    monkeypatch.setattr(eager, "CHUNK_ELEMENTS", budget)
     for ours, expected in zip(_everything(dtype), whole, strict=True):
         torch.testing.assert_close(ours, expected)
 
@@ -59,7 +59,7 @@ class _Largest(TorchDispatchMode):
 
 
 def test_a_half_precision_table_is_never_copied_in_float32(monkeypatch):
-    monkeypatch.setattr(eager, "_CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr(eager, "CHUNK_ELEMENTS", 64)
     v, d = 512, 64
     x, e, g = (torch.randn(*s).bfloat16() for s in ((2, v), (v, d), (2, d)))
     with _Largest(torch.float32) as largest:

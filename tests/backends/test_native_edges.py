@@ -249,7 +249,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="cannot run"):
         native.set_isa("mmx")
     assert native.build_info()["isa"] in ISAS
-    monkeypatch.setattr(native, "_INTERFACE", 0)
+    monkeypatch.setattr(native, "INTERFACE", 0)
     assert "other sources" in str(native.why_not(torch.device("cpu"), torch.float32))
 
 

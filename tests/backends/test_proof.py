@@ -31,7 +31,7 @@ outer = pytest.mark.skipif(INTERPRETED, reason="runs in the outer process")
 CPU = torch.device("cpu")
 ADAM = (0.5, 0.9, 0.999, 1e-8)
 N, V, D = 3, 304, 32
-REAL_PREFERENCE = backends._PREFERENCE
+REAL_PREFERENCE = backends.PREFERENCE
 
 
 def calls(n: int = N, dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
@@ -86,22 +86,18 @@ def door(monkeypatch, tmp_path):
     for op in trials.READERS:
         setattr(module, op, getattr(eager, op))
     known = {"eager": eager, "native": "no native here", "triton": module, "cuda": "no cuda here"}
-    monkeypatch.setattr(backends, "_load", known.__getitem__)
-    monkeypatch.setattr(backends, "_PREFERENCE", {"cpu": ("triton", "cuda", "eager")})
+    monkeypatch.setattr(backends, "load", known.__getitem__)
+    monkeypatch.setattr(backends, "PREFERENCE", {"cpu": ("triton", "cuda", "eager")})
     monkeypatch.setattr(proof, "DEVICES", {"cpu"})
     tables = config.ARCHITECTURES["interpreter"]
     for module_with_it in (trials, comparison):
         monkeypatch.setattr(module_with_it, "architecture", lambda device: tables)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("ENTRGI_BACKEND", raising=False)
-    for function in (backends._choose, backends._resolved, backends._say_once, proof._say_once):
-        function.cache_clear()
-    proof.forget()
+    backends.forget()
     yield module
-    for function in (backends._choose, backends._resolved, backends._say_once, proof._say_once):
-        function.cache_clear()
     monkeypatch.undo()
-    proof.forget()
+    backends.forget()
 
 
 def plant(module: types.ModuleType, op: str, fault) -> None:
@@ -255,7 +251,7 @@ def test_a_proof_launches_the_very_machine_code_of_the_call(monkeypatch, n, v, d
     machine = gate.SHIPPED["sm_90"]
     for module in (trials, comparison):
         monkeypatch.setattr(module, "architecture", lambda device: machine.tables.architecture)
-    monkeypatch.setattr(comparison, "_scale", lambda device: comparison.GPU)
+    monkeypatch.setattr(comparison, "scale_of", lambda device: comparison.GPU)
     wanted = list(trials.calls(n, v, d, logits, table))
     # Rows further apart than they are long.
     for op, args in list(wanted):
@@ -323,8 +319,8 @@ def test_the_fastest_proven_engine_serves_where_the_file_has_times(door, monkeyp
     for name, module in (("triton", door), ("cuda", other)):
         module.softmax_entropy = lambda *args, name=name: (served.append(name), eager.softmax_entropy(*args))[1]
     known = {"eager": eager, "triton": door, "cuda": other, "native": "none"}
-    monkeypatch.setattr(backends, "_load", known.__getitem__)
-    backends._choose.cache_clear(), backends._resolved.cache_clear()
+    monkeypatch.setattr(backends, "load", known.__getitem__)
+    backends.forget()
     x = torch.randn(N, V)
 
     def who(times=None) -> str:
@@ -359,7 +355,6 @@ def test_verdicts_are_remembered_failures_too(door, monkeypatch, caplog):
     ops.softmax_entropy(x)
     assert failed_count() == 1
     proof.forget()  # another process
-    proof._say_once.cache_clear()
     caplog.clear()
     monkeypatch.setattr(comparison, "run", lambda *args: pytest.fail("it is known already"))
     ops.softmax_entropy(x)
@@ -369,9 +364,9 @@ def test_verdicts_are_remembered_failures_too(door, monkeypatch, caplog):
 
 
 @outer
-@pytest.mark.parametrize("part", ["_driver", "_triton", "revision", "torch"])
+@pytest.mark.parametrize("part", ["driver", "triton_facts", "revision", "torch"])
 def test_another_driver_triton_torch_or_revision_is_another_machine(door, monkeypatch, part):
-    monkeypatch.setattr(proof, "_device", lambda device: f"a GPU | {proof._driver()}")
+    monkeypatch.setattr(proof, "device_facts", lambda device: f"a GPU | {proof.driver()}")
     x = torch.randn(N, V)
     ops.softmax_entropy(x)
     before = proof.machine(CPU)
@@ -502,7 +497,7 @@ def test_auto_on_a_simulated_gpu(door, monkeypatch, caplog, fault):
     spec.loader.exec_module(simulated)
     facts = types.SimpleNamespace(name="Simulated H100", major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
-    monkeypatch.setattr(backends, "_PREFERENCE", REAL_PREFERENCE)
+    monkeypatch.setattr(backends, "PREFERENCE", REAL_PREFERENCE)
     monkeypatch.setattr(proof, "DEVICES", {"cuda"})
 
     class Generator(torch.Generator):

@@ -94,15 +94,12 @@ def now_and_then(values: torch.Tensor, number: int) -> None:
 def door(monkeypatch, tmp_path):
     """The real kernels, interpreted, behind their proof on this CPU."""
     monkeypatch.setattr(comparison, "LAUNCHES", LAUNCHES)
-    monkeypatch.setattr(backends, "_PREFERENCE", {"cpu": ("triton", "eager")})
+    monkeypatch.setattr(backends, "PREFERENCE", {"cpu": ("triton", "eager")})
     monkeypatch.setattr(proof, "DEVICES", {"cpu"})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for function in (backends._choose, backends._resolved, proof._say_once):
-        function.cache_clear()
-    proof.forget()
+    backends.forget()
     yield
-    backends._choose.cache_clear(), backends._resolved.cache_clear()
-    proof.forget()
+    backends.forget()
 
 
 @inner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import types
 
@@ -24,17 +25,13 @@ def _module(reason: str | None) -> types.ModuleType:
 def registry(monkeypatch):
     """Backends by name -> module or the reason why it cannot be imported; caches emptied before and after."""
 
-    def clear():
-        for function in (backends._choose, backends._say_once, backends._resolved):
-            function.cache_clear()
-
     known: dict[str, types.ModuleType | str] = {name: f"no {name} here" for name in backends.NAMES}
     known["eager"] = _module(None)
-    monkeypatch.setattr(backends, "_load", known.__getitem__)
+    monkeypatch.setattr(backends, "load", known.__getitem__)
     monkeypatch.delenv("ENTRGI_BACKEND", raising=False)
-    clear()
+    backends.forget()
     yield known
-    clear()
+    backends.forget()
 
 
 def test_every_name_is_listed_in_order(registry):
@@ -70,7 +67,7 @@ def test_auto_prefers_what_serves_and_falls_back_once_aloud(registry, caplog):
         assert backends.resolve("auto", X.double()) is registry["eager"]
         assert backends.resolve("auto", X) is registry["eager"]
     assert [r.getMessage() for r in caplog.records] == ["backend 'native' is not used on cpu: no native here"]
-    backends._choose.cache_clear(), backends._resolved.cache_clear()
+    backends.forget()
     registry["native"] = _module(None)
     assert backends.resolve("auto", X) is registry["native"]
 
@@ -118,12 +115,12 @@ def test_a_backend_that_cannot_be_imported_takes_no_other_down(monkeypatch, erro
             raise error
         return real(name)
 
-    backends._load.cache_clear()
+    backends.load.cache_clear()
     monkeypatch.setattr(backends.importlib, "import_module", import_module)
     try:
         infos = backends.backends()
     finally:
-        backends._load.cache_clear()
+        backends.load.cache_clear()
     assert infos["eager"].available and words in infos["triton"].reason
 
 
@@ -134,21 +131,22 @@ def test_the_real_ones():
 
 
 def test_each_backend_states_its_own_name():
-    modules = {name: backends._load(name) for name in backends.NAMES}
+    modules = {name: backends.load(name) for name in backends.NAMES}
     stated = {name: module.NAME for name, module in modules.items() if not isinstance(module, str)}
     assert "eager" in stated and all(name == own for name, own in stated.items())
 
 
-def test_an_extension_that_could_have_been_built_is_warned_of_once(monkeypatch, caplog):
+def test_an_extension_that_could_have_been_built_is_warned_of_once(monkeypatch, caplog, tmp_path):
     from entrgi_kernels.backends import extension, native
 
     missing = "the extension entrgi_kernels._C is not built: building failed"
     monkeypatch.setattr(native.extension, "load", lambda name: missing)
+    monkeypatch.setattr(extension, "RECORD", tmp_path / "record.json")
 
-    def said(reason: str, compiler: str | None) -> int:
+    def said(reason: str | None, compiler: str | None) -> int:
         caplog.clear()
         extension.warn_of_loss.cache_clear()
-        monkeypatch.setattr(extension, "_recorded_reason", lambda name: reason)
+        extension.RECORD.write_text(json.dumps({"extensions": {"entrgi_kernels._C": reason}}))
         monkeypatch.setattr(extension.shutil, "which", lambda name: compiler)
         assert [native.why_not(device, torch.float32) for device in (CPU, CPU, torch.device("meta"))] == [missing] * 3
         return len(caplog.records)
@@ -157,8 +155,8 @@ def test_an_extension_that_could_have_been_built_is_warned_of_once(monkeypatch, 
         assert said("building entrgi_kernels._C failed: CompileError", None) == 1
         assert "building failed; eager serves" in caplog.text
         assert said("torch is not installed where the package is built", None) == 1
-        assert said(extension._UNKNOWN, "/usr/bin/c++") == 1
-        assert said(extension._UNKNOWN, None) == 0
+        assert said(None, "/usr/bin/c++") == 1
+        assert said(None, None) == 0
         assert said("no C++ compiler was found", "/usr/bin/c++") == 0  # at the time, and known
         assert said("ENTRGI_DISABLE_EXTENSION is set", "/usr/bin/c++") == 0
     extension.warn_of_loss.cache_clear()

@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from benchmarks.tools import gate  # noqa: E402
 from entrgi_kernels.backends import triton as kernels  # noqa: E402
-from entrgi_kernels.backends.triton import aot, config, launch  # noqa: E402
+from entrgi_kernels.backends.triton import aot, launch  # noqa: E402
 
 
 def test_a_compiler_that_crashes_costs_its_own_launch_alone():
@@ -41,9 +41,8 @@ def test_what_is_compiled_here_is_what_a_gpu_finds_in_its_cache(tmp_path, monkey
     made = set(os.listdir(tmp_path))
     assert made
     monkeypatch.setattr(launch, "recorder", lambda kernel, args, options: kernel.warmup(*args, grid=(1,), **options))
-    monkeypatch.setattr(config, "override", machine.tables)
-    monkeypatch.setattr(aot.driver, "_active", aot._Absent(machine.gpu))
-    calls()
+    with aot.standing_in(machine):
+        calls()
     assert set(os.listdir(tmp_path)) == made
 
 

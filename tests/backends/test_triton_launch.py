@@ -130,7 +130,7 @@ class Compiled:
 
 
 def test_what_was_compiled_is_launched_again_with_its_constants_in_their_order(monkeypatch):
-    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "compiled_kinds", {})
     kernel, options = Kernel(), {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
     memory = torch.zeros(1024)
     base = dict(logits=memory, maximum=memory, n=5, v=64, scale=0.5, meta={"SECOND": True, "BLOCK": 128})
@@ -138,7 +138,7 @@ def test_what_was_compiled_is_launched_again_with_its_constants_in_their_order(m
     def go(**changes):
         now = {**base, **changes}
         args = [now[name] for name in ("logits", "maximum", "n", "v", "scale")]
-        launch._launch(
+        launch.launch_on(
             kernel, now.get("grid", (3, 2)), args, now.get("options", options), now["meta"], now.get("device", 0)
         )
         return kernel.compilations
@@ -163,9 +163,11 @@ def test_what_was_compiled_is_launched_again_with_its_constants_in_their_order(m
 
 
 def test_a_launch_that_was_kept_from_compiling_is_not_remembered(monkeypatch):
-    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "compiled_kinds", {})
     kernel = Kernel()
     monkeypatch.setattr(Kernel, "__getitem__", lambda self, grid: lambda *args, **options: None)
     options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
-    launch._launch(kernel, (1,), [torch.zeros(16), torch.zeros(16), 1, 16, 1.0], options, {"BLOCK": 1, "SECOND": 1}, 0)
-    assert launch._compiled == {}
+    launch.launch_on(
+        kernel, (1,), [torch.zeros(16), torch.zeros(16), 1, 16, 1.0], options, {"BLOCK": 1, "SECOND": 1}, 0
+    )
+    assert launch.compiled_kinds == {}

@@ -64,17 +64,17 @@ def test_triton_writes_no_operand_of_a_running_product():
 
 
 def test_another_assembler_is_not_trusted(monkeypatch):
-    for name in config._ASSEMBLERS:
+    for name in config.ASSEMBLERS:
         monkeypatch.delenv(name, raising=False)
-    assert config.target_of(9, 132).waits == (config._TRITON < (3, 9))
-    for name in config._ASSEMBLERS:
+    assert config.target_of(9, 132).waits == (config.TRITON_RELEASE < (3, 9))
+    for name in config.ASSEMBLERS:
         with monkeypatch.context() as given:
             given.setenv(name, "/somewhere/ptxas")
             assert config.target_of(9, 132).waits
             assert not config.target_of(10, 148).waits and not config.target_of(8, 108).waits
 
 
-@pytest.mark.skipif(config._TRITON >= (3, 9), reason="this Triton waits by itself")
+@pytest.mark.skipif(config.TRITON_RELEASE >= (3, 9), reason="this Triton waits by itself")
 def test_without_the_wait_it_does():
     machine, found = gate.MACHINES["sm_90"], []
     sizes = [(512, 151_936), (151_936, 1024)]

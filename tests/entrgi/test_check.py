@@ -21,7 +21,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> types.ModuleType:
         setattr(module, op, getattr(eager, op))
     small = comparison.Scale(v=128, d=32, split=270, more=4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(comparison, "_scale", lambda device: small)
+    monkeypatch.setattr(comparison, "scale_of", lambda device: small)
     monkeypatch.setattr(check, "sizes_of", lambda device: (check.Size(4, 300, 16), check.Size(9, 128, 32)))
     monkeypatch.setattr(check, "engines_of", lambda device: ({"native": module}, {"cuda": "there is no GPU"}))
     monkeypatch.setattr(check, "rates_of", lambda device, clock, dtype: check.Rates(1e10, 1e11))

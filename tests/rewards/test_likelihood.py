@@ -225,7 +225,7 @@ def test_a_sum_of_rows_is_never_wider_than_a_chunk(monkeypatch):
         seen.append((len(rows), some.start))
         return (rows @ weight).logsumexp(-1)
 
-    monkeypatch.setattr(causal, "_CHUNK_BYTES", 4 * 5 * 4)
+    monkeypatch.setattr(causal, "CHUNK_BYTES", 4 * 5 * 4)
     values = causal.by_chunks(states, 5, score)
     assert seen == [(4, 0), (4, 4), (2, 8)]
     upstream = torch.randn(10, dtype=torch.float64)

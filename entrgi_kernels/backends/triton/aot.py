@@ -126,6 +126,18 @@ class _Absent:
 
 
 @contextmanager
+def standing_in(machine: Machine) -> Iterator[None]:
+    """Calls inside choose tables and dispatch as on `machine`, with nothing there to launch on."""
+    before = config.override, driver._active
+    config.override = machine.tables
+    driver.set_active(_Absent(machine.gpu))
+    try:
+        yield
+    finally:
+        config.override, driver._active = before
+
+
+@contextmanager
 def recording(machine: Machine, found: Callable[[Launch], None]) -> Iterator[None]:
     """Launches inside are dispatched as on `machine` and told to `found` instead of being compiled and made."""
     noted: list[dict[str, Any]] = []
@@ -149,13 +161,13 @@ def recording(machine: Machine, found: Callable[[Launch], None]) -> Iterator[Non
         )
 
     runtime = triton.knobs.runtime
-    before = config.override, launch.recorder, runtime.jit_cache_hook, driver._active
-    config.override, launch.recorder, runtime.jit_cache_hook = machine.tables, record, note
-    driver.set_active(_Absent(machine.gpu))
+    before = launch.recorder, runtime.jit_cache_hook
+    launch.recorder, runtime.jit_cache_hook = record, note
     try:
-        yield
+        with standing_in(machine):
+            yield
     finally:
-        config.override, launch.recorder, runtime.jit_cache_hook, driver._active = before
+        launch.recorder, runtime.jit_cache_hook = before
 
 
 def calls(n: int, v: int, d: int, logits_dtype: torch.dtype, table_dtype: torch.dtype) -> Iterator[Any]:

@@ -138,7 +138,7 @@ def chunks(n: int, v: int, bytes_per_entry: int, budget: int) -> Iterator[tuple[
     return ((first, min(length, v - first)) for first in range(0, v, length))
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
     """out (float32) = a @ b, plus out when `add`; float32 sums of 16-bit operands."""
     kind: Any = {"out_dtype": torch.float32}
     if a.dtype == torch.float32 or a.device.type != "cuda":
@@ -152,19 +152,19 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> 
 
 def forward(
     logits: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     maximum: torch.Tensor,
     logsum: torch.Tensor,
     temperature: float,
     log2_scale: float,
 ) -> torch.Tensor:
-    """soft [N, D] float32. `logits` and `embedding` with dense rows; see :mod:`.soft_embedding` for the scale."""
-    (n, v), d = logits.shape, embedding.shape[1]
+    """soft [N, D] float32. `logits` and `table` with dense rows; see :mod:`.soft_embedding` for the scale."""
+    (n, v), d = logits.shape, table.shape[1]
     architecture = config.target(logits.device).architecture
     block = architecture.elementwise
-    width = embedding.element_size()
+    width = table.element_size()
     parts = list(chunks(n, v, width, architecture.spare_bytes(logits, d, width)))
-    scratch = torch.empty(n * parts[0][1], dtype=embedding.dtype, device=logits.device)
+    scratch = torch.empty(n * parts[0][1], dtype=table.dtype, device=logits.device)
     soft = torch.empty((n, d), dtype=torch.float32, device=logits.device)
     for first, length in parts:
         p = scratch[: n * length].view(n, length)
@@ -183,14 +183,14 @@ def forward(
             num_warps=block.num_warps,
             BLOCK_V=block.block,
         )
-        _product(p, embedding[first : first + length], soft, add=first > 0)
+        multiply(p, table[first : first + length], soft, add=first > 0)
     return soft.mul_(2.0**-log2_scale) if log2_scale else soft
 
 
 def backward(
     logits: torch.Tensor,
     grad: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     delta: torch.Tensor,
     lse: torch.Tensor,
     temperature: float,
@@ -203,15 +203,15 @@ def backward(
     Args:
         grad: [N, D] of the product's dtype. delta: [N] float32, g . soft.
     """
-    (n, v), d = logits.shape, embedding.shape[1]
+    (n, v), d = logits.shape, table.shape[1]
     architecture = config.target(logits.device).architecture
     block = architecture.elementwise
-    parts = list(chunks(n, v, 4, architecture.spare_bytes(logits, d, embedding.element_size())))
+    parts = list(chunks(n, v, 4, architecture.spare_bytes(logits, d, table.element_size())))
     scratch = torch.empty(n * parts[0][1], dtype=torch.float32, device=logits.device)
     exp_avg, exp_avg_sq = moments or (out, out)
     for first, length in parts:
         product = scratch[: n * length].view(n, length)
-        _product(grad, embedding[first : first + length].to(grad.dtype).t(), product, add=False)
+        multiply(grad, table[first : first + length].to(grad.dtype).t(), product, add=False)
         launch(
             _update_kernel,
             (n, cdiv(length, block.block)),

@@ -19,8 +19,8 @@ import triton
 from . import hopper
 
 # By which a user gives Triton another ptxas.
-_ASSEMBLERS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
-_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+ASSEMBLERS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
+TRITON_RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 # A row is read by this many programs at most. Merging kernels have as many lanes whatever the split, so that a new
 # number of rows compiles nothing.
@@ -177,6 +177,8 @@ def pick_product(
     return entry
 
 
+# Some eight programs for each place on the chip, of slices of 12,288 entries or more: with one program a row N = 1,024
+# took as long as N = 2,048.
 _ROWS: dict[str, Any] = dict(
     # 56 registers, so that nine programs share a multiprocessor.
     statistics=(RowConfig(4096, 4, 4096, 8, most_rows=32), RowConfig(4096, 4, 12288, 64)),
@@ -213,7 +215,8 @@ _FORWARD_32_BIT = (
     GemmConfig(64, 32, 64, 4, 3),
 )
 # Backward: the summed axis is D; V is an output axis, and Adam's traffic is what a second program on the same
-# multiprocessor has to hide, so that tiles stay at half of the shared memory.
+# multiprocessor has to hide, so that tiles stay at half of the shared memory. At the tensor cores' rate 128 x 128 x 64
+# reads 64 bytes a cycle from L2, 128 x 256 x 64 reads 48, 64 x 256 x 64 reads 80; L2 gives some 40.
 _BACKWARD_16_BIT = (
     GemmConfig(16, 128, 64, 4, 4, most_rows=32),
     GemmConfig(64, 128, 64, 4, 3, parts=4, most_rows=256),
@@ -348,6 +351,7 @@ class Target:
 
     `precision` is Triton's input_precision of float32 products: three TF32 products ("tf32x3": about 2^-22 relative,
     on tensor cores) on NVIDIA, plain float32 ("ieee") elsewhere. A single TF32 product would miss the error bound.
+    Triton 3.8 takes more shared memory for three (triton-lang/triton #11526).
     `waits`: products whose left operand is computed in registers end before it is computed anew. On Hopper Triton 3.6
     to 3.8 overwrite it while the product still reads it (triton-lang/triton #9433, #9514, #9530, #11781; an H100 gave
     wrong sums in 250 of 250 launches); 3.9 does not. `compiled`: the extension has this GPU's products
@@ -366,7 +370,7 @@ def target_of(major: int, sms: int, hip: bool = False) -> Target:
     if hip:
         return Target(_SM_80, sms, "ieee")
     # Triton 3.9 and ptxas 13.3, which it brings, are the cure together; nobody knows what another assembler does.
-    unsafe = _TRITON < (3, 9) or any(os.environ.get(name) for name in _ASSEMBLERS)
+    unsafe = TRITON_RELEASE < (3, 9) or any(os.environ.get(name) for name in ASSEMBLERS)
     return Target(_BY_MAJOR.get(major, _SM_80), sms, "tf32x3", waits=major == 9 and unsafe)
 
 

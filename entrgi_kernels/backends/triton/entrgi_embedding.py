@@ -16,7 +16,7 @@ from .statistics import row_statistics
 @ranged
 def entrgi_embedding(
     logits: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     draw: Draw,
     tokens: torch.Tensor | None,
     weight: torch.Tensor | None,
@@ -24,8 +24,8 @@ def entrgi_embedding(
     placement: Placement | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The whole forward: one pass of statistics, a draw, one product; see the eager backend for the outputs."""
-    if embedding.dtype == torch.float64:
-        return eager.entrgi_embedding(logits, embedding, draw, tokens, weight, weight_mode, placement)
+    if table.dtype == torch.float64:
+        return eager.entrgi_embedding(logits, table, draw, tokens, weight, weight_mode, placement)
     logits = rows_of(logits)
     found = row_statistics(logits, 1.0, second=draw.temperature, argmax=True)
     if weight_mode == "entropy":
@@ -44,9 +44,9 @@ def entrgi_embedding(
     if placement is None:
         index, out = (
             None,
-            torch.empty((logits.shape[0], embedding.shape[1]), dtype=embedding.dtype, device=logits.device),
+            torch.empty((logits.shape[0], table.shape[1]), dtype=table.dtype, device=logits.device),
         )
     else:
         out, index = placement
-    soft = forward(logits, embedding, found.maximum, found.logsum2, draw.temperature, (tokens, weight, out), index)
+    soft = forward(logits, table, found.maximum, found.logsum2, draw.temperature, (tokens, weight, out), index)
     return out, tokens, weight, found.entropy, soft, found.lse2, found.argmax

@@ -102,6 +102,8 @@ def _finish(
     columns = first + tl.arange(0, COLUMNS)
     mask = inside_n[:, None] & (columns < v)[None, :]
     x = fetched[0].to(tl.float32)
+    # From the log-sum-exp alone, whose rounding moves a row's gradient by a common factor of up to
+    # exp(|phi / tau| * 6e-8); it is NaN where phi / tau overflows float32. The CPU's kernels find maximum and sum anew.
     # exp2 flushes what is below 2^-126 to zero: three instructions less than exp, of forty.
     p = tl.exp2((x * inverse - tl.load(lse_ptr + rows)[:, None]) * 1.4426950408889634)  # [BN, C], C columns of a part
     delta = tl.load(delta_ptr + rows)[:, None]
@@ -184,7 +186,8 @@ def _backward_kernel(
             e = tl.load(e_ptrs + d0, mask=(d0 + lanes)[:, None] < d, other=0.0)
         acc = tl.dot(g, e.to(g.dtype), acc, input_precision=PRECISION)
     # Part by part, so that logits and both moments of the whole tile never are in registers at once, the next part's
-    # being read while one is worked on. The halves of an accumulator lie in the same threads: taking them apart moves
+    # being read while one is worked on: at once, 464 bytes a thread are spilled at 128 x 128 on sm_90; in eighths it
+    # takes 127 registers. The halves of an accumulator lie in the same threads: taking them apart moves
     # nothing.
     parts = (acc,)  # each [BN, BV / parts]
     for level in tl.static_range(4):
@@ -219,7 +222,7 @@ def product_dtype(*dtypes: torch.dtype) -> torch.dtype:
 def backward(
     logits: torch.Tensor,
     grad: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     soft: torch.Tensor,
     lse: torch.Tensor,
     temperature: float,
@@ -231,31 +234,31 @@ def backward(
 
     Matrices over V have dense rows.
     """
-    (n, v), d = logits.shape, embedding.shape[1]
+    (n, v), d = logits.shape, table.shape[1]
     if n == 0:
         return
     target = config.target(logits.device)
-    embedding, soft, lse = rows_of(embedding), rows_of(soft), vector(lse.float())
-    grad = rows_of(grad.to(product_dtype(grad.dtype, embedding.dtype)))
+    table, soft, lse = rows_of(table), rows_of(soft), vector(lse.float())
+    grad = rows_of(grad.to(product_dtype(grad.dtype, table.dtype)))
     delta = torch.empty(n, dtype=torch.float32, device=logits.device)
     launch(_rowdot_kernel, (n,), grad, soft, delta, d, grad.stride(0), soft.stride(0), num_warps=4, BLOCK_D=512)
     if (
         target.compiled
         and step.moves
         and n >= config.LEAST_COMPILED
-        and hopper.serves(logits, grad, embedding)
+        and hopper.serves(logits, grad, table)
         and (moments is None or hopper.serves_moments(*moments))
     ):
         torch.ops.entrgi_cuda.hopper_update_(
-            *(logits, grad, embedding, delta, lse, *(moments or (None, None))),
+            *(logits, grad, table, delta, lse, *(moments or (None, None))),
             *(step.reads, step.writes, temperature, *step.scalars),
         )
         return
-    even = aligned(logits, embedding, grad, out, *(moments or ()))
-    whole = bulk(grad, embedding)
+    even = aligned(logits, table, grad, out, *(moments or ()))
+    whole = bulk(grad, table)
     entry = config.pick_product(target.architecture, "backward", grad.element_size(), n, even, whole)
     if entry.engine == "chunked":
-        chunked.backward(logits, grad, embedding, delta, lse, temperature, out, moments, step)
+        chunked.backward(logits, grad, table, delta, lse, temperature, out, moments, step)
         return
     exp_avg, exp_avg_sq = moments or (out, out)
     descriptors = entry.loads == "descriptor"
@@ -269,8 +272,8 @@ def backward(
         logits.stride(0),
         tiles(grad, entry.block_n, entry.block_d) if descriptors else grad,
         grad.stride(0),
-        tiles(embedding, entry.block_v, entry.block_d) if descriptors else embedding,
-        embedding.stride(0),
+        tiles(table, entry.block_v, entry.block_d) if descriptors else table,
+        table.stride(0),
         delta,
         lse,
         exp_avg,
@@ -301,7 +304,7 @@ def backward(
 def guidance_update_(
     logits: torch.Tensor,
     grad: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     soft: torch.Tensor,
     lse: torch.Tensor,
     temperature: float,
@@ -309,7 +312,7 @@ def guidance_update_(
 ) -> None:
     """One Adam step on the logits, in place; see :func:`entrgi_kernels.backends.eager.guidance_update_`."""
     if soft.dtype == torch.float64:  # of a float64 table
-        eager.guidance_update_(logits, grad, embedding, soft, lse, temperature, adam)
+        eager.guidance_update_(logits, grad, table, soft, lse, temperature, adam)
         return
     exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, keep = adam
     moments = None if exp_avg is None or exp_avg_sq is None else (exp_avg, exp_avg_sq)
@@ -320,7 +323,7 @@ def guidance_update_(
         lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), beta1, beta2, eps, reads=reads, writes=writes
     )
     state = (dense[1], dense[2]) if reads or writes else None
-    backward(dense[0], grad, embedding, soft, lse, temperature, dense[0], state, taken)
+    backward(dense[0], grad, table, soft, lse, temperature, dense[0], state, taken)
     for tensor, copy in zip(targets if writes else targets[:1], dense, strict=False):
         if copy is not tensor:
             tensor.copy_(copy)

@@ -68,7 +68,7 @@ def plan(n: int, v: int, d: int, most: int, sms: int) -> tuple[int, int, int]:
 
 def forward(
     logits: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     maximum: torch.Tensor,
     logsum: torch.Tensor,
     temperature: float,
@@ -76,11 +76,11 @@ def forward(
     sms: int,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """(soft [N, D] float32 of the first part, the others [parts - 1, N, D], parts), `spare` bytes at most for those."""
-    (n, v), d = logits.shape, embedding.shape[1]
+    (n, v), d = logits.shape, table.shape[1]
     parts, slices, length = plan(n, v, d, 1 + min(63, spare // (4 * n * d)), sms)
     soft = torch.empty((n, d), dtype=torch.float32, device=logits.device)
     others = soft if parts == 1 else torch.empty((parts - 1, n, d), dtype=torch.float32, device=logits.device)
     torch.ops.entrgi_cuda.hopper_forward_(
-        logits, embedding, maximum, logsum, soft, others, parts, slices, length, temperature
+        logits, table, maximum, logsum, soft, others, parts, slices, length, temperature
     )
     return soft, others, parts

@@ -48,7 +48,7 @@ def kernel(*counts: str) -> Callable[[Callable[..., None]], Any]:
 
 
 # What Triton compiled for a launch, by :func:`key`, and the constants that follow the arguments in the kernel's order.
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+compiled_kinds: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 def launch(function: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 2, **meta: Any) -> None:
@@ -70,13 +70,13 @@ def launch(function: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num
     if device.type != "cuda":
         function[grid](*args, **options, **meta)
     elif device.index == torch.cuda.current_device():
-        _launch(function, grid, args, options, meta, device.index)
+        launch_on(function, grid, args, options, meta, device.index)
     else:
         with torch.cuda.device(device):
-            _launch(function, grid, args, options, meta, device.index)
+            launch_on(function, grid, args, options, meta, device.index)
 
 
-def _launch(
+def launch_on(
     function: Any,
     grid: tuple[int, ...],
     args: Sequence[Any],
@@ -84,12 +84,13 @@ def _launch(
     meta: dict[str, Any],
     device: int,
 ) -> None:
+    """Launch on the GPU of this number: through Triton the first time of a kind, then directly."""
     kind = (device, *key(function, args, options, meta))
-    found = _compiled.get(kind)
+    found = compiled_kinds.get(kind)
     if found is None:
         compiled = function[grid](*args, **options, **meta)
         if compiled is not None:  # a hook of Triton's may have kept it from compiling
-            _compiled[kind] = compiled, tuple(meta[name] for name in function.arg_names[len(args) :])
+            compiled_kinds[kind] = compiled, tuple(meta[name] for name in function.arg_names[len(args) :])
     else:
         compiled, constants = found
         compiled[(*grid, 1, 1)[:3]](*args, *constants)
@@ -159,8 +160,8 @@ def bulk(*tensors: torch.Tensor) -> bool:
 def tiles(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A descriptor by which a kernel reads [rows, columns] of a tensor that :func:`bulk` lets pass; zeros outside it.
 
-    It is made on the host at every launch and goes to the kernel by value, so that a captured graph holds it. Its
-    sizes are ordinary arguments of what is compiled.
+    It is made on the host at every launch (some 10 microseconds on a slow core) and goes to the kernel by value, so
+    that a captured graph holds it. Its sizes are ordinary arguments of what is compiled.
     """
     return TensorDescriptor(tensor, list(tensor.shape), [tensor.stride(0), 1], [rows, columns])
 

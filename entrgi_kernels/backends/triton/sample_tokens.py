@@ -55,6 +55,7 @@ def _race_kernel(
         # without an entry that could reach the best so far, roundings allowed for, needs no logarithms.
         allowed = 32.01 + 1e-6 * tl.abs(top) - top * 1.4426950408889634
         near = (high0.to(tl.float32) <= tl.exp2(x0 * c + allowed)) | (high1.to(tl.float32) <= tl.exp2(x1 * c + allowed))
+        # A branch before a reduction, as in triton-lang/triton #11153; nothing wrong has been seen.
         if tl.max(near.to(tl.int32), axis=0) > 0:
             score0 = x0 * inverse - log_exponential(high0, low0)
             score1 = x1 * inverse - log_exponential(high1, low1)

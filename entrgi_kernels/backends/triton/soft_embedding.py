@@ -6,7 +6,7 @@ that for E, p^T grad, recomputes p inside a product that sums over rows.
 The left operand of every tile product is exp((logit - maximum) / tau - logsum), computed in registers from the logits
 and the row statistics that the pass before left; N x V probabilities never exist. When rows are few the vocabulary is
 split over programs: since p is already normalised, the partial products simply add, in a fixed order. The pass over
-[N, D] that adds them blends too. Inside the product the blend would cost half of the registers again: one program a
+[N, D] that adds them blends too. Inside the product the blend takes 236 registers in place of 124: one program a
 multiprocessor in place of two on sm_90.
 
 In float16 the probabilities are scaled by 2^10 inside the product (and back after it), so that p down to 6e-11 is not
@@ -208,7 +208,8 @@ def _table_kernel(
     for n0 in range(0, n, BLOCK_N):
         rows = tl.cast(n0 + lanes, tl.int64)
         inside_n = rows < n
-        # Read transposed: the product's left operand is p^T, straight from memory, never a transposed accumulator.
+        # Read transposed: the left operand is p^T, straight from memory. A transposed accumulator in a second product
+        # has been compiled wrongly (fla-org/flash-linear-attention #826, #984).
         x = tl.load(
             logits_ptr + rows[None, :] * stride_n + entries[:, None],
             mask=inside_n[None, :] & inside_v[:, None],
@@ -252,7 +253,7 @@ def scale_of(dtype: torch.dtype) -> float:
 
 def forward(
     logits: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     maximum: torch.Tensor,
     logsum: torch.Tensor,
     temperature: float,
@@ -266,27 +267,27 @@ def forward(
         mixed: (int64 tokens [N], float32 weight [N], [M, D] with dense rows, which the blend goes to).
         index: int64 [N], the place of each row there; None keeps their order.
     """
-    logits, embedding = rows_of(logits), rows_of(embedding)
-    (n, v), d = logits.shape, embedding.shape[1]
+    logits, table = rows_of(logits), rows_of(table)
+    (n, v), d = logits.shape, table.shape[1]
     device = logits.device
     target = config.target(device)
-    whole = bulk(logits, embedding)
-    even = aligned(logits, embedding)
-    entry = config.pick_product(target.architecture, "forward", embedding.element_size(), n, even, whole)
-    scale = scale_of(embedding.dtype)
+    whole = bulk(logits, table)
+    even = aligned(logits, table)
+    entry = config.pick_product(target.architecture, "forward", table.element_size(), n, even, whole)
+    scale = scale_of(table.dtype)
     if n == 0:
         return torch.empty((0, d), dtype=torch.float32, device=device)
-    if target.compiled and n >= config.LEAST_COMPILED and hopper.serves(logits, embedding):
-        spare = target.architecture.spare_bytes(logits, d, embedding.element_size())
-        arguments = (logits, embedding, vector(maximum), vector(logsum), temperature, spare, target.sms)
+    if target.compiled and n >= config.LEAST_COMPILED and hopper.serves(logits, table):
+        spare = target.architecture.spare_bytes(logits, d, table.element_size())
+        arguments = (logits, table, vector(maximum), vector(logsum), temperature, spare, target.sms)
         soft, parts, splits = hopper.forward(*arguments)
     elif entry.engine == "chunked":
-        soft = parts = chunked.forward(logits, embedding, maximum, logsum, temperature, scale)
+        soft = parts = chunked.forward(logits, table, maximum, logsum, temperature, scale)
         splits = 1
     else:
         blocks_v = cdiv(v, entry.block_v)
         programs = cdiv(n, entry.block_n) * cdiv(d, entry.block_d)
-        spare = target.architecture.spare_bytes(logits, d, embedding.element_size()) // (4 * n * d)
+        spare = target.architecture.spare_bytes(logits, d, table.element_size()) // (4 * n * d)
         splits = split_count(programs, blocks_v, target.sms * max(1, 8 // entry.num_warps), min(64, 1 + spare))
         length = cdiv(blocks_v, splits) * entry.block_v
         splits = cdiv(v, length)
@@ -298,8 +299,8 @@ def forward(
             (programs * splits,),
             tiles(logits, entry.block_n, entry.block_v) if descriptors else logits,
             logits.stride(0),
-            tiles(embedding, entry.block_v, entry.block_d) if descriptors else embedding,
-            embedding.stride(0),
+            tiles(table, entry.block_v, entry.block_d) if descriptors else table,
+            table.stride(0),
             maximum,
             logsum,
             soft,
@@ -313,9 +314,9 @@ def forward(
             2.0**-scale,
             num_warps=entry.num_warps,
             # Logits wider than the table: a stage less, or GPUs with 99 KiB of shared memory refuse the launch.
-            num_stages=max(1, entry.num_stages - (logits.element_size() > embedding.element_size())),
+            num_stages=max(1, entry.num_stages - (logits.element_size() > table.element_size())),
             DESCRIPTORS=descriptors,
-            WAITS=target.waits and embedding.element_size() == 2,
+            WAITS=target.waits and table.element_size() == 2,
             EVEN_V=v % entry.block_v == 0,
             EVEN_D=descriptors or d % entry.block_d == 0,
             PRECISION=target.precision,
@@ -331,8 +332,8 @@ def forward(
             _merge_kernel,
             (cdiv(n, block_n), cdiv(d, block_d)),
             parts,
-            embedding,
-            embedding.stride(0),
+            table,
+            table.stride(0),
             vector(tokens),
             vector(weight),
             soft,
@@ -354,22 +355,20 @@ def forward(
 
 
 @ranged
-def soft_embedding(
-    logits: torch.Tensor, embedding: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(softmax(logits / temperature) @ embedding [N, D], log-sum-exp [N]), float32."""
-    if embedding.dtype == torch.float64:
+def soft_embedding(logits: torch.Tensor, table: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(softmax(logits / temperature) @ table [N, D], log-sum-exp [N]), float32."""
+    if table.dtype == torch.float64:
         # float64 under narrower logits: its sums have to be float64, which only the eager backend forms on a GPU.
-        return eager.soft_embedding(logits, embedding, temperature)
+        return eager.soft_embedding(logits, table, temperature)
     logits = rows_of(logits)
     rows = row_statistics(logits, temperature)
-    return forward(logits, embedding, rows.maximum, rows.logsum, temperature), rows.lse
+    return forward(logits, table, rows.maximum, rows.logsum, temperature), rows.lse
 
 
 @ranged
 def soft_embedding_backward(
     logits: torch.Tensor,
-    embedding: torch.Tensor,
+    table: torch.Tensor,
     grad: torch.Tensor,
     soft: torch.Tensor,
     lse: torch.Tensor,
@@ -377,9 +376,9 @@ def soft_embedding_backward(
 ) -> torch.Tensor:
     """d loss/d logits [N, V] of the logits' dtype."""
     if soft.dtype == torch.float64:  # of a float64 table
-        return eager.soft_embedding_backward(logits, embedding, grad, soft, lse, temperature)
+        return eager.soft_embedding_backward(logits, table, grad, soft, lse, temperature)
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    backward(rows_of(logits), grad, embedding, soft, lse, temperature, out, None, NO_STEP)
+    backward(rows_of(logits), grad, table, soft, lse, temperature, out, None, NO_STEP)
     return out
 
 

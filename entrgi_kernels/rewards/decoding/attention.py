@@ -21,10 +21,10 @@ IN_PLACE_OF = "sdpa"
 # Scores B * H * Q * K up to which the products are used. Measured on two AVX-512 cores, forward and backward together:
 # ahead of torch's kernel by 5 times at 6 thousand scores and 1.7 times at 3 million in bfloat16 (float32: 1.5 and
 # 1.4), level with it at 10 million, behind at 16.
-_MOST_SCORES = 2**22
+MOST_SCORES = 2**22
 
 
-class _Products(torch.autograd.Function):
+class Products(torch.autograd.Function):
     """softmax(scale q k^T + mask) v with the probabilities kept for the backward."""
 
     @staticmethod
@@ -92,7 +92,7 @@ def attend(
         and query.device.type == "cpu"
         and torch.is_grad_enabled()
         and (query.requires_grad or key.requires_grad or value.requires_grad)
-        and scores <= _MOST_SCORES
+        and scores <= MOST_SCORES
     )
     if not covered:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -101,7 +101,7 @@ def attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return _Products.apply(query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None
+    return Products.apply(query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None
 
 
 @functools.cache

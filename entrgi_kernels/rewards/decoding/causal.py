@@ -14,7 +14,7 @@ from ...models.modules import module_device, output_head
 from .sequences import wide
 
 # Logits held at once, in bytes; a row of 152k float32 logits takes 0.6 MB.
-_CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 64 << 20
 # Config entries that transformers multiplies or divides logits by (Cohere, Falcon-H1; Granite).
 _FACTORS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
 
@@ -107,7 +107,7 @@ def by_chunks(states: torch.Tensor, width: int, score: Callable[[torch.Tensor, s
         width: of the widest thing that a row needs, to choose the chunks.
         score: (some rows [c, D], which of the n they are) -> [c]; differentiable in the rows.
     """
-    return _ByChunks.apply(states, max(1, _CHUNK_BYTES // (4 * width)), score)
+    return _ByChunks.apply(states, max(1, CHUNK_BYTES // (4 * width)), score)
 
 
 class _ByChunks(torch.autograd.Function):

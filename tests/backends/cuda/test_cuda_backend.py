@@ -23,11 +23,11 @@ def stand_ins(monkeypatch):
     for name in ("softmax_entropy", "sample_tokens", "unmask_confidence"):
         setattr(module, name, getattr(eager, name))
     known = {"eager": eager, "native": "no native here", "triton": "no triton here", "cuda": module}
-    monkeypatch.setattr(backends, "_load", known.__getitem__)
+    monkeypatch.setattr(backends, "load", known.__getitem__)
     monkeypatch.delenv("ENTRGI_BACKEND", raising=False)
-    backends._choose.cache_clear(), backends._resolved.cache_clear()
+    backends.forget()
     yield known
-    backends._choose.cache_clear(), backends._resolved.cache_clear()
+    backends.forget()
 
 
 def test_why_not_names_the_first_thing_that_is_missing(monkeypatch):
@@ -52,7 +52,7 @@ def test_why_not_names_the_first_thing_that_is_missing(monkeypatch):
 
 
 def test_a_missing_extension_is_explained_from_the_record(monkeypatch, tmp_path):
-    monkeypatch.setattr(extension, "_RECORD", tmp_path / "record.json")
+    monkeypatch.setattr(extension, "RECORD", tmp_path / "record.json")
     name = "entrgi_kernels._C_no_such_module"
     assert "setup.py build_ext --inplace" in extension.load.__wrapped__(name)
     (tmp_path / "record.json").write_text(json.dumps({"extensions": {name: "the compiler was on strike"}}))

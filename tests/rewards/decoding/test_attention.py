@@ -31,7 +31,7 @@ def test_output_and_gradients(shared, scale):
     expected = own(*inputs, mask, scale)
     grad = torch.randn_like(expected)
     found, _ = attention.attend(torch.nn.Module(), *inputs, mask, scaling=scale)
-    assert "_Products" in found.grad_fn.next_functions[0][0].next_functions[0][0].name()
+    assert "Products" in found.grad_fn.next_functions[0][0].next_functions[0][0].name()
     torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-12, atol=1e-12)
     wanted = torch.autograd.grad(expected, inputs, grad)
     for ours, theirs in zip(torch.autograd.grad(found, inputs, grad.transpose(1, 2)), wanted, strict=True):
@@ -62,10 +62,10 @@ def test_the_rest_is_left_to_torch(case, monkeypatch):
     elif case == "float mask":
         mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
     elif case == "large":
-        monkeypatch.setattr(attention, "_MOST_SCORES", 3 * 6 * 4 * 7 - 1)
+        monkeypatch.setattr(attention, "MOST_SCORES", 3 * 6 * 4 * 7 - 1)
     else:
         settings = {"dropout": 1e-300}
-    monkeypatch.setattr(attention._Products, "apply", None)
+    monkeypatch.setattr(attention.Products, "apply", None)
     module = torch.nn.Module()
     module.num_key_value_groups = 3
     found, _ = attention.attend(module, *inputs, mask, **settings)
@@ -74,8 +74,8 @@ def test_the_rest_is_left_to_torch(case, monkeypatch):
 
 def test_in_use_for_as_long_as_a_reward_runs(tokenizer, classifier, monkeypatch):
     calls = []
-    apply = attention._Products.apply
-    monkeypatch.setattr(attention._Products, "apply", lambda *args: calls.append(len(args)) or apply(*args))
+    apply = attention.Products.apply
+    monkeypatch.setattr(attention.Products, "apply", lambda *args: calls.append(len(args)) or apply(*args))
     reward = rewards.wrap(classifier(len(tokenizer), "Qwen3", attn_implementation="sdpa"), tokenizer)
     prepared = reward.prepare([[{"role": "user", "content": "Hello."}]])
     index, alive = torch.zeros(2, dtype=torch.int64), torch.ones(2, 5, dtype=torch.bool)
