@@ -11,6 +11,7 @@ from .canvas import Canvas
 from .denoising import Denoiser, OnStep
 from .errors import NonFiniteLogitsError, NonFiniteRewardError
 from .results import StepTrace
+from .schedules import steps_of_block
 
 
 def fill(
@@ -103,12 +104,6 @@ def fill(
     canvas.response.masked_fill_(canvas.masked, score.pad_token_id)
     canvas.masked.fill_(False)
     return canvas.response
-
-
-def steps_of_block(steps: int, number: int, blocks: int) -> tuple[int, int]:
-    """(first step, steps) of a block: of the block's number alone, so that no trajectory depends on its batch."""
-    begins = [max(block, steps * block // blocks) for block in (number, number + 1)]
-    return begins[0], begins[1] - begins[0]
 
 
 def _offsets(model: Any, canvas: Canvas) -> list[int]:

@@ -98,7 +98,7 @@ def _work(plan: Plan, todo: set[int]) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    """Weights, the logits under optimisation with Adam's two moments, and kept keys: they dominate what comes on top."""
+    """Weights; what comes on top is dominated by the logits under optimisation, Adam's two moments and kept keys."""
     shapes = _shapes(plan)
     if None in shapes.values():
         return ["memory: the models' configurations are not to be found here"]
@@ -124,8 +124,8 @@ def _memory(plan: Plan) -> list[str]:
         extra = max(extra, held)
     gib = [f"{value / 2**30:.1f} GiB" for value in (weights, table, extra, weights + table + extra)]
     return [
-        f"memory of a process: about {gib[3]}: weights {gib[0]}, embedding table {gib[1]}, logits with Adam's moments and kept "
-        f"keys {gib[2]} (the largest batch; --batch-size lowers it)"
+        f"memory of a process: about {gib[3]}: weights {gib[0]}, embedding table {gib[1]}, logits with Adam's moments "
+        f"and kept keys {gib[2]} (the largest batch; --batch-size lowers it)"
     ]
 
 

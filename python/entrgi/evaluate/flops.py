@@ -15,8 +15,8 @@ reward, final score   one forward over P + L positions
 ====================  ==================================================================================================
 
 By blocks n_t are a block's slots. The reward reads up to the block's end, and finished blocks are in its cache: L is
-then a block, P all before it; a block's first step also reads the one before. The diffusion model's forwards are, with B
-the block length and C the position at which a block begins:
+then a block, P all before it; a block's first step also reads the one before. The diffusion model's forwards are, with
+B the block length and C the position at which a block begins:
 
 ====================  ==================================================================================================
 whole canvases        of S positions, as above
@@ -27,9 +27,9 @@ model_cache           a block's first one of S positions; later ones of the bloc
                       logits are shifted run one position more
 ====================  ==================================================================================================
 
-The savings that are counted are those that depend on the settings alone (idle steps, prefix cache, finished blocks, last
-layer, committed rows); those that depend on the text make a guided sample cheaper than it is counted here, never dearer.
-So do a threshold and an early end. All K samples of a prompt share its first forward: that one is counted 1/K.
+The savings that are counted are those that depend on the settings alone (idle steps, prefix cache, finished blocks,
+last layer, committed rows); those that depend on the text make a guided sample cheaper than it is counted here, never
+dearer. So do a threshold and an early end. All K samples of a prompt share its first forward: that one is counted 1/K.
 """
 
 from __future__ import annotations
@@ -122,8 +122,7 @@ def sample_flops(model: Shape, reward: Shape, config: GuidanceConfig, prompt_tok
         config: the sampler's settings.
         prompt_tokens: of the prompt with its chat template.
     """
-    from entrgi_kernels.guidance.blocks import steps_of_block
-    from entrgi_kernels.guidance.schedules import plan
+    from entrgi_kernels.guidance.schedules import plan, steps_of_block
 
     slots, sequence = config.max_new_tokens, prompt_tokens + config.max_new_tokens
     length = open_slots(model, config)

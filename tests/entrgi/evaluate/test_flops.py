@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
+from benchmarks.harness.models import Network, World, make_world
+from benchmarks.harness.phases import FlopCounter
 from entrgi.evaluate.config import from_dict
 from entrgi.evaluate.flops import Shape, sample_flops, total
 from entrgi.evaluate.plan import _KNOWN, make_plan, matched_best_of
-from benchmarks.harness.models import Network, World, make_world
-from benchmarks.harness.phases import FlopCounter
 from entrgi_kernels import GuidedSampler, models
 from entrgi_kernels.backends.ranges import listening
 from entrgi_kernels.guidance import phases
