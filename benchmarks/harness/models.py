@@ -95,6 +95,7 @@ class Network:
 # Of their published configurations.
 DREAM_7B = Network(3584, 28, 18944, 28, 4, 128, "qwen2")
 QWEN3_1_7B = Network(2048, 28, 6144, 16, 8, 128)
+QWEN3_8B = Network(4096, 36, 12288, 32, 8, 128)  # SDAR-8B's too
 
 
 def make_world(

@@ -19,7 +19,7 @@ from benchmarks.baselines.loop import LoopSettings, PublishedLoop
 from benchmarks.baselines.step import Published, Vectorized
 from benchmarks.harness.inputs import VOCABULARY, Shape, StepSettings
 from benchmarks.harness.measure import Candidate
-from benchmarks.harness.models import DREAM_7B, QWEN3_1_7B, Network, World, make_world
+from benchmarks.harness.models import DREAM_7B, QWEN3_1_7B, QWEN3_8B, Network, World, make_world
 from benchmarks.harness.oracle import Check, combine
 
 PROMPTS = ["w11 w5 w300 w7 w2 w19", "w800 w20"]
@@ -31,7 +31,8 @@ class Size:
     """How large a generation is measured.
 
     `d`: width of a one-layer reward model, where `reward` gives no other; the loop's numbers as in
-    :class:`LoopSettings`, with as many of :data:`PROMPTS` as `prompts` says (in turn).
+    :class:`LoopSettings`, with as many of :data:`PROMPTS` as `prompts` says (in turn), or prompts of `prompt_words`.
+    `block_length`: decode block by block and compare that with whole canvases (:func:`block_samplers`).
     """
 
     v: int = VOCABULARY
@@ -43,6 +44,8 @@ class Size:
     prompts: int = 2
     diffusion: Network | None = None
     reward: Network | None = None
+    block_length: int | None = None
+    prompt_words: int | None = None
 
     @property
     def settings(self) -> LoopSettings:
@@ -50,6 +53,8 @@ class Size:
 
     @property
     def texts(self) -> list[str]:
+        if self.prompt_words is not None:
+            return [" ".join(f"w{(37 * j + i) % 800}" for j in range(self.prompt_words)) for i in range(self.prompts)]
         return [PROMPTS[i % len(PROMPTS)] for i in range(self.prompts)]
 
     @property
@@ -82,14 +87,24 @@ PRESETS = {
     # The published models' shapes and batch; 8 denoising steps stand for 128: a step costs the same on average.
     "dream": Size(152_064, 0, 4, 128, 8, 3, 4, DREAM_7B, QWEN3_1_7B),
     "published": Size(152_064, 0, 4, 128, 128, 3, 4, DREAM_7B, QWEN3_1_7B),
+    # 256 slots in blocks of 32, four steps a block, on one prompt: about three minutes on two cores.
+    "blocks": Size(
+        32_000, 0, 2, 256, 32, 1, 1, Network(512, 8, 2688, 8, 8, 64), Network(256, 6, 2048, 4, 2, 64), 32, 64
+    ),
+    # The same of SDAR-8B's shape under the published reward and batch; 32 denoising steps stand for 256.
+    "sdar": Size(VOCABULARY, 0, 4, 256, 32, 3, 4, QWEN3_8B, QWEN3_1_7B, 32, 128),
 }
+# Of presets by blocks: a block-causal model that keeps finished blocks, the same that keeps nothing, and a model that
+# sees the whole canvas under the same settings, without blocks.
+KEPT, UNKEPT, WHOLE = "kept blocks", "no caches", "whole canvas"
 
 
-def sampler(world: World, size: Size, backend: str = "auto", **settings: Any) -> Any:
-    """Our sampler on the same models and settings, but for those given."""
+def sampler(world: World, size: Size, backend: str = "auto", model: Any = None, **settings: Any) -> Any:
+    """Our sampler on the same models and settings, but for those given (`model`: another adapter)."""
     import entrgi_kernels
 
-    model = entrgi_kernels.models.MaskedDiffusion(world.model, world.tokenizer.mask_token_id, shift=True)
+    if model is None:
+        model = entrgi_kernels.models.MaskedDiffusion(world.model, world.tokenizer.mask_token_id, shift=True)
     loop = size.settings
     own = dict(
         backend=backend,
@@ -104,6 +119,36 @@ def sampler(world: World, size: Size, backend: str = "auto", **settings: Any) ->
     )
     models = (model, world.reward_model, world.tokenizer, world.reward_tokenizer)
     return entrgi_kernels.GuidedSampler(*models, **{**own, **settings})
+
+
+def block_samplers(world: World, size: Size, backend: str = "auto") -> dict[str, Any]:
+    """The samplers of a preset by blocks, all on the same network: :data:`KEPT`, :data:`UNKEPT`, :data:`WHOLE`."""
+    from entrgi_kernels.models import BlockCausal
+
+    assert size.block_length is not None
+    mask = world.tokenizer.mask_token_id
+    kept, unkept = (BlockCausal(world.model, mask, size.block_length) for _ in range(2))
+    unkept.keeps_blocks = False  # whole canvases up to the open block, as networks are run whose cache does not serve
+    whole = sampler(world, size, backend)
+    return {KEPT: sampler(world, size, backend, kept), UNKEPT: sampler(world, size, backend, unkept), WHOLE: whole}
+
+
+def check_same_blocks(keeps: bool, backend: str = "eager", device: str = "cpu") -> Check:
+    """The gate of kept blocks: in float64, at a smaller size, they give the tokens of the same model without caches.
+
+    Args:
+        keeps: whether the model that is to be timed keeps its blocks.
+    """
+    size = Size(v=211, d=16, num_samples=2, max_new_tokens=12, steps=6, guidance_steps=2, block_length=4)
+    world = make_world(v=size.v, d=size.d, width=16, dtype=torch.float64, device=device)
+    made = block_samplers(world, size, "eager" if backend in ("triton", "cuda") else backend)
+    same = tokens_of(made[KEPT], PROMPTS) == tokens_of(made[UNKEPT], PROMPTS)
+    return combine(
+        [
+            Check(keeps and made[KEPT].model.keeps_blocks, "finished blocks are kept"),
+            Check(same, "tokens are the same with and without kept blocks"),
+        ]
+    )
 
 
 def check_same_tokens(backend: str = "eager", device: str = "cpu") -> Check:
@@ -209,6 +254,17 @@ class Recording:
                     torch.autograd.grad(-value.sum(), leaf)
 
 
+def published_loops(world: World, size: Size, baselines: Sequence[str] = ("published",)) -> list[Candidate]:
+    """The published loop, or the same with batched steps."""
+    parts = (world.model, world.tokenizer, world.reward_model, world.reward_tokenizer, size.settings)
+    steps = {"published": Published, "vectorized": Vectorized}
+    made = []
+    for name in baselines:
+        loop = PublishedLoop(*parts, step=steps[name])
+        made.append(Candidate(name, lambda loop=loop: loop.generate(size.texts), check_same_tokens))
+    return made
+
+
 def candidates(
     world: World,
     size: Size,
@@ -217,12 +273,7 @@ def candidates(
     device: str = "cpu",
 ) -> list[Candidate]:
     """The published loop, the same with batched steps, our sampler for each backend, and the floor."""
-    parts = (world.model, world.tokenizer, world.reward_model, world.reward_tokenizer, size.settings)
-    steps = {"published": Published, "vectorized": Vectorized}
-    made = []
-    for name in baselines:
-        loop = PublishedLoop(*parts, step=steps[name])
-        made.append(Candidate(name, lambda loop=loop: loop.generate(size.texts), check_same_tokens))
+    made = published_loops(world, size, baselines)
     for backend in backends:
         ours = sampler(world, size, backend)
         made.append(

@@ -11,6 +11,7 @@ from .canvas import Canvas
 from .denoising import Denoiser, OnStep
 from .errors import NonFiniteLogitsError, NonFiniteRewardError
 from .results import StepTrace
+from .schedules import steps_of_block
 
 
 def fill(
@@ -47,7 +48,7 @@ def fill(
     begins = torch.tensor(offsets, dtype=torch.int64, device=device)
     block_of_slot = (torch.arange(slots, device=device) + begins[:, None]) // block_length
     # Trajectories that go on, and each one's row in the forwards.
-    active, held = list(range(count)), list(range(count))
+    active, held, edited = list(range(count)), list(range(count)), False
     for number in range((slots + max(offsets, default=0) - 1) // block_length + 1):
         ended = ((canvas.response == score.eos_token_id) & ~canvas.masked).any(dim=1)
         here = canvas.masked & (block_of_slot == number) & ~ended[:, None]
@@ -81,10 +82,12 @@ def fill(
             score=score,
             first=canvas.start + number * block_length - begins[of_all],
             rows=rows,
+            # Where a hook changed what was final, the reward would go on with what was there before.
+            settled=0 if edited else max(0, number * block_length - max(offsets[row] for row in going)),
         )
         if denoiser.search is not None:
             denoiser.search.canvas, denoiser.search.also = part, [canvas.masked]
-        first_step, steps = _steps(config.steps, number, slots // block_length)
+        first_step, steps = steps_of_block(config.steps, number, slots // block_length)
         try:
             one.run(
                 steps=steps,
@@ -96,6 +99,7 @@ def fill(
         except (NonFiniteLogitsError, NonFiniteRewardError) as error:
             error.trajectory = going[error.trajectory]
             raise
+        edited |= one.edited
         if not everyone:
             canvas.tokens[of_all] = part.tokens
         # What has ended before this block keeps its masks until the end.
@@ -105,12 +109,6 @@ def fill(
     canvas.response.masked_fill_(canvas.masked, score.pad_token_id)
     canvas.masked.fill_(False)
     return canvas.response
-
-
-def _steps(steps: int, number: int, blocks: int) -> tuple[int, int]:
-    """(first step, steps) of a block: of the block's number alone, so that no trajectory depends on its batch."""
-    begins = [max(block, steps * block // blocks) for block in (number, number + 1)]
-    return begins[0], begins[1] - begins[0]
 
 
 def _offsets(model: Any, canvas: Canvas) -> list[int]:

@@ -49,7 +49,9 @@ class Denoiser:
         first: int64 [R], the column at which each row's block begins; None where the response does.
         rows: int64 [R], which of the rows of the forwards' last block these are; None for all of them.
         search: what permutes the trajectories; None where nothing does.
+        settled: leading slots of every response that are final when the run begins.
         narrow: whether the forwards hold one row for each of the canvas's identical ones.
+        edited: whether a hook has changed tokens.
 
     The host waits for the device once before the first step, once after the last, and at most once in each step: to
     learn how many of the drawn tokens are postponed, and how far the responses are settled from the left. (Traces, and
@@ -68,6 +70,7 @@ class Denoiser:
     first: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     search: Search | None = None
+    settled: int = 0
 
     def __post_init__(self) -> None:
         self._device = self.canvas.tokens.device
@@ -82,7 +85,7 @@ class Denoiser:
             if self.config.cuda_graphs:
                 self._guide = CapturedLoop(self._guide, self.config, self.memory, len(rows) // copies)
         self._reads_are_free = self._device.type == "cpu"
-        self._settled, self._edited, self.narrow = 0, False, False
+        self._settled, self.edited, self.narrow = self.settled, False, False
         self._fillable = self.canvas.masked.clone()
 
     @torch.no_grad()
@@ -156,7 +159,7 @@ class Denoiser:
                     if step < last_step:
                         canvas.masked.copy_((canvas.response == self.model.mask_token_id) & self._fillable)
                     self._identical = self._planned = False
-                    self._edited, self._settled = True, 0
+                    self.edited, self._settled = True, 0
         (unfilled,) = self._faults.check(canvas.masked.sum(dim=1))
         for place, count in enumerate(unfilled):
             if count:  # a mask token is never returned as text
@@ -278,7 +281,7 @@ class Denoiser:
             open_slots: [R, L], slots that may still change.
         """
         # Where a hook may change what is committed nothing is settled: the reward would keep what was there before.
-        counted = self._guide is not None and self.score.takes_committed and not self._edited
+        counted = self._guide is not None and self.score.takes_committed and not self.edited
         parts = [column] if wanted else []
         if counted:
             shown = (self.canvas.read_by_reward(self.canvas.response, 0), self.canvas.read_by_reward(open_slots, True))

@@ -2,18 +2,20 @@
 
 A batch of R trajectories needs beyond the weights about
 
-    N V (phi + Adam's moments) + n V (the committed rows' copies) + max(f(S) R, g(L) R, workspace)
+    N V (phi + Adam's moments) + n V (the committed rows' copies)
+    + max(P o(S), R f(S), k(S) R + max(g(L) R, h N, workspace))
 
-with N = R L open slots, n those a step commits at most, S the length that the diffusion model sees. f, one of its
-forwards, and g, the larger of a forward and backward of the reward behind the longest prompt and of the final scoring
-of its text, are measured, not assumed: each is run on three short inputs while the memory that its tensors hold is
+with P prompts, N = R B open slots (B those of a block; without blocks L), n those a step commits at most, S the length
+that the diffusion model sees. What is measured, not assumed: f, a block's forwards with the keys and values that they
+keep, of which k is left between them; o, the first forward of a prompt, which its samples share; h, what a forward
+holds of an open slot's logits beside phi; and g, the larger of a forward and backward of the reward behind the longest
+prompt and of the final scoring of its text. Each is run on three short inputs while the memory that its tensors hold is
 counted, and the parabola through the three is what a row costs (the square term is there where masks or attention
 scores are).
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import weakref
@@ -27,10 +29,12 @@ from torch.utils._pytree import tree_iter
 
 from ..backends import resolve
 from ..models import DiffusionModel
+from ..models.forwards import Forwards
 from ..ops.guidance_update import moment_dtype
 from ..rewards.base import reward_gradient
 from ..text.template import Conversation
-from .schedules import plan
+from .canvas import Canvas
+from .schedules import plan, steps_of_block
 
 if TYPE_CHECKING:
     from .config import GuidanceConfig
@@ -93,7 +97,12 @@ class Cost:
 
     @classmethod
     def through(cls, lengths: Sequence[int], taken: Sequence[float]) -> Cost:
-        """The parabola through three measurements; the line through the last two where it bends the wrong way."""
+        """The parabola through three measurements; the line through the last two where it bends the wrong way.
+
+        Of fewer than three the last counts, in proportion to the length.
+        """
+        if len(lengths) < 3:
+            return cls(0.0, taken[-1] / lengths[-1], 0.0)
         (x, y, z), (low, middle, high) = lengths, taken
         first, second = (middle - low) / (y - x), (high - middle) / (z - y)
         square = (second - first) / (z - x)
@@ -110,26 +119,37 @@ class MemoryEstimate:
     """What a batch takes, in bytes; see the module's text for the formula.
 
     Attributes:
-        forward: of the diffusion model, a row of S positions.
+        opening: the first forward of a prompt, S positions.
+        forward: of the diffusion model, a row of S positions: a block's forwards, with what is kept between them.
+        kept: what is left of a row of S positions between its forwards.
+        head_bytes: of one entry of phi, what a forward holds of it elsewhere.
         reward: forward and backward, or final scoring, a row of L response slots.
-        vocab_size, slots: V and L.
+        vocab_size, slots, open_slots: V, L and B.
         logit_bytes, moment_bytes, workspace_bytes: of one entry of phi.
         committed: slots that a trajectory commits in one step at most.
+        num_samples: K.
     """
 
+    opening: Cost
     forward: Cost
+    kept: Cost
+    head_bytes: float
     reward: Cost
     vocab_size: int
     slots: int
+    open_slots: int
     logit_bytes: float
     moment_bytes: float
     workspace_bytes: float
     committed: int
+    num_samples: int
 
     @classmethod
     def measure(
         cls,
         model: DiffusionModel,
+        forwards: Callable[[Canvas, int], Forwards],
+        block_length: int | None,
         config: GuidanceConfig,
         conversation: Conversation,
         prompt: list[int],
@@ -140,6 +160,10 @@ class MemoryEstimate:
         """Run both models on three short inputs each and count.
 
         Args:
+            model: the diffusion model's adapter.
+            forwards: the loop's way to ask it, for a canvas by blocks of a length.
+            block_length: of the run; None without blocks.
+            config: settings.
             conversation, prompt: the longest of those to be generated for, and its ids.
             decode: makes a text of ids.
             scorer: the loop's way to ask the reward, for so many rows of that prompt.
@@ -152,12 +176,14 @@ class MemoryEstimate:
         if any(getattr(adapter, "position_limit", None) is not None for adapter in (model, reward)):
             longest = max(4, min(probed[-1], config.max_new_tokens))  # learned positions have room for that many
             probed = longest // 4, longest // 2, longest
-        forward = []
-        for length in probed:
-            tokens = torch.full((rows, length), model.mask_token_id, device=device)
-            real, wanted = torch.ones_like(tokens, dtype=torch.bool), torch.zeros_like(tokens, dtype=torch.bool)
-            wanted[:, -1] = True
-            forward.append(peak_bytes(functools.partial(model.masked_logits, tokens, real, wanted)) / rows)
+        open_slots, own = block_length or config.max_new_tokens, getattr(model, "block_length", None)
+        block, canvases = max(1, min(open_slots, probed[0] // 4)), probed
+        if own is not None:  # whole blocks: two behind a prompt, or as many as there are positions for
+            least, limit = -(-probed[0] // own), getattr(model, "position_limit", None)
+            counts = (2 + least, 2 + 2 * least, 2 + 4 * least)
+            counts = counts if limit is None else tuple(n for n in (1, 2, 3) if n * own <= limit)
+            block, canvases = own, tuple(own * count for count in counts)
+        probes = [_Probe.of(model, forwards, rows, length, block) for length in canvases]
         taken: list[float] = []
         for length in probed:
             ids = [prompt[i % len(prompt)] for i in range(length)]
@@ -181,29 +207,79 @@ class MemoryEstimate:
         state = moment_dtype(model.dtype, config.state_dtype)
         keeps = config.guided and (config.guidance_steps > 1 or not config.saves("adam_state"))
         engine = resolve(config.backend, torch.empty(0, dtype=model.dtype, device=device)).NAME
-        counts = plan(config.schedule, [config.max_new_tokens], config.steps, config.schedule_eps).counts
+        blocks = config.max_new_tokens // open_slots
+        steps = {steps_of_block(config.steps, number, blocks)[1] for number in range(blocks)}
+        plans = [plan(config.schedule, [open_slots], count, config.schedule_eps).counts for count in steps]
+        starts = [max(block, length - block) for length in canvases]
         return cls(
-            forward=Cost.through(probed, forward),
+            opening=Cost.through(starts, [probe.opening for probe in probes]) if own else Cost(0.0, 0.0, 0.0),
+            forward=Cost.through(canvases, [probe.forward for probe in probes]),
+            kept=Cost.through(canvases, [probe.kept for probe in probes]),
+            head_bytes=probes[0].head / model.vocab_size,
             reward=Cost.through(probed, taken),
             vocab_size=model.vocab_size,
             slots=config.max_new_tokens,
+            open_slots=open_slots,
             logit_bytes=size,
             moment_bytes=2 * state.itemsize if keeps else 0,
             workspace_bytes=_EAGER_WORKSPACE if engine == "eager" else _FUSED_WORKSPACE,
-            committed=max((row[0] for row in counts), default=0),
+            committed=max((row[0] for counts in plans for row in counts), default=0),
+            num_samples=config.num_samples,
         )
 
     def __call__(self, trajectories: int, prompt_length: int) -> float:
         """Bytes for `trajectories` rows, the longest prompt having `prompt_length` tokens."""
-        entries = float(trajectories * self.slots * self.vocab_size)
+        open_slots = trajectories * self.open_slots
+        entries = float(open_slots * self.vocab_size)
         moved = float(trajectories * self.committed * self.vocab_size)
         held = entries * (self.logit_bytes + self.moment_bytes) + moved * (self.logit_bytes + self.moment_bytes)
+        length, prompts = prompt_length + self.slots, -(-trajectories // self.num_samples)
+        beside = trajectories * self.reward(self.slots), entries * self.head_bytes, entries * self.workspace_bytes
         passing = (
-            trajectories * self.forward(prompt_length + self.slots),
-            trajectories * self.reward(self.slots),
-            entries * self.workspace_bytes,
+            prompts * self.opening(prompt_length + self.open_slots),
+            trajectories * self.forward(length),
+            trajectories * self.kept(length) + max(beside),
         )
         return held + max(passing)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Bytes a row that forwards take on a short canvas; see :class:`MemoryEstimate`. `head` is of one slot's logits."""
+
+    opening: float
+    forward: float
+    kept: float
+    head: float
+
+    @classmethod
+    def of(
+        cls, model: DiffusionModel, forwards: Callable[[Canvas, int], Forwards], rows: int, length: int, block: int
+    ) -> _Probe:
+        """Of a canvas of so many columns, whose last two blocks are opened (its only one, where it has no more)."""
+        start, device = max(0, length - 2 * block), model.device
+        tokens = torch.full((rows, length), model.mask_token_id, device=device)
+        real, keys = torch.ones_like(tokens, dtype=torch.bool), tokens[:, start:]
+        canvas = Canvas(tokens, real, start, real[:, start:], keys)
+        outs = [torch.empty(rows * count, model.vocab_size, dtype=model.dtype, device=device) for count in (1, block)]
+        with LiveMemory() as memory:
+            made = forwards(canvas, block)
+
+            def peak(begin: int | None, slots: int) -> float:
+                memory.peak = memory.live
+                if begin is not None:
+                    made.open(tokens, torch.full_like(tokens[:, 0], begin))
+                end = length if begin is None else begin + block
+                masked = torch.zeros_like(real)
+                masked[:, end - slots : end] = True
+                made.masked_logits(tokens, masked, out=outs[slots > 1])
+                return memory.peak / rows
+
+            opening = peak(start, 1)
+            first, one = peak(length - block, 1), peak(None, 1)
+            kept = memory.live / rows
+            head = max(0.0, peak(None, block) - one) / max(1, block - 1)
+        return cls(opening, max(first, one), kept, head)
 
 
 def memory_budget(given: float | int | None, device: torch.device) -> float:

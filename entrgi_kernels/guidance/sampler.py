@@ -188,8 +188,12 @@ class GuidedSampler:
                     index = torch.zeros(rows, dtype=torch.int64, device=self.model.device)
                     return self.scorer(prepared, index, config)
 
+                def forwards(canvas: Canvas, length: int) -> Forwards:
+                    return self._forwards(self.model, canvas, config, length)
+
+                of_model = self.model, forwards, self._block_length(config)
                 turns, ids = conversations[longest], encoded[longest]
-                return MemoryEstimate.measure(self.model, config, turns, ids, self.decode, scorer, table)
+                return MemoryEstimate.measure(*of_model, config, turns, ids, self.decode, scorer, table)
 
         batches = make_batches([len(ids) for ids in encoded], config, estimate, self.model.device)
         if only is not None:

@@ -67,6 +67,12 @@ def plan(schedule: str, masked: list[int], steps: int, eps: float = 1e-3) -> Pla
     )
 
 
+def steps_of_block(steps: int, number: int, blocks: int) -> tuple[int, int]:
+    """(first step, steps) of a block: of the block's number alone, so that no trajectory depends on its batch."""
+    begins = [max(block, steps * block // blocks) for block in (number, number + 1)]
+    return begins[0], begins[1] - begins[0]
+
+
 def _drain(n: int, shares: list[float], rounding: Callable[[float], int]) -> list[int]:
     """Counts a step for one trajectory: rounding(n share), never more than are left."""
     counts = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from benchmarks.harness.models import Network
 from benchmarks.harness.phases import REST, FlopCounter, PhaseTimer
 from benchmarks.suites import end_to_end, generation
 from benchmarks.suites.end_to_end import PLAIN, measure_end_to_end
-from benchmarks.suites.generation import FLOOR, Recording, Size, sampler
+from benchmarks.suites.generation import FLOOR, KEPT, UNKEPT, WHOLE, Recording, Size, check_same_blocks, sampler
 from benchmarks.tools.profile import OneStep
 from entrgi_kernels import ops
 from entrgi_kernels.backends.ranges import listening, scope
@@ -89,6 +90,27 @@ def test_a_red_check_gives_no_time(monkeypatch):
     refused = measure_end_to_end("quick", torch.float32, backend="eager", size=SIZE, budget=0.0)
     assert {"eager", PLAIN} <= set(refused.group.refused) and refused.phases == {}
     assert "equal the published loop's" in refused.group.refused["eager"]
+
+
+def test_a_preset_by_blocks(tmp_path):
+    size = dataclasses.replace(SIZE, max_new_tokens=16, steps=8, block_length=4, prompt_words=9, prompts=1)
+    found = measure_end_to_end("blocks", torch.float64, backend="eager", size=size, budget=0.0)
+    assert found.group.refused == {} and set(found.group.timings) == {"published", KEPT, UNKEPT, WHOLE}
+    assert found.same == 1.0 and all(0 < found.share_of_models(name) < 1 for name in (KEPT, UNKEPT, WHOLE))
+    model = {name: found.flops[name][MODEL] for name in (KEPT, UNKEPT, WHOLE)}
+    assert 2 * model[KEPT] < model[UNKEPT] < model[WHOLE] < found.flops["published"][REST]
+    rows = {row["backend"]: row for row in found.rows("cpu")}
+    assert rows[KEPT]["share of models"] > 0 and rows[KEPT]["tokens equal with and without kept blocks"] == 1.0
+    assert rows["published"]["TFLOP"] > rows[WHOLE]["TFLOP"] > rows[KEPT]["TFLOP"]
+    assert "vs whole canvas" in found.table() and "own forwards and backwards: kept blocks" in found.table()
+
+
+def test_blocks_that_are_not_kept_have_no_time(monkeypatch):
+    assert check_same_blocks(True).passed and not check_same_blocks(False).passed
+    monkeypatch.setattr(generation, "tokens_of", lambda sampler, prompts, **settings: sampler)  # all different
+    size = dataclasses.replace(SIZE, max_new_tokens=8, block_length=4)
+    refused = measure_end_to_end("blocks", torch.float32, backend="eager", size=size, budget=0.0)
+    assert "with and without kept blocks" in refused.group.refused[KEPT] and not refused.phases
 
 
 def test_flops_are_counted_by_phase():

@@ -14,6 +14,8 @@ from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler, batching
 from entrgi_kernels.guidance import sampler as sampler_module
 from entrgi_kernels.guidance.batching import Batch, make_batches
 from entrgi_kernels.guidance.memory import Cost, LiveMemory, free_memory, memory_budget, peak_bytes
+from entrgi_kernels.models import BlockCausal
+from entrgi_kernels.models.block_forwards import BlockForwards
 
 PROMPTS = ["Why?", "A rather longer question than that one was.", "Hm", "Tell me more about it", "So"]
 SHORT = dict(num_samples=3, max_new_tokens=6, steps=4, guidance_steps=2)
@@ -81,6 +83,38 @@ def test_auto_says_what_it_chose(sampler, caplog):
 @pytest.mark.parametrize("settings", [{}, {"method": "none"}, {"guidance_steps": 1, "max_new_tokens": 40}], ids=str)
 def test_the_estimate_is_near_the_measured_peak(make_diffusion, reward, tokenizer, rows, vocabulary, settings):
     sampler = GuidedSampler(make_diffusion(len(tokenizer) + vocabulary), reward, tokenizer, shift=True)
+    check_estimate(sampler, rows, settings)
+
+
+# Keys of several layers, and prompts and responses that are long beside a block.
+KEYS = dict(num_key_value_heads=8, num_attention_heads=8, head_dim=32)
+BLOCKS = [
+    (4, {}),
+    (4, {"num_samples": 4}),
+    (16, {"method": "none"}),
+    (4, {"cfg_scale": 1.0}),
+    (None, {"block_length": 4}),
+    (None, {"block_length": 8, "model_cache": "prefix"}),
+    (None, {"block_length": 8, "model_cache": "dual", "num_samples": 3}),
+    (None, {"block_length": 8, "cfg_scale": 1.0, "method": "none"}),
+]
+
+
+@pytest.mark.parametrize("vocabulary", [0, 10_000])
+@pytest.mark.parametrize(("length", "settings"), BLOCKS, ids=str)
+def test_the_estimate_knows_blocks_and_what_is_kept(make_diffusion, reward, tokenizer, length, vocabulary, settings):
+    model = make_diffusion(len(tokenizer) + vocabulary, **KEYS)
+    if length is not None:
+        model = BlockCausal(model, tokenizer.mask_token_id, length)
+    sampler = GuidedSampler(model, reward, tokenizer)
+    needed, prompt = check_estimate(sampler, 2, {"max_new_tokens": 64, "steps": 16, "guidance_steps": 1, **settings})
+    assert needed.open_slots == (length or settings["block_length"])
+    keeps = length is not None or "model_cache" in settings
+    assert (needed.kept(100) > 100 * KEYS["num_key_value_heads"] * 32 * 2 * 2 * 4) == keeps
+
+
+def check_estimate(sampler, rows, settings):
+    """Hold the estimate for so many prompts to the measured peak; returns it, and the prompt's length."""
     config = sampler.config.replace(**{**SHORT, "num_samples": 1, "backend": "native", **settings})
     if "native" not in available():
         config = config.replace(backend="eager")
@@ -92,7 +126,8 @@ def test_the_estimate_is_near_the_measured_peak(make_diffusion, reward, tokenize
     # What operators take inside of them is not seen when it is measured: it must not be counted when it is compared.
     plain = estimate.__class__(**{**estimate.__dict__, "workspace_bytes": 0.0})
     measured = peak_bytes(lambda: sampler.generate([prompt] * rows, **{**config.to_dict(), "batch_size": rows}))
-    assert measured / FACTOR <= plain(rows, length) <= measured * FACTOR
+    assert measured / FACTOR <= plain(rows * config.num_samples, length) <= measured * FACTOR
+    return estimate, length
 
 
 def available():
@@ -158,6 +193,26 @@ def test_out_of_memory_halves_and_loses_nothing(sampler, monkeypatch, caplog):
     assert found == expected and sorted(seen) == list(range(5))
     assert max(sizes) == 15 and min(sizes) == 1 and "out of memory with 15 trajectories" in caplog.text
     assert all(len(s.trace) == 4 for r in results for s in r.samples)
+
+
+def test_out_of_memory_within_a_block_halves(make_diffusion, reward, tokenizer, monkeypatch, caplog):
+    model = BlockCausal(make_diffusion(len(tokenizer)).double(), tokenizer.mask_token_id, 2)
+    sampler = GuidedSampler(model, reward.double(), tokenizer, **{**SHORT, "steps": 6})
+    expected = tokens_of(sampler, batch_size=1)
+    forward, sizes = BlockForwards.masked_logits, []
+
+    @functools.wraps(forward)
+    def fails(self, tokens, masked, **given):
+        sizes.append(len(tokens))
+        if len(tokens) > 2 and len(sizes) > 3:  # in the second block: the first one is kept
+            sizes.clear()
+            raise ERRORS[0]
+        return forward(self, tokens, masked, **given)
+
+    monkeypatch.setattr(BlockForwards, "masked_logits", fails)
+    with caplog.at_level(logging.WARNING, logger="entrgi_kernels"):
+        assert tokens_of(sampler, batch_size=5) == expected
+    assert "out of memory with 15 trajectories" in caplog.text and caplog.text.count("out of memory") > 1
 
 
 def test_a_single_trajectory_that_does_not_fit_is_an_error(sampler, monkeypatch):

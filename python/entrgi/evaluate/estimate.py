@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..tables import text_table
 from .config import Cell
-from .flops import Shape, sample_flops, total
+from .flops import Shape, open_slots, sample_flops, total
 from .plan import Plan, prompt_length
 from .render import quantity
 from .specs import TINY, check_judges
@@ -98,7 +98,7 @@ def _work(plan: Plan, todo: set[int]) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    """Weights, and the logits under optimisation with Adam's two moments, which dominate what comes on top."""
+    """Weights; what comes on top is dominated by the logits under optimisation, Adam's two moments and kept keys."""
     shapes = _shapes(plan)
     if None in shapes.values():
         return ["memory: the models' configurations are not to be found here"]
@@ -112,15 +112,20 @@ def _memory(plan: Plan) -> list[str]:
     extra = 0.0
     for cell in plan.cells:
         c = cell.config
-        entries = c.batch_size * c.num_samples * c.max_new_tokens * model.vocabulary
+        rows = c.batch_size * c.num_samples
+        entries = rows * open_slots(model, c) * model.vocabulary
         # Adam's moments have the logits' dtype unless another is set, float32 for float16.
         moment = _BYTES[c.state_dtype] if c.state_dtype else 4 if plan.config.dtype == "float16" else width
         kept = 2 * moment if c.guided and c.guidance_steps > 1 else 0
-        extra = max(extra, entries * (width * (2 if c.guided else 1.25) + kept))
+        held = entries * (width * (2 if c.guided else 1.25) + kept)
+        if model.block_length is not None or c.model_cache is not None:
+            positions = prompt_length(plan.prompts) + c.max_new_tokens
+            held += rows * positions * model.layers * 2 * model.key_value * width * (2 if c.cfg_scale else 1)
+        extra = max(extra, held)
     gib = [f"{value / 2**30:.1f} GiB" for value in (weights, table, extra, weights + table + extra)]
     return [
         f"memory of a process: about {gib[3]}: weights {gib[0]}, embedding table {gib[1]}, logits with Adam's moments "
-        f"{gib[2]} (the largest batch; --batch-size lowers it)"
+        f"and kept keys {gib[2]} (the largest batch; --batch-size lowers it)"
     ]
 
 

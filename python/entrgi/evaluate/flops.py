@@ -6,7 +6,7 @@ vocabulary, D the reward model's width, R = L + suffix the reward positions that
 
 ====================  ==================================================================================================
 diffusion model       every step that commits something: S (2 W + 4 l a S) + 2 n_t d V, with W the weights of its l
-                      layers, a the width of its attention heads together, d its own width
+                      layers, a the width of its attention heads together, d its own width; twice that with cfg_scale
 reward, guidance      M times a step, forward and backward to its inputs: 2 R (2 W) + 3 R (4 l a (P + R)); its last
                       layer is run at one position alone
 vocabulary            M times a step: 2 n_t V D for the soft embedding, and as much for its gradient; in the last of the
@@ -14,9 +14,22 @@ vocabulary            M times a step: 2 n_t V D for the soft embedding, and as m
 reward, final score   one forward over P + L positions
 ====================  ==================================================================================================
 
-The savings that are counted are those that depend on the settings alone (idle steps, prefix cache, last layer,
-committed rows); those that depend on the text make a guided sample cheaper than it is counted here, never dearer. All K
-samples of a prompt share its first forward: that one is counted 1/K.
+By blocks n_t are a block's slots. The reward reads up to the block's end, and finished blocks are in its cache: L is
+then a block, P all before it; a block's first step also reads the one before. The diffusion model's forwards are, with
+B the block length and C the position at which a block begins:
+
+====================  ==================================================================================================
+whole canvases        of S positions, as above
+block-causal          of B positions that see C + B; a block's first one also runs the block before it, the very first
+                      one the prompt
+model_cache           a block's first one of S positions; later ones of the block ("dual") or of all from it on
+                      ("prefix"), which see S. The very first block's is made anew once its samples part. Models whose
+                      logits are shifted run one position more
+====================  ==================================================================================================
+
+The savings that are counted are those that depend on the settings alone (idle steps, prefix cache, finished blocks,
+last layer, committed rows); those that depend on the text make a guided sample cheaper than it is counted here, never
+dearer. So do a threshold and an early end. All K samples of a prompt share its first forward: that one is counted 1/K.
 """
 
 from __future__ import annotations
@@ -34,7 +47,11 @@ _SUFFIX = 2  # tokens after the response in ChatML templates: end of turn, newli
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A decoder's dimensions: as far as they matter for its products."""
+    """A decoder's dimensions: as far as they matter for its products.
+
+    ``block_length``: of a model trained with block-causal attention; None for one that sees whole canvases.
+    ``shift``: whether slot i's logits are read at position i - 1.
+    """
 
     layers: int
     hidden: int
@@ -43,6 +60,8 @@ class Shape:
     key_value: int
     vocabulary: int
     tied: bool = True
+    block_length: int | None = None
+    shift: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Shape:
@@ -61,6 +80,12 @@ class Shape:
 
         hidden, heads = first("hidden_size", "d_model"), first("num_attention_heads", "n_heads")
         width = text.get("head_dim") or hidden // heads
+        mark = config.get("entrgi")
+        mark = mark if isinstance(mark, dict) else {}
+        named = [mark.get("block_length"), config.get("block_length")]
+        if "auto_map" in config:  # names that mean other things in transformers' own architectures
+            named += [config.get("block_size"), config.get("bd_size")]
+        blocks = [length for length in named if isinstance(length, int) and not isinstance(length, bool)]
         groups = text.get("num_key_value_heads") or text.get("n_kv_heads") or heads
         return cls(
             layers=first("num_hidden_layers", "n_layers"),
@@ -70,6 +95,8 @@ class Shape:
             key_value=groups * width,
             vocabulary=first("vocab_size", "embedding_size"),
             tied=bool(text.get("tie_word_embeddings", False)),
+            block_length=(blocks[0] or None) if blocks else None,
+            shift=bool(mark.get("shift", str(config.get("model_type")).lower() == "dream")),
         )
 
     @property
@@ -95,27 +122,65 @@ def sample_flops(model: Shape, reward: Shape, config: GuidanceConfig, prompt_tok
         config: the sampler's settings.
         prompt_tokens: of the prompt with its chat template.
     """
-    from entrgi_kernels.guidance.schedules import plan
+    from entrgi_kernels.guidance.schedules import plan, steps_of_block
 
     slots, sequence = config.max_new_tokens, prompt_tokens + config.max_new_tokens
+    length = open_slots(model, config)
+    # Blocks of a block-causal model are counted from the prompt's first token.
+    offset = round(prompt_tokens) % length if model.block_length else 0
     parts = {"model": 0.0, "reward": 0.0, "vocabulary": 0.0}
-    counts = [row[0] for row in plan(config.schedule, [slots], config.steps, config.schedule_eps).counts]
-    masked, first = slots, True
-    for count in counts:
-        if not count:
-            continue
-        share = 1 / config.num_samples if first else 1.0
-        parts["model"] += share * (model.forward(sequence, sequence) + 2 * masked * model.hidden * model.vocabulary)
-        if config.guided:
-            inner = config.guidance_steps
-            parts["reward"] += inner * _reward_step(reward, slots + _SUFFIX, prompt_tokens)
-            product = 2 * model.vocabulary * reward.hidden
-            ranked_before = config.alg == "entropy" and config.confidence == "base"
-            rows = inner * masked + (inner - 1) * masked + (count if ranked_before else masked)
-            parts["vocabulary"] += product * rows
-        masked, first = masked - count, False
+    shared, finished = 1 / config.num_samples, 0  # of the very first forward; slots that the reward need not read
+    for number in range(math.ceil((slots + offset) / length)):
+        begin, end = max(0, number * length - offset), min(slots, (number + 1) * length - offset)
+        _, steps = steps_of_block(config.steps, number, slots // length)
+        counts = plan(config.schedule, [end - begin], steps, config.schedule_eps).counts
+        masked = end - begin
+        for step, count in enumerate(row[0] for row in counts if row[0]):
+            first = (number, step) == (0, 0)
+            # Where samples part a block's cache is made anew.
+            fresh = step == 0 or (step == 1 and number == 0 and config.num_samples > 1)
+            forward = _forward(model, config, prompt_tokens, number * length - offset, length, fresh, first)
+            forward += 2 * masked * model.hidden * model.vocabulary
+            parts["model"] += (shared if first else 1.0) * (2 if config.cfg_scale else 1) * forward
+            if config.guided:
+                inner = config.guidance_steps
+                shown = min(slots, (number + 1) * length) - finished
+                parts["reward"] += inner * _reward_step(reward, shown + _SUFFIX, prompt_tokens + finished)
+                finished = begin if config.saves("reward_committed") else 0
+                product = 2 * model.vocabulary * reward.hidden
+                ranked_before = config.alg == "entropy" and config.confidence == "base"
+                rows = inner * masked + (inner - 1) * masked + (count if ranked_before else masked)
+                parts["vocabulary"] += product * rows
+            masked -= count
     parts["scoring"] = reward.forward(sequence + _SUFFIX, sequence + _SUFFIX)
     return parts
+
+
+def open_slots(model: Shape, config: GuidanceConfig) -> int:
+    """Slots that are open at once: a block's, without blocks the response's."""
+    return config.block_length or model.block_length or config.max_new_tokens
+
+
+def _forward(
+    model: Shape, config: GuidanceConfig, prompt: float, begin: float, length: int, fresh: bool, first: bool
+) -> float:
+    """One forward of the diffusion model without its head.
+
+    Args:
+        prompt: its tokens.
+        begin: where the block begins, counted from the first slot; in the prompt where that ends within a block.
+        length: of the block.
+        fresh: whether what the block keeps is still to be made.
+        first: whether it is the run's very first forward.
+    """
+    sequence = prompt + config.max_new_tokens
+    if model.block_length is not None:
+        context = prompt + begin + length
+        return model.forward(context if first else 2 * length if fresh and begin > 0 else length, context)
+    if config.model_cache is None or fresh:
+        return model.forward(sequence, sequence)
+    again = length if config.model_cache == "dual" else config.max_new_tokens - begin
+    return model.forward(again + model.shift, sequence)
 
 
 def _reward_step(reward: Shape, tokens: float, prefix: float) -> float:

@@ -196,7 +196,7 @@ _QWEN3 = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151936, "tie_
 _KNOWN = {
     "Dream-org/Dream-v0-Instruct-7B": {
         "num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
-        "num_key_value_heads": 4, "vocab_size": 152064,
+        "num_key_value_heads": 4, "vocab_size": 152064, "model_type": "Dream",
     },
     "Skywork/Skywork-Reward-V2-Qwen3-0.6B": {
         **_QWEN3, "num_hidden_layers": 28, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16,

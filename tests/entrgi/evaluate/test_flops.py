@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from benchmarks.harness.models import Network, World, make_world
+from benchmarks.harness.phases import FlopCounter
 from entrgi.evaluate.config import from_dict
 from entrgi.evaluate.flops import Shape, sample_flops, total
 from entrgi.evaluate.plan import _KNOWN, make_plan, matched_best_of
+from entrgi_kernels import GuidedSampler, models
+from entrgi_kernels.backends.ranges import listening
+from entrgi_kernels.guidance import phases
 from entrgi_kernels.guidance.config import GuidanceConfig
+from entrgi_kernels.text.template import conversation_from, encode_prompt
 
 DREAM, SKYWORK = "Dream-org/Dream-v0-Instruct-7B", "Skywork/Skywork-Reward-V2-Qwen3-1.7B"
 
@@ -87,3 +94,81 @@ def test_the_formula_against_torch(tiny_weights, settings) -> None:
     parts = sample_flops(model, reward, config, length)
     expected = config.num_samples * (parts["model"] + parts["reward"] + parts["scoring"])
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    nets = {"diffusion": Network.plain(64, 2), "reward": Network(32, 3, 48, 2, 1, 16)}
+    made = make_world(v=401, **nets, dtype=torch.float64)
+    made.model.lm_head.weight[made.tokenizer.eos_token_id] = 0  # next to never drawn: an early end is cheaper
+    return made
+
+
+def _counted(world: World, blocks: int | None, settings: dict) -> tuple[dict[str, float], dict[str, float]]:
+    """FLOPs by part of one prompt's samples: counted, and by the formula."""
+    mask = world.tokenizer.mask_token_id
+    model = models.MaskedDiffusion(world.model, mask)
+    if blocks is not None:
+        model = models.BlockCausal(world.model, mask, blocks)
+    chosen = {"num_samples": 3, "max_new_tokens": 24, "steps": 12, "guidance_steps": 2, "backend": "eager", **settings}
+    chosen["exact_savings"] = tuple(FIXED | chosen.pop("more", set()))
+    sampler = GuidedSampler(model, world.reward_model, world.tokenizer, world.reward_tokenizer, **chosen)
+    prompt = "w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11"
+    with (counter := FlopCounter()), listening(counter):
+        (result,) = sampler.generate([prompt], progress=False)
+    assert not any(world.tokenizer.eos_token_id in sample.tokens for sample in result.samples)
+    shapes = [Shape.from_config(net.config.to_dict()) for net in (world.model, world.reward_model)]
+    if blocks is not None:
+        shapes[0] = Shape.from_config({**world.model.config.to_dict(), "block_length": blocks})
+    length = len(encode_prompt(world.tokenizer, conversation_from(prompt)))
+    parts = sample_flops(*shapes, sampler.config, length)
+    found = {
+        "model": counter.by_phase[phases.MODEL],
+        "reward": counter.by_phase[phases.REWARD] + counter.by_phase[phases.REWARD_BACKWARD],
+        "vocabulary": counter.by_phase[phases.EMBED] + counter.by_phase[phases.UPDATE],
+    }
+    return found, {name: sampler.config.num_samples * parts[name] for name in found}
+
+
+# The savings that the formula counts: those that do not depend on the text.
+FIXED = {"idle_steps", "shared_forward", "committed_rows", "adam_state", "reward_prefix", "reward_last_layer"}
+BY_BLOCKS = [
+    (None, {"block_length": 8}),
+    (None, {"block_length": 8, "num_samples": 1, "alg": "maskgit_plus"}),
+    (None, {"block_length": 8, "model_cache": "prefix"}),
+    (None, {"block_length": 8, "model_cache": "dual", "num_samples": 1}),
+    (None, {"block_length": 8, "cfg_scale": 0.5}),
+    (None, {"model_cache": "dual"}),
+    (8, {}),
+    (4, {"num_samples": 1, "steps": 24}),
+    (8, {"cfg_scale": 0.5, "schedule": "even"}),
+]
+
+
+@pytest.mark.parametrize(("blocks", "settings"), BY_BLOCKS, ids=str)
+def test_the_formula_by_blocks_against_torch(world, blocks, settings) -> None:
+    found, expected = _counted(world, blocks, settings)
+    for name, flops in expected.items():
+        assert found[name] == pytest.approx(flops, rel=0.05), name
+
+
+@pytest.mark.parametrize("blocks", [None, 8])
+def test_the_reward_runs_finished_blocks_once(world, blocks) -> None:
+    settings = {"block_length": 8, "max_new_tokens": 40, "steps": 20, "guidance_steps": 1, "more": {"reward_committed"}}
+    found, expected = _counted(world, blocks, settings)
+    assert 0.8 * expected["reward"] < found["reward"] < 1.01 * expected["reward"]
+    whole, _ = _counted(world, blocks, {**settings, "more": set()})
+    assert found["reward"] < 0.6 * whole["reward"]
+
+
+def test_block_lengths_and_shifts_are_read_off_configurations() -> None:
+    base = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 9}
+
+    def read(**more) -> tuple[int | None, bool]:
+        shape = Shape.from_config({**base, **more})
+        return shape.block_length, shape.shift
+
+    assert read(block_size=64) == (None, False)  # nanoGPT calls its positions so
+    assert read(block_size=4, auto_map={}) == (4, False) and read(block_length=32) == (32, False)
+    assert read(entrgi={"block_length": 8, "shift": True}, block_length=4) == (8, True)
+    assert read(model_type="Dream") == (None, True)
