@@ -362,7 +362,7 @@ Tensor row_dot(const Tensor& a, const Tensor& b) {
 // Everything of the job but the destination. Tensors that it points to are kept alive by the caller through `hold`.
 struct Backward {
   entrgi::BackwardJob job;
-  Tensor table, grad, baseline, packed;
+  Tensor embedding, grad, baseline, packed;
   Normaliser norm;
 
   Backward(const Tensor& logits, const Tensor& embedding_, const Tensor& grad_, const Tensor& soft, const Tensor& lse_,
