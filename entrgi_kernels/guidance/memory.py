@@ -180,7 +180,7 @@ class MemoryEstimate:
         block, canvases = max(1, min(open_slots, probed[0] // 4)), probed
         if own is not None:  # whole blocks: two behind a prompt, or as many as there are positions for
             least, limit = -(-probed[0] // own), getattr(model, "position_limit", None)
-            counts = (2 + least, 2 + 2 * least, 2 + 4 * least)
+            counts: tuple[int, ...] = (2 + least, 2 + 2 * least, 2 + 4 * least)
             counts = counts if limit is None else tuple(n for n in (1, 2, 3) if n * own <= limit)
             block, canvases = own, tuple(own * count for count in counts)
         probes = [_Probe.of(model, forwards, rows, length, block) for length in canvases]
