@@ -102,7 +102,7 @@ class EndToEnd:
         text += ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         shares = ", ".join(f"{name} {self.share_of_models(name):.0%}" for name in self.phases)
         text.append(f"share of the models' own forwards and backwards: {shares}")
-        totals = ", ".join(f"{name} {sum(flops.values()) / 1e12:.3f}" for name, flops in self.flops.items())
+        totals = ", ".join(f"{name} {sum(flops.values()) / 1e12:.3g}" for name, flops in self.flops.items())
         text.append(f"TFLOP in all: {totals}")
         if self.same is not None:
             text.append(f"tokens that are the same with and without {self.what} in this dtype: {self.same:.1%}")

@@ -51,10 +51,12 @@ def fill(
     active, held, edited = list(range(count)), list(range(count)), False
     for number in range((slots + max(offsets, default=0) - 1) // block_length + 1):
         ended = ((canvas.response == score.eos_token_id) & ~canvas.masked).any(dim=1)
-        here = canvas.masked & (block_of_slot == number) & ~ended[:, None]
-        left = here.sum(dim=1).tolist()
-        going = [row for row in active if left[row]]
-        if not going:
+        open_slots = canvas.masked & ~ended[:, None]
+        here = open_slots & (block_of_slot == number)
+        # A block may be given that others follow: its row stays.
+        left, later = torch.stack([here, open_slots & (block_of_slot > number)]).sum(dim=2).tolist()
+        going = [row for row in active if left[row] or later[row]]
+        if not any(left[row] for row in going):
             continue
         if denoiser.search is not None:
             going = active  # whoever has ended may yet be copied, or replaced

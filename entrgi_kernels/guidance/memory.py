@@ -127,7 +127,7 @@ class MemoryEstimate:
         vocab_size, slots, open_slots: V, L and B.
         logit_bytes, moment_bytes, workspace_bytes: of one entry of phi.
         committed: slots that a trajectory commits in one step at most.
-        num_samples: K.
+        sharing: trajectories that share a prompt's first forward.
     """
 
     opening: Cost
@@ -142,7 +142,7 @@ class MemoryEstimate:
     moment_bytes: float
     workspace_bytes: float
     committed: int
-    num_samples: int
+    sharing: int
 
     @classmethod
     def measure(
@@ -224,7 +224,7 @@ class MemoryEstimate:
             moment_bytes=2 * state.itemsize if keeps else 0,
             workspace_bytes=_EAGER_WORKSPACE if engine == "eager" else _FUSED_WORKSPACE,
             committed=max((row[0] for counts in plans for row in counts), default=0),
-            num_samples=config.num_samples,
+            sharing=config.num_samples * config.copies,
         )
 
     def __call__(self, trajectories: int, prompt_length: int) -> float:
@@ -233,7 +233,7 @@ class MemoryEstimate:
         entries = float(open_slots * self.vocab_size)
         moved = float(trajectories * self.committed * self.vocab_size)
         held = entries * (self.logit_bytes + self.moment_bytes) + moved * (self.logit_bytes + self.moment_bytes)
-        length, prompts = prompt_length + self.slots, -(-trajectories // self.num_samples)
+        length, prompts = prompt_length + self.slots, -(-trajectories // self.sharing)
         beside = trajectories * self.reward(self.slots), entries * self.head_bytes, entries * self.workspace_bytes
         passing = (
             prompts * self.opening(prompt_length + self.open_slots),

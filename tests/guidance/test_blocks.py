@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler
+from entrgi_kernels.guidance.canvas import Canvas
 from entrgi_kernels.models import BlockCausal
 from entrgi_kernels.models.forwards import WholeCanvas
 from entrgi_kernels.rewards import CallableReward
@@ -167,6 +168,32 @@ def test_blocks_that_the_model_was_not_trained_with(parts):
         sampler.generate("Why?", block_length=2)
     with pytest.raises(ValueError, match="max_new_tokens=6: expected a multiple of 4"):
         sampler.generate("Why?", max_new_tokens=6)
+
+
+@pytest.mark.parametrize("kind", [None, BlockCausal])
+def test_a_row_whose_block_is_given_goes_on_behind_it(parts, tokenizer, kind):
+    sampler = GuidedSampler(*parts, **SETTINGS) if kind is None else block_causal(parts, kind)
+    turns, config = [[{"role": "user", "content": text}] for text in "ab"], sampler.config.replace(block_length=4)
+
+    def canvas():
+        made = sampler.canvas([[65, 66, 67, 68], [67, 68, 69, 70]], [1, 2], 1, 12, torch.device("cpu"))
+        for row, begin in ((0, 0), (1, 4)):  # the first block of one, the second of the other
+            made.tokens[row, 4 + begin : 8 + begin], made.masked[row, begin : begin + 4] = 70, False
+        return made
+
+    config = config.replace(max_new_tokens=12, steps=12, deprioritize_eos=True)
+    together = sampler.denoise(canvas(), turns, torch.tensor([0, 1]), config)
+    whole = canvas()
+    for row in range(2):
+        alone = Canvas(
+            *(t[row : row + 1] for t in (whole.tokens, whole.attention)),
+            4,
+            whole.masked[row : row + 1],
+            whole.keys[row : row + 1],
+        )
+        found = sampler.denoise(alone, turns[row : row + 1], torch.tensor([0]), config)
+        assert torch.equal(found[0], together[row])
+    assert (together == tokenizer.pad_token_id).sum() == 0
 
 
 def test_hooks_see_all_trajectories_and_may_change_them(parts, tokenizer):

@@ -73,6 +73,30 @@ def test_one_wait_a_step_and_the_same_tokens(samplers, settings, monkeypatch):
     assert len(between) >= 3 and max(between[2:]) <= 1 and sum(between[:2]) <= 2 + 3, (between, dict(device.places))
 
 
+@pytest.mark.parametrize("edited", [False, True])
+def test_finished_blocks_are_taken_at_the_loops_word(samplers, edited):
+    """A reward on a device keeps them without looking, so that a hook that changes one must be noticed."""
+    here, there, device = samplers
+    settings = {**SETTINGS, "max_new_tokens": 16, "steps": 16, "block_length": 2, "learning_rate": 30.0}
+    turns = [[{"role": "user", "content": text}] for text in PROMPTS]
+
+    def hook(step, tokens):
+        if not edited or step != 3:
+            return None
+        tokens[:, -16:-14] = 70  # in the first block, after the second
+        return tokens
+
+    def run(sampler):
+        of = sampler.model.device
+        canvas = sampler.canvas([[65, 66], [67]], [1, 2], 2, 16, of)
+        index = torch.tensor([0, 0, 1, 1]).to(of)
+        return sampler.denoise(canvas, turns, index, sampler.config.replace(**settings), on_step=hook).tolist()
+
+    expected = run(here)
+    with device:
+        assert run(there) == expected
+
+
 def test_a_wait_too_many_is_seen(samplers, monkeypatch):
     _, there, device = samplers
     original, totals = commits.sample_tokens, []

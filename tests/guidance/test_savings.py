@@ -59,6 +59,13 @@ def test_all_savings_together_change_nothing(double, case):
         assert ours == pytest.approx(theirs, rel=1e-9)
 
 
+@pytest.mark.parametrize("case", range(6))
+def test_nor_do_they_by_blocks(double, case):
+    """Finished blocks are the reward's to keep, also where trajectories end and leave the batch."""
+    settings = {**settings_of(case), "max_new_tokens": 8, "block_length": (2, 4)[case % 2], "method": "entrgi"}
+    assert outcome(double, **settings)[0] == outcome(double, **settings, exact_savings="none")[0]
+
+
 def test_the_configurations_reach_every_case():
     cases = [settings_of(case) for case in range(20)]
     for name, values in {"num_samples": {1, 4}, "guidance_steps": {1, 3}, "prompts": {1, 2, 3}}.items():
