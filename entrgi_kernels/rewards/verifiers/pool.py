@@ -99,7 +99,7 @@ class _Process:
     def __init__(self, function: Function, timeout: float | None) -> None:
         # Its server has no threads, no CUDA and, with what it is told to import, torch already.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", __name__])
+        context.set_forkserver_preload(["__main__", __name__, getattr(function, "__module__", __name__)])
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(function, timeout, theirs), daemon=True)
         self._process.start()
