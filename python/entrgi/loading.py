@@ -295,7 +295,7 @@ def config_from(args: argparse.Namespace, *, tiny: bool, method: str | None = No
         config = GuidanceConfig(**settings)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
-    check_guided(args.reward, config)
+    check_guided(getattr(args, "reward", None), config)
     return config
 
 

@@ -50,7 +50,8 @@ def test_compare_shows_one_without_guidance(tiny_weights, entrgi, capsys):
 
 def test_evaluate_rewards_and_judges(tiny_weights, entrgi, tmp_path, capsys):
     judges = "judges=[{kind: reward, name: short, model: 'verifier:length=0-3', samples: all}, {kind: rule}]"
-    flags = ["--methods", "none", "--rewards", "verifier:length=1-:characters", "-n", 2, "-L", 8, "-T", 4, "-K", 2]
+    flags = ["--methods", "none", "--rewards", "verifier:length=1-:characters", "-n", 2, "-L", 8, "-T", 4, "-K", 2,
+             "--seeds", "1", "--best-of", 2]  # fmt: skip
     assert entrgi("evaluate", "tiny", *flags, "--set", judges, "-o", tmp_path, "--no-report") == 0
     samples = {line["key"]: line for line in lines(tmp_path / "samples.jsonl")}
     assert all(line["reward"] == float(bool(line["text"])) for line in samples.values()) and len(samples) == 4

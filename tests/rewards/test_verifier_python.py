@@ -93,6 +93,16 @@ def test_processes_are_counted(isolated):
     assert not left_over()
 
 
+def test_a_copy_of_the_process_says_nothing(isolated):
+    if isolated:
+        fork = "import os, sys\nchild = os.fork()\nif child == 0:\n    {}\nos.waitpid(child, 0)\n"
+        for ending in ("sys.exit()", "raise ValueError", "pass"):
+            assert (
+                SMALL.run(ADD + fork.format(ending).replace("os.waitpid(child", "child and os.waitpid(child"), TEST)
+                is None
+            )
+
+
 def test_memory_of_all_processes_together(isolated):
     child = "    if os.fork() == 0:\n        x = bytearray(60 << 20)\n        time.sleep(60)\n"
     code = f"import os, time\nfor _ in range(3):\n{child}"
@@ -161,9 +171,9 @@ def test_limits_are_checked():
 
 def test_it_says_once_that_the_kernel_refuses(monkeypatch, caplog):
     monkeypatch.undo()  # the real one
-    python.isolates.cache_clear()
+    python._isolates.cache_clear()
     monkeypatch.setattr(python.sandbox, "__file__", "/absent/sandbox.py")
     with caplog.at_level(logging.WARNING, logger="entrgi_kernels"):
         assert [python.isolates(), python.isolates()] == [False, False]
     assert sum("unshare is refused" in record.message for record in caplog.records) == 1
-    python.isolates.cache_clear()
+    python._isolates.cache_clear()

@@ -119,6 +119,7 @@ class _Process:
         return self._pipe.recv()
 
     def end(self) -> None:
+        assert self._process.pid is not None  # started
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.join()

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from .answers import task_of
 logger = logging.getLogger("entrgi_kernels")
 
 _START = 10.0  # seconds that the interpreter may take to start, beyond the limit
+_ASKING = threading.Lock()
 _FILES, _FILE_BYTES = 256, 16 << 20
 _SAID = {
     sandbox.TIME: "the time limit",
@@ -56,7 +58,7 @@ class PythonTests:
     processes: int = 16
 
     def __post_init__(self) -> None:
-        for name, low in (("timeout", 0.0), ("memory", 32 << 20), ("processes", 1)):
+        for name, low in (("timeout", 0.0), ("memory", 64 << 20), ("processes", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name}={value!r}: expected a number")
@@ -139,9 +141,14 @@ def code_of(text: str) -> str:
     return blocks[-1] if blocks else text
 
 
-@functools.cache
 def isolates() -> bool:
     """Whether the kernel gives code under test its own processes and no network; says once where it does not."""
+    with _ASKING:
+        return _isolates()
+
+
+@functools.cache
+def _isolates() -> bool:
     asked = f"import runpy, sys; sys.exit(not runpy.run_path({str(Path(sandbox.__file__))!r})['isolate']())"
     isolated = subprocess.run([sys.executable, "-I", "-c", asked], capture_output=True).returncode == 0
     if not isolated:
