@@ -88,6 +88,20 @@ def test_it_ranks_samples(models):
     assert auto.rewards == found.rewards
 
 
+@pytest.mark.parametrize("search", ["smc", "svdd"])
+def test_it_steers_a_search(models, search):
+    """Longer texts go on: more of them than without."""
+    (model, tokenizer), _ = models
+    settings = SMALL | {"num_samples": 6, "steps": 8, "search_every": 2, "search_temperature": 2.0}
+    sampler = GuidedSampler(model, verifier(length), tokenizer, method="none", **settings)
+    plain, searched = (
+        sampler.generate(["How was the inn?"])[0],
+        sampler.generate(["How was the inn?"], search=search)[0],
+    )
+    assert searched.rewards == [len(sample.text) for sample in searched.samples]
+    assert searched.mean > plain.mean
+
+
 def test_a_sum_ranks_too(models):
     (model, tokenizer), (network, theirs) = models
     judge = rewards.wrap(network, theirs)
