@@ -19,7 +19,8 @@ BELOW = {
     "text": set(),
     "models": set(),
     "rewards.decoding": {"models", "text"},
-    "rewards": {"models", "ops", "rewards.decoding", "text"},
+    "rewards.verifiers": set(),
+    "rewards": {"models", "ops", "rewards.decoding", "rewards.verifiers", "text"},
     "guidance": {"backends", "models", "ops", "rewards", "rewards.decoding", "text"},
     "integrations": {"backends", "guidance", "models", "ops", "rewards", "text"},
 }

@@ -36,7 +36,7 @@ from .keys import prompt_keys, row_keys
 from .memory import Memory, MemoryEstimate
 from .results import Conversation, GenerationResult, Sample, Stats, StepTrace, named, warn_of_missing
 from .savings import reward_savings
-from .scoring import Scorer
+from .scoring import Scorer, check_guides
 from .search import Search
 
 logger = logging.getLogger("entrgi_kernels")
@@ -124,7 +124,8 @@ class GuidedSampler:
             One result a prompt, in order.
 
         Raises:
-            ValueError, TypeError: bad prompts or settings, or a prompt longer than a model's learned positions allow.
+            ValueError, TypeError: bad prompts or settings, a prompt longer than a model's learned positions allow, or
+                guidance by a reward that has no gradient.
             NonFiniteLogitsError: NaN or infinite logits; names step, prompt and sample.
             NonFiniteRewardError: likewise of a reward that guides, or its gradient. A *final* reward that is not
                 finite is kept and warned of: see :attr:`GenerationResult.rewarded`.
@@ -152,6 +153,7 @@ class GuidedSampler:
                 prompt is denoised whole: who continues gets the bits that the whole run gives.
         """
         config = self.config.replace(**settings)
+        check_guides(self.reward, config)
         if not isinstance(prompts, (str, Sequence)):
             raise TypeError(
                 f"prompts is {type(prompts).__name__}: expected a string, or a list of strings or conversations"
@@ -297,7 +299,9 @@ class GuidedSampler:
 
         Raises:
             NonFiniteLogitsError, NonFiniteRewardError: as :meth:`generate`.
+            ValueError: guidance by a reward that has no gradient.
         """
+        check_guides(self.reward, config)
         with self.running(config):
             table, undrawable = self.table(config, canvas.tokens.device)
             model, block_length = model or self.model, self._block_length(config)
@@ -509,6 +513,8 @@ class GuidedSampler:
             ValueError: the reward model is on another device.
         """
         table = self.reward.embedding_table(self.tokenizer, self.model.vocab_size)
+        if not table.shape[1]:  # no embeddings, on no device
+            table = table.to(device)
         if table.device != device:
             raise ValueError(
                 f"the reward model is on {table.device} but the diffusion model is on {device}: expected one device"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..rewards import PreparedPrompts, Reward, Targets
+from ..rewards.base import check_differentiable
 from .canvas import OpenSlots
 from .config import GuidanceConfig
 
@@ -115,6 +116,12 @@ class Scorer:
 def takes(reward: Any, name: str) -> bool:
     """Whether a reward's ``score_embeddings`` takes an optional argument: its class says so, as ``takes_<name>``."""
     return bool(getattr(reward, f"takes_{name}", False))
+
+
+def check_guides(reward: Any, config: GuidanceConfig) -> None:
+    """Raise ValueError where these settings guide by a reward that has no gradient."""
+    if config.guided:
+        check_differentiable(reward)
 
 
 def _behind(ended: torch.Tensor) -> torch.Tensor:

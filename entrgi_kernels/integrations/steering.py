@@ -16,7 +16,7 @@ from ..guidance.keys import prompt_keys, row_keys
 from ..guidance.memory import Memory
 from ..guidance.results import Conversation, Stats, named, warn_of_missing
 from ..guidance.sampler import GuidedSampler
-from ..guidance.scoring import Scorer
+from ..guidance.scoring import Scorer, check_guides
 from ..rewards import PreparedPrompts
 from ..text.template import conversation_from_ids
 
@@ -65,9 +65,10 @@ class Steering:
             seed, settings: of :class:`GuidanceConfig`, for this call.
 
         Raises:
-            ValueError: a prompt without tokens, or settings out of range.
+            ValueError: a prompt without tokens, settings out of range, or a reward that has no gradient to guide by.
         """
         self.config: GuidanceConfig = self.sampler.config.replace(seed=seed, **settings)
+        check_guides(self.sampler.reward, self.config)
         if self.config.search != "best":
             raise ValueError(
                 f"search={self.config.search!r}: this loop keeps its trajectories to itself, expected search='best' "

@@ -37,7 +37,10 @@ class Targets:
 
 @runtime_checkable
 class Reward(Protocol):
-    """A reward as the guided sampler sees it: differentiable in the response's embeddings, and able to score texts."""
+    """A reward as the guided sampler sees it: differentiable in the response's embeddings, and able to score texts.
+
+    One whose class says ``differentiable = False`` scores texts alone, and guidance refuses it.
+    """
 
     def embedding_table(self, tokenizer: Any, vocab_size: int) -> torch.Tensor:
         """E [V, D]: the embedding that stands for each token of the diffusion LM; cached."""
@@ -94,6 +97,18 @@ def reward_gradient(
             "use it for ranking (method='none'), not for guidance"
         )
     return gradient
+
+
+def check_differentiable(reward: Any) -> None:
+    """Raise ValueError for a reward that cannot guide; its class says so, as ``differentiable = False``."""
+    parts = [part for part in getattr(reward, "rewards", [reward]) if not getattr(part, "differentiable", True)]
+    if parts:
+        whole = "" if parts == [reward] else f", nor can the sum {reward!r:.200}"
+        raise ValueError(
+            f"{', '.join(map(repr, parts))} has no gradient and cannot guide{whole}: expected method='none' (or "
+            "guidance_steps=0), which ranks samples by it and, with search=, searches; to guide as well, guide by a reward "
+            "with a gradient and rank its samples with score_texts"
+        )
 
 
 def check_texts(conversations: list[Conversation], responses: list[str], batch_size: int) -> None:

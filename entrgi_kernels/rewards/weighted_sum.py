@@ -103,6 +103,11 @@ class WeightedSum(Combinable):
         return f"WeightedSum({' + '.join(terms)})"
 
     @property
+    def differentiable(self) -> bool:
+        """Whether it can guide: every part has a gradient."""
+        return all(getattr(reward, "differentiable", True) for reward in self.rewards)
+
+    @property
     def takes_targets(self) -> bool:
         """Whether a part looks at tokens."""
         return any(getattr(reward, "takes_targets", False) for reward in self.rewards)
@@ -132,14 +137,14 @@ class WeightedSum(Combinable):
         key = id(tokenizer), vocab_size
         known = self._tables.get(key)
         if known is None or any(a is not b for a, b in zip(known[0], tables, strict=True)):
-            dtype = tables[0].dtype
-            for table in tables:
+            # A part without embeddings, [V, 0], is nowhere.
+            placed = [table for table in tables if table.shape[1]] or tables
+            dtype, device = placed[0].dtype, placed[0].device
+            for table in placed:
                 dtype = torch.promote_types(dtype, table.dtype)
-                if table.device != tables[0].device:
-                    raise ValueError(
-                        f"the parts of a sum are on {tables[0].device} and on {table.device}: expected one device"
-                    )
-            self._tables[key] = known = tables, torch.cat([table.to(dtype) for table in tables], dim=1)
+                if table.device != device:
+                    raise ValueError(f"the parts of a sum are on {device} and on {table.device}: expected one device")
+            self._tables[key] = known = tables, torch.cat([table.to(device, dtype) for table in tables], dim=1)
         return known[1]
 
     def prepare(self, conversations: list[Conversation]) -> PreparedPrompts:

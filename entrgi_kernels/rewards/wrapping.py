@@ -71,7 +71,8 @@ def wrap(
             name = getattr(model_or_reward, "__name__", name)
             raise TypeError(
                 f"a function ({name}) needs an embedding table: pass "
-                "entrgi_kernels.rewards.CallableReward(function, table, tokenizer)"
+                "entrgi_kernels.rewards.CallableReward(function, table, tokenizer); one of (prompt, text) ranks "
+                "samples: entrgi_kernels.rewards.verifier(function)"
             )
         if isinstance(model_or_reward, (list, tuple)):
             raise TypeError(

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     methods = _methods(args.methods)
     if args.steps is None and tiny:
         args.steps = 16
-    config = loading.config_from(args, tiny=tiny, method=methods[-1])
+    config = [loading.config_from(args, tiny=tiny, method=method) for method in methods][-1]
     placed = _prompts(args, tiny)
     prompts = [prompt for _, prompt in placed]
     for name in (args.report, args.json):

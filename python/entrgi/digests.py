@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .loading import VERIFIER, is_verifier
 
 _BLOCK = 1 << 20
 # Files of a model's folder that texts and rewards depend on.
@@ -39,7 +40,7 @@ def fingerprint(role: str, name: str | None, *, local: bool = False) -> str | No
 
     Args:
         role: "diffusion" or "reward": which one of the built-in models None stands for.
-        name: a folder or a hub name.
+        name: a folder or a hub name; or a verifier, whose file it is then.
         local: ask no hub: a name's commit is that of what was fetched before.
 
     Raises:
@@ -52,6 +53,11 @@ def fingerprint(role: str, name: str | None, *, local: bool = False) -> str | No
             name = str(tiny.weights_path(role))
         except FileNotFoundError:  # loading it says so
             return None
+    if is_verifier(name):
+        from entrgi_kernels.rewards.verifiers.naming import file_of
+
+        file = file_of(name.removeprefix(VERIFIER))
+        return None if file is None or not Path(file).is_file() else sha256([Path(file)])[0]
     folder = Path(name)
     if not folder.is_dir():
         return _commit(name, local)

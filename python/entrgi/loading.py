@@ -58,6 +58,7 @@ _OPTIONS = (
     "backend",
 )
 TINY = "built-in tiny models"
+VERIFIER = "verifier:"  # before the name of a verifier, where the name of a reward model may stand
 # What --reward-kind loads, and the flag that it needs.
 _REWARD_KINDS = {
     "classifier": ("AutoModelForSequenceClassification", None),
@@ -94,7 +95,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that choose the models."""
     group = parser.add_argument_group("models (the built-in tiny ones unless given)")
     group.add_argument("--model", metavar="PATH", help="diffusion language model: a folder or a Hugging Face name")
-    group.add_argument("--reward", metavar="PATH", help="reward model: a folder or a Hugging Face name")
+    group.add_argument(
+        "--reward",
+        metavar="PATH",
+        help="reward model: a folder or a Hugging Face name; or verifier:NAME[=ARG], which ranks and cannot guide "
+        "(docs/rewards.md)",
+    )
     group.add_argument(
         "--reward-kind",
         default="classifier",
@@ -286,9 +292,20 @@ def config_from(args: argparse.Namespace, *, tiny: bool, method: str | None = No
     if settings["batch_size"] is None:
         settings["batch_size"] = 12 if tiny else 4
     try:
-        return GuidanceConfig(**settings)
+        config = GuidanceConfig(**settings)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
+    check_guided(getattr(args, "reward", None), config)
+    return config
+
+
+def check_guided(reward: str | None, config: GuidanceConfig) -> None:
+    """Raise UsageError where a verifier, by its name, is to guide; models need not load for that."""
+    if config.guided and is_verifier(reward):
+        raise UsageError(
+            f"{reward} has no gradient and cannot guide by method {config.method}: expected method none, which ranks "
+            "samples by it"
+        )
 
 
 def uses_tiny(args: argparse.Namespace) -> bool:
@@ -297,16 +314,24 @@ def uses_tiny(args: argparse.Namespace) -> bool:
     Raises:
         UsageError: when only one of the two models is given: the tiny ones speak a vocabulary of their own.
     """
-    if (args.model is None) != (args.reward is None):
+    verified = is_verifier(args.reward)
+    if (args.model is None) != (args.reward is None) and not (verified and args.model is None):
         missing = "--reward" if args.reward is None else "--model"
         raise UsageError(f"--model and --reward go together: {missing} is missing (give neither for the tiny models)")
     kind = getattr(args, "reward_kind", "classifier")
     for owner, (_, flag) in _REWARD_KINDS.items():
         if flag is not None and (getattr(args, flag, None) is not None) != (owner == kind):
             raise UsageError(f"--{flag} and --reward-kind {owner} go together")
+    if verified and kind != "classifier":
+        raise UsageError(f"--reward {args.reward} and --reward-kind {kind}: a verifier is no model; leave the kind out")
     if args.model is None and kind != "classifier":
         raise UsageError(f"--reward-kind {kind} needs --model and --reward: the tiny reward model is a classifier")
     return args.model is None
+
+
+def is_verifier(name: str | None) -> bool:
+    """Whether the name of a reward is that of a verifier."""
+    return name is not None and name.startswith(VERIFIER)
 
 
 def load(args: argparse.Namespace, *, judge: bool = False, reuse: Loaded | None = None) -> Loaded:
@@ -323,7 +348,11 @@ def load(args: argparse.Namespace, *, judge: bool = False, reuse: Loaded | None 
     tiny = uses_tiny(args)
     device = device_of(args.device, tiny)
     quiet()
-    return _load_tiny(args.dtype, device, judge) if tiny else _load_paths(args, device, reuse)
+    loaded = _load_tiny(args.dtype, device, judge) if tiny else _load_paths(args, device, reuse)
+    if tiny and args.reward is not None:
+        reward, _ = load_reward(args.reward, args.dtype, device)
+        loaded = dataclasses.replace(loaded, reward=reward, reward_tokenizer=None, reward_name=args.reward)
+    return loaded
 
 
 def make_sampler(loaded: Loaded, config: GuidanceConfig) -> GuidedSampler:
@@ -369,8 +398,10 @@ def check_prompts(prompts: Sequence[Prompt], loaded: Loaded, place: Callable[[in
     """
     from entrgi_kernels.text.template import conversation_from, encode_prompt, split_template
 
-    split = getattr(loaded.reward, "split", None) or functools.partial(split_template, loaded.reward_tokenizer)
-    sides = {"diffusion": functools.partial(encode_prompt, loaded.tokenizer), "reward": split}
+    sides: dict[str, Callable[..., Any]] = {"diffusion": functools.partial(encode_prompt, loaded.tokenizer)}
+    if not is_verifier(loaded.reward_name):
+        split = getattr(loaded.reward, "split", None)
+        sides["reward"] = split or functools.partial(split_template, loaded.reward_tokenizer)
     for index, prompt in enumerate(prompts):
         for side, read in sides.items():
             try:
@@ -492,7 +523,7 @@ def _load_paths(args: argparse.Namespace, device: Any, reuse: Loaded | None) -> 
         reward_tokenizer,
         model_name=args.model,
         reward_name=name,
-        dtype=str(reward.dtype).removeprefix("torch.") if args.dtype == "auto" else args.dtype,
+        dtype=str(getattr(reward, "dtype", model.dtype)).removeprefix("torch.") if args.dtype == "auto" else args.dtype,
         tiny=False,
     )
 
@@ -528,9 +559,18 @@ def load_reward(
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of a reward model: a sequence classifier with one label, or what another kind takes.
 
+    A verifier's name gives (the reward, None).
+
     Raises:
         UsageError: missing files, a reward model that is none.
     """
+    if is_verifier(name):
+        from entrgi_kernels import rewards
+
+        try:
+            return rewards.verifier(name.removeprefix(VERIFIER)), None
+        except (OSError, ValueError, TypeError, ImportError) as error:
+            raise UsageError(f"{name}: {error}") from error
     import transformers
 
     from entrgi_kernels.models.loading import check_source, is_adapter, load_network, load_tokenizer

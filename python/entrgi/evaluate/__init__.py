@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ray", type=int, metavar="N", help="run on N actors of a Ray cluster (extra: ray)")
     group = parser.add_argument_group("in place of what CONFIG says (lists are comma-separated)")
     group.add_argument("--model", metavar="PATH", help="diffusion language model: tiny, a folder or a hub name")
-    group.add_argument("--rewards", type=_list, metavar="LIST", help="reward models, likewise")
+    group.add_argument("--rewards", type=_list, metavar="LIST", help="reward models, likewise, or verifier:NAME[=ARG]")
     group.add_argument(
         "--datasets",
         type=_list,

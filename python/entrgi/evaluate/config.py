@@ -19,7 +19,7 @@ from entrgi_kernels.names import METHODS
 from .. import __version__
 from ..digests import digest
 from ..errors import UsageError, read_text, require
-from ..loading import SPEED_ONLY
+from ..loading import SPEED_ONLY, check_guided, is_verifier
 from ..tables import LABELS, SYMBOLS
 from .specs import TINY, check_judges
 
@@ -65,7 +65,8 @@ class EvaluationConfig:
     Attributes:
         name: of the evaluation.
         model: diffusion language model: "tiny", a folder or a Hugging Face name.
-        rewards: reward models, likewise. Each is an axis of the grid.
+        rewards: reward models, likewise, or verifiers ("verifier:json"), which no method but "none" takes. Each is a
+            value of one axis of the grid.
         datasets: where prompts come from.
         methods: names, or mappings of a method and settings; a list as a setting's value is swept.
         temperatures, seeds: axes of the grid.
@@ -226,13 +227,15 @@ def from_dict(content: Mapping[str, Any], where: str = "configuration") -> Evalu
     if not isinstance(values.get("traces", 0), int) or values.get("traces", 0) < 0:
         raise UsageError(f"{where}: traces={values['traces']!r}: expected a number of prompts >= 0")
     config = EvaluationConfig(**values)
-    uses_tiny = {config.model == TINY, *(reward == TINY for reward in config.rewards)}
+    uses_tiny = {config.model == TINY, *(r == TINY for r in config.rewards if not is_verifier(r))}
     if len(uses_tiny) == 2:
         raise UsageError(
             f"{where}: the tiny models speak a vocabulary of their own: model and rewards are all tiny or none"
         )
     check_judges(config.judges, config.model)
-    list(methods_of(config))
+    for _, settings, _ in methods_of(config):
+        for reward in config.rewards:
+            check_guided(reward, settings)
     return config
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from .. import __version__
 from ..digests import digest, fingerprint
 from ..errors import UsageError
+from ..loading import is_verifier
 from ..prompts import prompt_text
 from .config import MAX_BEST_OF, Cell, EvaluationConfig, cells_of, methods_of
 from .flops import Shape, sample_flops, total
@@ -154,6 +155,9 @@ def shapes_of(config: EvaluationConfig) -> dict[str, dict[str, Any]]:
     """Dimensions of the models as far as they can be found without loading them; by name, reward models as such."""
     shapes = {}
     for role, name in [("model", config.model), *(("reward", name) for name in config.rewards)]:
+        if role == "reward" and is_verifier(name):  # no model
+            shapes[f"{role}:{name}"] = dataclasses.asdict(Shape(*[0] * 6))
+            continue
         content = _model_config(role, name, config.trust_remote_code)
         if content is not None:
             shapes[f"{role}:{name}"] = dataclasses.asdict(Shape.from_config(content))

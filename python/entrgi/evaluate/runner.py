@@ -105,8 +105,9 @@ class Worker:
 
     def _warm_up(self) -> None:
         """What a first call does once (kernels chosen and compiled, threads started) is no batch's time."""
-        settings = {"num_samples": 1, "max_new_tokens": 8, "steps": 2, "guidance_steps": 1, "method": "entrgi"}
+        settings: dict[str, Any] = {"num_samples": 1, "max_new_tokens": 8, "steps": 2, "guidance_steps": 1}
         assert self._sampler is not None
+        settings["method"] = "none" if loading.is_verifier(self._reward) else "entrgi"
         for _ in loading.stream(self._sampler, ["Hello"], progress=False, **settings):
             pass
 

@@ -31,7 +31,8 @@ class JudgeSpec:
         kind: "reward" (a sequence classifier with one label), "lm" (unit tests by a causal language model), "openai"
             (unit tests by an OpenAI-compatible endpoint), "rule" (the rule that labelled the tiny models' texts),
             "naturalness" (nats per token under the diffusion model; lower is more natural).
-        model: of "reward" and "lm": tiny (reward only), a folder or a hub name; of "openai": the server's name for it.
+        model: of "reward" and "lm": tiny or a verifier (reward only), a folder or a hub name; of "openai": the
+            server's name for it.
         samples: "best" judges each prompt's best sample, "all" every one.
         tests: unit tests.
         format: "lmunit" sends query, response and unit test alone, as LMUnit was trained; "instruct" says first what to

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from entrgi_kernels import GuidedSampler
 from entrgi_kernels.guidance.config import GuidanceConfig
+from entrgi_kernels.guidance.scoring import check_guides
 from entrgi_kernels.models import BackboneModel
 from entrgi_kernels.models.modules import evaluating
 from entrgi_kernels.rewards import Reward
@@ -92,6 +93,7 @@ class GuidedTrainer(Trainer):
             raise ValueError(f"batch_size={guidance.batch_size!r} of the sampler: expected an integer in training")
         settings = {field.name: getattr(guidance, field.name) for field in dataclasses.fields(guidance)}
         self.sampler = GuidedSampler(model, reward_model, tokenizer, reward_tokenizer, **settings)
+        check_guides(self.sampler.reward, guidance)
         adapter = self.sampler.model
         if not isinstance(adapter, BackboneModel):
             raise TypeError(f"model is a {type(adapter).__name__}: training needs a network wrapped by models.wrap()")
