@@ -106,8 +106,8 @@ def check_differentiable(reward: Any) -> None:
         whole = "" if parts == [reward] else f", nor can the sum {reward!r:.200}"
         raise ValueError(
             f"{', '.join(map(repr, parts))} has no gradient and cannot guide{whole}: expected method='none' (or "
-            "guidance_steps=0), which ranks samples by it and, with search=, searches; to guide as well, guide by a reward "
-            "with a gradient and rank its samples with score_texts"
+            "guidance_steps=0), which ranks samples by it and, with search=, searches; to guide as well, guide by a "
+            "reward with a gradient and rank its samples with score_texts"
         )
 
 

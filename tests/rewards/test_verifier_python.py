@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,13 @@ def test_what_it_sees(monkeypatch, tmp_path):
             "    assert not os.path.exists(path) or 'ours' not in os.readlink(path)\n"
         )
         assert SMALL.run(ADD + code, TEST) is None
+
+
+def test_other_processes_are_not_to_be_seen(isolated):
+    own = ["unshare", "--user", "--pid", "--fork", "--mount-proc", "true"]
+    if not isolated or not shutil.which("unshare") or subprocess.run(own, capture_output=True).returncode:
+        pytest.skip("this kernel gives no /proc of its own")
+    assert SMALL.run(ADD + "import os\nassert len([p for p in os.listdir('/proc') if p.isdigit()]) == 2", TEST) is None
 
 
 def test_tests_are_not_to_be_seen_before_they_run():

@@ -26,6 +26,7 @@ TIME, PROCESSES, MEMORY = 10, 11, 12  # statuses beside 0
 _TOKEN = 32  # bytes
 _LOOK = 0.02  # seconds between two looks of the supervisor
 _NEW_USER, _NEW_PID, _NEW_NET, _NEW_IPC = 0x10000000, 0x20000000, 0x40000000, 0x08000000
+_NEW_MOUNTS, _PRIVATE = 0x00020000, 0x44000  # the latter of all mounts below
 _DEATH_SIGNAL, _SUBREAPER = 1, 36  # of prctl
 # What the code may not do where it shares the machine's processes and network.
 _REFUSED = (
@@ -63,6 +64,9 @@ def main() -> int:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         libc.prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
         if isolated:
+            # A /proc of its own, so that the machine's processes are not to be read there; some containers refuse it.
+            if libc.unshare(_NEW_MOUNTS) == 0 and libc.mount(b"none", b"/", None, _PRIVATE, None) == 0:
+                libc.mount(b"proc", b"/proc", b"proc", 0, None)
             runner = os.fork()
             if runner:
                 while os.wait()[0] != runner:  # orphans are reaped on the way
