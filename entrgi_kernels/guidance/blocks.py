@@ -50,7 +50,8 @@ def fill(
     # Trajectories that go on, and each one's row in the forwards.
     active, held, edited = list(range(count)), list(range(count)), False
     for number in range((slots + max(offsets, default=0) - 1) // block_length + 1):
-        ended = ((canvas.response == score.eos_token_id) & ~canvas.masked).any(dim=1)
+        finished = ~canvas.masked & (block_of_slot < number)
+        ended = ((canvas.response == score.eos_token_id) & finished).any(dim=1)
         open_slots = canvas.masked & ~ended[:, None]
         here = open_slots & (block_of_slot == number)
         # A block may be given that others follow: its row stays.

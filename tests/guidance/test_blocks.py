@@ -196,6 +196,19 @@ def test_a_row_whose_block_is_given_goes_on_behind_it(parts, tokenizer, kind):
     assert (together == tokenizer.pad_token_id).sum() == 0
 
 
+def test_an_end_that_is_given_behind_a_gap_ends_nothing_before_it(parts, tokenizer):
+    """Infilling: the gap is filled; a trajectory ends by what its finished blocks hold."""
+    sampler = GuidedSampler(*parts, shift=True, **SETTINGS)
+    canvas = sampler.canvas([[65, 66, 67]], [1], 1, 8, torch.device("cpu"))
+    canvas.tokens[0, -1], canvas.masked[0, -1] = tokenizer.eos_token_id, False
+    config = sampler.config.replace(block_length=2, suppress_undrawable=True)
+    turns = [[{"role": "user", "content": "a"}]]
+    (response,) = sampler.denoise(canvas, turns, torch.tensor([0]), config.replace(alg="maskgit_plus")).tolist()
+    drawn = response[:-1]
+    filled = drawn.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in drawn else 7
+    assert filled >= 2 and response[-1] == tokenizer.eos_token_id and tokenizer.mask_token_id not in response
+
+
 def test_hooks_see_all_trajectories_and_may_change_them(parts, tokenizer):
     """What a hook masks within the block is filled again."""
     sampler = GuidedSampler(*parts, shift=True, **SETTINGS)
