@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
-from .loading import VERIFIER, is_verifier
+from .verified import VERIFIER, is_verifier
 
 _BLOCK = 1 << 20
 # Files of a model's folder that texts and rewards depend on.

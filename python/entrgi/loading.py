@@ -17,6 +17,7 @@ from entrgi_kernels import names
 
 from .errors import UsageError
 from .prompts import Prompt
+from .verified import VERIFIER, check_guided, is_verifier
 
 if TYPE_CHECKING:
     from entrgi_kernels import GuidedSampler
@@ -58,7 +59,6 @@ _OPTIONS = (
     "backend",
 )
 TINY = "built-in tiny models"
-VERIFIER = "verifier:"  # before the name of a verifier, where the name of a reward model may stand
 # What --reward-kind loads, and the flag that it needs.
 _REWARD_KINDS = {
     "classifier": ("AutoModelForSequenceClassification", None),
@@ -299,15 +299,6 @@ def config_from(args: argparse.Namespace, *, tiny: bool, method: str | None = No
     return config
 
 
-def check_guided(reward: str | None, config: GuidanceConfig) -> None:
-    """Raise UsageError where a verifier, by its name, is to guide; models need not load for that."""
-    if config.guided and is_verifier(reward):
-        raise UsageError(
-            f"{reward} has no gradient and cannot guide by method {config.method}: expected method none, which ranks "
-            "samples by it"
-        )
-
-
 def uses_tiny(args: argparse.Namespace) -> bool:
     """Whether the flags mean the built-in models.
 
@@ -327,11 +318,6 @@ def uses_tiny(args: argparse.Namespace) -> bool:
     if args.model is None and kind != "classifier":
         raise UsageError(f"--reward-kind {kind} needs --model and --reward: the tiny reward model is a classifier")
     return args.model is None
-
-
-def is_verifier(name: str | None) -> bool:
-    """Whether the name of a reward is that of a verifier."""
-    return name is not None and name.startswith(VERIFIER)
 
 
 def load(args: argparse.Namespace, *, judge: bool = False, reuse: Loaded | None = None) -> Loaded:

@@ -19,8 +19,9 @@ from entrgi_kernels.names import METHODS
 from .. import __version__
 from ..digests import digest
 from ..errors import UsageError, read_text, require
-from ..loading import SPEED_ONLY, check_guided, is_verifier
+from ..loading import SPEED_ONLY
 from ..tables import LABELS, SYMBOLS
+from ..verified import check_guided, is_verifier
 from .specs import TINY, check_judges
 
 if TYPE_CHECKING:

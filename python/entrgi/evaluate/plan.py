@@ -13,8 +13,8 @@ from typing import Any
 from .. import __version__
 from ..digests import digest, fingerprint
 from ..errors import UsageError
-from ..loading import is_verifier
 from ..prompts import prompt_text
+from ..verified import is_verifier
 from .config import MAX_BEST_OF, Cell, EvaluationConfig, cells_of, methods_of
 from .flops import Shape, sample_flops, total
 from .prompts import Item, PromptSets, fingerprints, load_prompts

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import loading
 from ..statistics import number
+from ..verified import is_verifier
 from .config import EvaluationConfig
 from .plan import Batch, Plan
 from .specs import TINY
@@ -107,7 +108,7 @@ class Worker:
         """What a first call does once (kernels chosen and compiled, threads started) is no batch's time."""
         settings: dict[str, Any] = {"num_samples": 1, "max_new_tokens": 8, "steps": 2, "guidance_steps": 1}
         assert self._sampler is not None
-        settings["method"] = "none" if loading.is_verifier(self._reward) else "entrgi"
+        settings["method"] = "none" if is_verifier(self._reward) else "entrgi"
         for _ in loading.stream(self._sampler, ["Hello"], progress=False, **settings):
             pass
 
