@@ -25,6 +25,18 @@ class Method(NamedTuple):
     dark: str
 
 
+class SearchKind(NamedTuple):
+    """What is done with a prompt's trajectories beside guidance.
+
+    Attributes:
+        label: its name in tables and pictures; empty for the one that does nothing.
+        settings: of :class:`GuidanceConfig`, those that mean something to it alone.
+    """
+
+    label: str
+    settings: tuple[str, ...] = ()
+
+
 # In the order of the paper's tables.
 METHODS = {
     "none": Method(
@@ -53,8 +65,14 @@ CONFIDENCES = ("base", "guided")  # whose logits the entropy is of: before or af
 PROBABLE_ALGS = ("maskgit_plus", "topk_margin")  # whose confidence lies in [0, 1]: a threshold may be set for it
 SCHEDULES = ("linspace", "even")  # of commits
 
-# What is done with the trajectories of a prompt, and how a particle's reward weighs in.
-SEARCHES = ("best", "smc", "svdd")
+SEARCHES = {
+    "best": SearchKind(""),
+    "smc": SearchKind(
+        "SMC", ("search_every", "search_temperature", "potential", "resample_below", "self_rewarding")
+    ),
+    "svdd": SearchKind("SVDD", ("candidates",)),
+}
+# How a particle's reward weighs in.
 POTENTIALS = ("difference", "max", "sum")
 
 # What a bidirectional model may read again within a block; not exact.

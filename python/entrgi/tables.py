@@ -16,10 +16,13 @@ SYMBOLS = {
     "steps": "T",
     "top_p": "top-p",
     "top_k": "top-k",
+    "search_every": "r",
+    "search_temperature": "λ",
+    "candidates": "B",
 }
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "η": r"$\eta$", "τ": r"$\tau$",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "η": r"$\eta$", "τ": r"$\tau$", "λ": r"$\lambda$",
     "≥": r"$\geq$", "≤": r"$\leq$", "<": r"$<$", ">": r"$>$", "×": r"$\times$", "·": r"$\cdot$", "∞": r"$\infty$",
     "–": "--", "…": r"\dots{}",
 }  # fmt: skip

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from entrgi_kernels.names import METHODS
+from entrgi_kernels.names import METHODS, SEARCHES
 
 from ..errors import UsageError, require
 from .config import EvaluationConfig, presets, read_config
@@ -25,6 +25,7 @@ _SETTINGS = {
     "model": "model",
     "rewards": "rewards",
     "methods": "methods",
+    "searches": "searches",
     "temperatures": "temperatures",
     "seeds": "seeds",
     "best_of": "best_of",
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("-n", "--num-prompts", type=int, metavar="N", help="prompts of every dataset")
     group.add_argument("--methods", type=_list, metavar="LIST", help=", ".join(METHODS))
+    group.add_argument("--searches", type=_list, metavar="LIST", help=f"beside each: {', '.join(SEARCHES)}")
     group.add_argument("--temperatures", type=_values, metavar="LIST")
     group.add_argument("--seeds", type=_values, metavar="LIST")
     group.add_argument("-K", "--num-samples", type=int, metavar="K", help="samples per prompt")

@@ -117,6 +117,16 @@ class Row:
         return self.method != "none" and self.settings["guidance_steps"] > 0
 
     @property
+    def search(self) -> str:
+        """Its name, as in :data:`entrgi_kernels.names.SEARCHES`."""
+        return self.settings["search"]
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is best-of-N: neither guidance nor a search."""
+        return not self.guided and self.search == "best"
+
+    @property
     def samples(self) -> int:
         """How many were drawn a prompt."""
         return self.settings["num_samples"]
@@ -133,11 +143,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A guided method against best-of-N with N raised until it costs the same.
+    """A method against best-of-N with N raised until it costs the same.
 
     Attributes:
         unit: "flops" or "seconds".
-        ratio: how often an unguided sample could be drawn for the price of the guided method's K.
+        ratio: how often an unguided sample could be drawn for the price of the method's K.
         n: that, rounded up, at most as many as were drawn.
         capped: whether fewer were drawn than it takes.
         baseline: reward of best-of-n.
@@ -170,7 +180,7 @@ class Slice:
     @property
     def baseline(self) -> Row | None:
         """Best-of-N, where it was run."""
-        return next((row for row in self.rows if not row.guided), None)
+        return next((row for row in self.rows if row.plain), None)
 
     def metrics(self) -> list[str]:
         """Metrics that every row has."""
@@ -178,7 +188,7 @@ class Slice:
         return [name for name in first if all(name in row.metrics for row in self.rows)]
 
     def differences(self, reference: str) -> list[tuple[Row, Row, dict[str, Figure]]]:
-        """(row, compared with, paired differences): guided rows against best-of-N, then others against the reference.
+        """(row, compared with, paired differences): all rows against best-of-N, then others against the reference.
 
         A difference needs the metric's value for the same prompts in both rows.
         """
@@ -189,7 +199,7 @@ class Slice:
         return [(a, b, {name: paired(a.metrics[name], b.metrics[name]) for name in self.metrics()}) for a, b in pairs]
 
     def matches(self) -> list[Match]:
-        """Compute-matched comparisons of every guided row, by FLOPs and by seconds as far as they are known."""
+        """Compute-matched comparisons of every other row, by FLOPs and by seconds as far as they are known."""
         base = self.baseline
         if base is None:
             return []
@@ -198,7 +208,7 @@ class Slice:
             price = getattr(base, unit)
             for row in self.rows:
                 cost = getattr(row, unit)
-                if not row.guided or not price or not cost:
+                if row.plain or not price or not cost:
                     continue
                 ratio = row.compared * cost / price
                 n = math.ceil(ratio)
