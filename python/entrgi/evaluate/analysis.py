@@ -16,13 +16,14 @@ from typing import Any
 from ..errors import UsageError
 from ..statistics import Estimate, best_of, bootstrap_interval, estimate, finite, number
 from ..tables import missing_note
+from . import diversity
 from .config import EvaluationConfig, from_dict
 from .flops import Shape, sample_flops, total
 from .judging import best_record
 from .specs import check_judges
 from .store import Store
 
-METRICS = {"top1": "Top@1", "avg": "Avg@N"}
+METRICS = {"top1": "Top@1", "avg": "Avg@N", **diversity.METRICS}
 Prompt = str  # the key of a prompt
 
 
@@ -196,7 +197,8 @@ class Slice:
         chosen = next((row for row in self.rows if row.label == reference and row is not base), None)
         pairs = [(row, base) for row in self.rows if base is not None and row is not base]
         pairs += [(row, chosen) for row in self.rows if chosen is not None and row is not chosen and row is not base]
-        return [(a, b, {name: paired(a.metrics[name], b.metrics[name]) for name in self.metrics()}) for a, b in pairs]
+        names = [name for name in self.metrics() if name not in diversity.METRICS]
+        return [(a, b, {name: paired(a.metrics[name], b.metrics[name]) for name in names}) for a, b in pairs]
 
     def matches(self) -> list[Match]:
         """Compute-matched comparisons of every other row, by FLOPs and by seconds as far as they are known."""
@@ -320,6 +322,7 @@ def _rows(source: str, config: EvaluationConfig, header: Mapping[str, Any], stor
         if cell_key in owner:
             owner[cell_key].records.append(record)
             samples[cell_key, prompt, record["seed"]][record["sample"]] = record
+    searched = any(row.search != "best" for row in groups.values())
     judges = {spec.key: spec for spec in check_judges(config.judges, config.model)}
     judged: dict[str, dict[str, float | None]] = {spec.name: {} for spec in judges.values()}
     grades: dict[str, dict[str, list[float | None]]] = {spec.name: {} for spec in judges.values()}
@@ -352,6 +355,9 @@ def _rows(source: str, config: EvaluationConfig, header: Mapping[str, Any], stor
             if spec.samples == "all" and all(r["key"] in scores for r in ordered):
                 given = finite(scores[r["key"]] for r in ordered)
                 mine[f"{spec.name}, all"][prompt] += [_mean(given)] if given else []
+        if searched:
+            for name, value in diversity.diversity([record["text"] for record in ordered]).items():
+                mine[name][prompt] += [] if value is None else [value]
     batches = store.read("batches")
     rows = [row for row in groups.values() if row.rewards]
     for row in rows:

@@ -6,6 +6,7 @@ whatever matplotlib writes.
 
 from __future__ import annotations
 
+import collections
 import io
 import re
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ _MORE = (
     "#9c5d2e",
     "#7c6fd0",
 )
+_LINES = {"best": ("-", "o"), "smc": ("none", "D"), "svdd": ("--", "^")}  # style and marker of each search
 _MOST_BANDS = 6  # rows; beyond that bands hide each other
 _VARIABLES = {_INK: "--ink", _LINE: "--line", **{method.light: f"--{name}" for name, method in METHODS.items()}}
 _STYLE = {
@@ -123,9 +125,11 @@ def save(figure: Any, path: Path) -> None:
 
 
 def _colors(rows: list[Row]) -> dict[str, str]:
-    """A colour for every label: the methods have theirs."""
+    """A colour for every label: the methods have theirs, and the only one with a search its method's."""
     spare = iter(_MORE * (1 + len(rows) // len(_MORE)))
     own = {method.label: method.light for method in METHODS.values()}
+    searched = collections.Counter((row.method, row.search) for row in rows if row.search != "best")
+    own |= {row.label: METHODS[row.method].light for row in rows if searched[row.method, row.search] == 1}
     return {row.label: own.get(row.label) or next(spare) for row in rows}
 
 
@@ -138,12 +142,14 @@ def _curves(axes: Any, part: Slice, unit: str, colors: dict[str, str]) -> None:
         cost = getattr(row, unit)
         if not cost or not row.best_of(1):
             continue
-        counts = _counts(row.samples)
+        # Particles of one run depend on each other: n of them are no run of n.
+        counts = [row.samples] if row.search == "smc" else _counts(row.samples)
         values = [list(row.best_of(n).values()) for n in counts]
         means = [sum(v) / len(v) for v in values]
         x = [cost * n for n in counts]
         color = colors[row.label]
-        axes.plot(x, means, color=color, marker="o", markersize=3.5, linewidth=1.8, label=row.label)
+        line, marker = _LINES[row.search]
+        axes.plot(x, means, color=color, linestyle=line, marker=marker, markersize=4, linewidth=1.6, label=row.label)
         bounds = [bootstrap_interval(v, resamples=2000) for v in values] if len(part.rows) <= _MOST_BANDS else [None]
         if all(bounds):
             axes.fill_between(x, *zip(*bounds, strict=True), color=color, alpha=0.13, linewidth=0)
