@@ -30,7 +30,7 @@ class SearchKind(NamedTuple):
 
     Attributes:
         label: its name in tables and pictures; empty for the one that does nothing.
-        settings: of :class:`GuidanceConfig`, those that mean something to it alone.
+        settings: of :class:`GuidanceConfig`, those that mean something to it; to no search they mean nothing.
     """
 
     label: str
@@ -70,7 +70,7 @@ SEARCHES = {
     "smc": SearchKind(
         "SMC", ("search_every", "search_temperature", "potential", "resample_below", "self_rewarding")
     ),
-    "svdd": SearchKind("SVDD", ("candidates",)),
+    "svdd": SearchKind("SVDD", ("candidates", "self_rewarding")),
 }
 # How a particle's reward weighs in.
 POTENTIALS = ("difference", "max", "sum")
