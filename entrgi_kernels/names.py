@@ -67,9 +67,7 @@ SCHEDULES = ("linspace", "even")  # of commits
 
 SEARCHES = {
     "best": SearchKind(""),
-    "smc": SearchKind(
-        "SMC", ("search_every", "search_temperature", "potential", "resample_below", "self_rewarding")
-    ),
+    "smc": SearchKind("SMC", ("search_every", "search_temperature", "potential", "resample_below", "self_rewarding")),
     "svdd": SearchKind("SVDD", ("candidates", "self_rewarding")),
 }
 # How a particle's reward weighs in.

@@ -11,8 +11,8 @@ reward, guidance      M times a step, forward and backward to its inputs: 2 R (2
                       layer is run at one position alone
 vocabulary            M times a step: 2 n_t V D for the soft embedding, and as much for its gradient; in the last of the
                       M the gradient is that of the committed rows alone
-reward, search        "svdd" once a step, "smc" once in r: a forward of R positions, its last layer at one; at the end one
-                      over P + L; neither of the self-rewarding form
+reward, search        "svdd" once a step, "smc" once in r: a forward of R positions, its last layer at one; at the end
+                      one over P + L. The self-rewarding form asks for none
 reward, final score   one forward over P + L positions
 ====================  ==================================================================================================
 

@@ -117,10 +117,7 @@ def _missing(part: Slice) -> tuple[str, ...]:
 def _differences(part: Slice, reference: str) -> Table:
     pairs = part.differences(reference)
     names = list(pairs[0][2]) if pairs else []
-    rows = [
-        [f"{a.label} − {b.label}", *(values[name].text(signed=True) for name in names)]
-        for a, b, values in pairs
-    ]
+    rows = [[f"{a.label} − {b.label}", *(values[name].text(signed=True) for name in names)] for a, b, values in pairs]
     title = f"paired differences over the same prompts, {INTERVALS}"
     return Table(title, ["", *map(metric_label, names)], rows, notes=_missing(part))
 
