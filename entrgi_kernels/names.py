@@ -31,10 +31,15 @@ class SearchKind(NamedTuple):
     Attributes:
         label: its name in tables and pictures; empty for the one that does nothing.
         settings: of :class:`GuidanceConfig`, those that mean something to it; to no search they mean nothing.
+        independent: whether a prompt's samples know nothing of each other, so that n of K are what a run of n gives.
+        line, marker: how pictures draw it, as matplotlib names them.
     """
 
     label: str
-    settings: tuple[str, ...] = ()
+    settings: tuple[str, ...]
+    independent: bool
+    line: str
+    marker: str
 
 
 # In the order of the paper's tables.
@@ -66,9 +71,15 @@ PROBABLE_ALGS = ("maskgit_plus", "topk_margin")  # whose confidence lies in [0, 
 SCHEDULES = ("linspace", "even")  # of commits
 
 SEARCHES = {
-    "best": SearchKind(""),
-    "smc": SearchKind("SMC", ("search_every", "search_temperature", "potential", "resample_below", "self_rewarding")),
-    "svdd": SearchKind("SVDD", ("candidates", "self_rewarding")),
+    "best": SearchKind("", (), True, "-", "o"),
+    "smc": SearchKind(
+        "SMC",
+        ("search_every", "search_temperature", "potential", "resample_below", "self_rewarding"),
+        False,
+        "none",
+        "D",
+    ),
+    "svdd": SearchKind("SVDD", ("candidates", "self_rewarding"), True, "--", "^"),
 }
 # How a particle's reward weighs in.
 POTENTIALS = ("difference", "max", "sum")

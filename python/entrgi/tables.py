@@ -22,7 +22,7 @@ SYMBOLS = {
 }
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "η": r"$\eta$", "τ": r"$\tau$", 
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "η": r"$\eta$", "τ": r"$\tau$",
     "λ": r"$\lambda$",
     "≥": r"$\geq$", "≤": r"$\leq$", "<": r"$<$", ">": r"$>$", "×": r"$\times$", "·": r"$\cdot$", "∞": r"$\infty$",
     "–": "--", "…": r"\dots{}",

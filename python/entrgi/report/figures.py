@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entrgi_kernels.names import METHODS
+from entrgi_kernels.names import METHODS, SEARCHES
 
 from ..errors import UsageError, require
 
@@ -38,7 +38,6 @@ _MORE = (
     "#9c5d2e",
     "#7c6fd0",
 )
-_LINES = {"best": ("-", "o"), "smc": ("none", "D"), "svdd": ("--", "^")}  # style and marker of each search
 _MOST_BANDS = 6  # rows; beyond that bands hide each other
 _VARIABLES = {_INK: "--ink", _LINE: "--line", **{method.light: f"--{name}" for name, method in METHODS.items()}}
 _STYLE = {
@@ -142,14 +141,14 @@ def _curves(axes: Any, part: Slice, unit: str, colors: dict[str, str]) -> None:
         cost = getattr(row, unit)
         if not cost or not row.best_of(1):
             continue
-        # Particles of one run depend on each other: n of them are no run of n.
-        counts = [row.samples] if row.search == "smc" else _counts(row.samples)
+        kind = SEARCHES[row.search]
+        counts = _counts(row.samples) if kind.independent else [row.samples]
         values = [list(row.best_of(n).values()) for n in counts]
         means = [sum(v) / len(v) for v in values]
         x = [cost * n for n in counts]
         color = colors[row.label]
-        line, marker = _LINES[row.search]
-        axes.plot(x, means, color=color, linestyle=line, marker=marker, markersize=4, linewidth=1.6, label=row.label)
+        style = {"linestyle": kind.line, "marker": kind.marker, "markersize": 4, "linewidth": 1.6}
+        axes.plot(x, means, color=color, label=row.label, **style)
         bounds = [bootstrap_interval(v, resamples=2000) for v in values] if len(part.rows) <= _MOST_BANDS else [None]
         if all(bounds):
             axes.fill_between(x, *zip(*bounds, strict=True), color=color, alpha=0.13, linewidth=0)
