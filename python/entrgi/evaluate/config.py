@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from entrgi_kernels.names import METHODS, SEARCHES
 
-from .. import __version__
+from .. import __version__, tables
 from ..digests import digest
 from ..errors import UsageError, read_text, require
 from ..loading import SPEED_ONLY, check_guided, is_verifier
@@ -308,12 +308,7 @@ def label_of(chosen: Mapping[str, Any], method: str | None = None, search: str |
         chosen: the method and the search, and all that differs from the evaluation's settings.
         method, search: labels of their own, which stand for all that was changed in them.
     """
-    kind = SEARCHES[chosen["search"]]
-    name = method or LABELS.get(chosen["method"], chosen["method"])
-    beside = search or kind.label
-    if beside:  # without guidance the search is all there is
-        name = beside if method is None and chosen["method"] == "none" else f"{name} + {beside}"
-    parts = [name]
+    parts = [tables.label_of(chosen["method"], chosen["search"], method, search)]
     for name, value in chosen.items():
         named = search if name in _SEARCH_ONLY else method
         if named is not None or name in ("method", "search", "temperature"):
