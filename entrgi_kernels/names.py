@@ -76,7 +76,7 @@ SEARCHES = {
         "SMC",
         ("search_every", "search_temperature", "potential", "resample_below", "self_rewarding"),
         False,
-        "none",
+        ":",
         "D",
     ),
     "svdd": SearchKind("SVDD", ("candidates", "self_rewarding"), True, "--", "^"),

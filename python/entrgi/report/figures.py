@@ -80,6 +80,8 @@ def figures_of(results: Results) -> Iterator[tuple[Slice, str, str, Any]]:
                     "Expected highest reward of n samples against what n samples of a prompt cost, n from 1 to all"
                 )
                 caption += " that were drawn"
+                if not all(SEARCHES[row.search].independent for row in part.rows):
+                    caption += " (particles of one search: all together)"
                 caption += "; bands: 95% bootstrap intervals over prompts." if len(part.rows) <= _MOST_BANDS else "."
                 yield part, "reward-compute", caption, figure
             figure = Figure(figsize=(9.8, 3.6), layout="constrained")
@@ -171,6 +173,7 @@ def _histogram(axes: Any, part: Slice, colors: dict[str, str], title: str, value
     from ..statistics import finite
 
     values = {row.label: finite(values_of(row)) for row in part.rows}
+    lines = {row.label: SEARCHES[row.search].line for row in part.rows}
     everything = [v for some in values.values() for v in some]
     if not everything:
         return
@@ -180,7 +183,7 @@ def _histogram(axes: Any, part: Slice, colors: dict[str, str], title: str, value
     for label, some in ((label, some) for label, some in values.items() if some):
         # Shares, not counts: best-of-N has more samples.
         axes.hist(some, bins=edges, weights=[1 / len(some)] * len(some), histtype="step", linewidth=1.6,
-                  color=colors[label], label=label)  # fmt: skip
+                  color=colors[label], linestyle=lines[label], label=label)  # fmt: skip
     axes.set_title(title)
     axes.set_xlabel("reward")
     axes.set_ylabel("share")
