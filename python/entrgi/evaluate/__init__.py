@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--temperatures", type=_values, metavar="LIST")
     group.add_argument("--seeds", type=_values, metavar="LIST")
     group.add_argument("-K", "--num-samples", type=int, metavar="K", help="samples per prompt")
-    group.add_argument("--best-of", type=_value, metavar="N", help="samples of unguided methods: a number or auto")
+    group.add_argument("--best-of", type=_value, metavar="N", help="samples of best-of-N: a number or auto")
     group.add_argument("-L", "--max-new-tokens", type=int, metavar="L", help="slots of the response")
     group.add_argument("-T", "--steps", type=int, metavar="T", help="denoising steps")
     group.add_argument("-M", "--guidance-steps", type=int, metavar="M", help="gradient steps a denoising step")

@@ -338,7 +338,7 @@ def cells_of(
 
     Args:
         config: whose grid.
-        best_of: samples of unguided methods, where "auto" has been worked out.
+        best_of: samples of best-of-N, where "auto" has been worked out.
         files: what identifies the models' files, as in :attr:`Plan.files`.
     """
     files = files or {}
