@@ -25,6 +25,23 @@ class Method(NamedTuple):
     dark: str
 
 
+class SearchKind(NamedTuple):
+    """What is done with a prompt's trajectories beside guidance.
+
+    Attributes:
+        label: its name in tables and pictures; empty for the one that does nothing.
+        settings: of :class:`GuidanceConfig`, those that mean something to it; to no search they mean nothing.
+        independent: whether a prompt's samples know nothing of each other, so that n of K are what a run of n gives.
+        line, marker: how pictures draw it, as matplotlib names them.
+    """
+
+    label: str
+    settings: tuple[str, ...]
+    independent: bool
+    line: str
+    marker: str
+
+
 # In the order of the paper's tables.
 METHODS = {
     "none": Method(
@@ -53,8 +70,18 @@ CONFIDENCES = ("base", "guided")  # whose logits the entropy is of: before or af
 PROBABLE_ALGS = ("maskgit_plus", "topk_margin")  # whose confidence lies in [0, 1]: a threshold may be set for it
 SCHEDULES = ("linspace", "even")  # of commits
 
-# What is done with the trajectories of a prompt, and how a particle's reward weighs in.
-SEARCHES = ("best", "smc", "svdd")
+SEARCHES = {
+    "best": SearchKind("", (), True, "-", "o"),
+    "smc": SearchKind(
+        "SMC",
+        ("search_every", "search_temperature", "potential", "resample_below", "self_rewarding"),
+        False,
+        ":",
+        "D",
+    ),
+    "svdd": SearchKind("SVDD", ("candidates", "self_rewarding"), True, "--", "^"),
+}
+# How a particle's reward weighs in.
 POTENTIALS = ("difference", "max", "sum")
 
 # What a bidirectional model may read again within a block; not exact.

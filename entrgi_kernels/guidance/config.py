@@ -170,7 +170,7 @@ class GuidanceConfig:
                 )
         _number("cfg_scale", self.cfg_scale, low=0)
         _one_of("model_cache", self.model_cache, (None, *MODEL_CACHES))
-        _one_of("search", self.search, SEARCHES)
+        _one_of("search", self.search, tuple(SEARCHES))
         _integer("search_every", self.search_every, 1, MAX_STEPS)
         _number("search_temperature", self.search_temperature, low=0, open_low=True)
         _one_of("potential", self.potential, POTENTIALS)

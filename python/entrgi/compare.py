@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entrgi_kernels.names import METHODS
+from entrgi_kernels.names import METHODS, SEARCHES
 
 from . import loading
 from .comparison import EXPLAINED, METRICS, TINY_NOTE, Comparison, MethodRun
@@ -49,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods", default=",".join(METHODS), metavar="LIST", help="comma-separated (default: %(default)s)"
     )
+    parser.add_argument(
+        "--searches", metavar="LIST", help=f"beside each, comma-separated: {', '.join(SEARCHES)} (default: --search)"
+    )
     parser.add_argument("--short", action="store_true", help="a few prompts only: a check in seconds")
     parser.add_argument("--no-check", action="store_true", help="exit code 0 even when guidance does not help")
     group = parser.add_argument_group("output")
@@ -71,10 +75,15 @@ def run(args: argparse.Namespace) -> int:
         UsageError: for bad input; the command line turns it into one line and exit code 2.
     """
     tiny = loading.uses_tiny(args)
-    methods = _methods(args.methods)
+    methods = _names("--methods", args.methods, METHODS)
+    searches = _names("--searches", args.searches or args.search, SEARCHES)
     if args.steps is None and tiny:
         args.steps = 16
-    config = [loading.config_from(args, tiny=tiny, method=method) for method in methods][-1]
+    for method in methods:  # each is checked before anything is loaded
+        # EntRGi's weight may be given; the other methods are weights themselves.
+        weight = args.weight if method == "entrgi" else None
+        config = loading.config_from(argparse.Namespace(**{**vars(args), "weight": weight}), tiny=tiny, method=method)
+    config = config.replace(method="entrgi", weight=args.weight)
     placed = _prompts(args, tiny)
     prompts = [prompt for _, prompt in placed]
     for name in (args.report, args.json):
@@ -85,7 +94,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"loading {loading.TINY if tiny else args.model} ...", file=sys.stderr, flush=True)
     loaded = loading.load(args, judge=True)
     loading.check_prompts(prompts, loaded, lambda index: placed[index][0])
-    comparison = compare(loaded, prompts, methods, config, trace=bool(args.report), progress=not args.quiet)
+    comparison = compare(
+        loaded, prompts, methods, config, searches=searches, trace=bool(args.report), progress=not args.quiet
+    )
     comparison.settings["total_seconds"] = round(time.perf_counter() - start, 1)
     if hasattr(sys.stdout, "reconfigure"):  # a terminal without a plus-minus sign shows a question mark
         sys.stdout.reconfigure(errors="replace")
@@ -108,6 +119,7 @@ def compare(
     methods: Sequence[str],
     config: GuidanceConfig,
     *,
+    searches: Sequence[str] | None = None,
     trace: bool = False,
     progress: bool = False,
 ) -> Comparison:
@@ -118,6 +130,7 @@ def compare(
         prompts: the same for every method; each method also starts from the same random numbers.
         methods: names out of :data:`entrgi_kernels.names.METHODS`.
         config: settings; its method is replaced.
+        searches: names out of :data:`entrgi_kernels.names.SEARCHES`, each run with every method; None is the setting's.
         trace: keep every step of the samples, for the report (a reward forward more at each step).
         progress: bars on standard error, where it is a terminal.
     """
@@ -125,11 +138,12 @@ def compare(
 
     prompts = list(prompts)
     runs = []
+    pairs = list(itertools.product(methods, searches or [config.search]))
     hide = None if progress else True  # None: hidden where standard error is no terminal
-    with tqdm(total=len(methods), unit="method", desc="compare", leave=False, disable=hide) as bar:
-        for method in methods:
+    with tqdm(total=len(pairs), unit="method", desc="compare", leave=False, disable=hide) as bar:
+        for method, search in pairs:
             # EntRGi's weight may be given; the other methods are weights themselves.
-            chosen = config.replace(method=method, weight=config.weight if method == "entrgi" else None)
+            chosen = config.replace(method=method, search=search, weight=config.weight if method == "entrgi" else None)
             sampler = loading.make_sampler(loaded, chosen)
             begin = time.perf_counter()
             results: dict[int, Any] = {}
@@ -137,7 +151,7 @@ def compare(
                 results[index] = result
             seconds = time.perf_counter() - begin
             ordered = [results[index] for index in range(len(prompts))]
-            runs.append(MethodRun(method, ordered, seconds, measure(loaded, sampler, prompts, ordered)))
+            runs.append(MethodRun(method, ordered, seconds, measure(loaded, sampler, prompts, ordered), search))
             bar.update()
     about = {
         "prompts": len(prompts),
@@ -148,7 +162,9 @@ def compare(
         "traced": trace,
         **versions(),
     }
-    return Comparison(prompts, runs, {**about, **{k: v for k, v in config.to_dict().items() if k != "method"}})
+    return Comparison(
+        prompts, runs, {**about, **{k: v for k, v in config.to_dict().items() if k not in ("method", "search")}}
+    )
 
 
 def measure(
@@ -241,12 +257,12 @@ def _texts(comparison: Comparison, count: int) -> list[str]:
     return out
 
 
-def _methods(text: str) -> list[str]:
-    methods = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown or not methods or len(set(methods)) != len(methods):
-        raise UsageError(f"--methods takes distinct names out of {', '.join(METHODS)}, got {text!r}")
-    return methods
+def _names(flag: str, text: str, known: Collection[str]) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names or len(set(names)) != len(names):
+        raise UsageError(f"{flag} takes distinct names out of {', '.join(known)}, got {text!r}")
+    return names
 
 
 def _prompts(args: argparse.Namespace, tiny: bool) -> list[tuple[str, Prompt]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .prompts import Prompt
 from .statistics import Estimate, estimate, finite, number, paired_difference
-from .tables import LABELS, missing_note
+from .tables import label_of, missing_note
 
 if TYPE_CHECKING:
     from entrgi_kernels.guidance.results import GenerationResult
@@ -31,7 +31,7 @@ TINY_NOTE = "The models are tiny and their language is synthetic: this shows the
 
 @dataclasses.dataclass(frozen=True)
 class MethodRun:
-    """One method on all prompts.
+    """One method, beside one search, on all prompts.
 
     ``metrics`` holds, by name, one number per prompt (see :data:`EXPLAINED`); NaN where a prompt has none.
     """
@@ -40,11 +40,17 @@ class MethodRun:
     results: list[GenerationResult]
     seconds: float
     metrics: dict[str, list[float]]
+    search: str = "best"
 
     @property
     def label(self) -> str:
         """The method as tables show it."""
-        return LABELS.get(self.method, self.method)
+        return label_of(self.method, self.search)
+
+    @property
+    def key(self) -> str:
+        """What tells it from the others, as in "entrgi" and "entrgi+smc"."""
+        return self.method if self.search == "best" else f"{self.method}+{self.search}"
 
     def estimates(self) -> dict[str, Estimate]:
         """Mean and standard error over prompts of every metric."""
@@ -69,11 +75,11 @@ class Comparison:
     settings: dict[str, Any]
 
     def run_of(self, method: str) -> MethodRun | None:
-        """The run of a method; None where it was not run."""
-        return next((run for run in self.runs if run.method == method), None)
+        """The run of a method without a search; None where it was not run."""
+        return next((run for run in self.runs if run.key == method), None)
 
     def differences(self) -> list[tuple[MethodRun, MethodRun, dict[str, Estimate]]]:
-        """(method, reference, paired differences): all guided methods against best-of-N, EntRGi against the others."""
+        """(method, reference, paired differences): all others against best-of-N, EntRGi against the others."""
         pairs = []
         base, ours = self.run_of("none"), self.run_of("entrgi")
         if base:
@@ -90,7 +96,7 @@ class Comparison:
 
     def verdict(self) -> tuple[bool | None, str]:
         """(passed, sentence): whether every guided method has more reward than best-of-N; None where none was run."""
-        leads = [(a, d["top1"], d["avg"]) for a, b, d in self.differences() if b.method == "none"]
+        leads = [(a, d["top1"], d["avg"]) for a, b, d in self.differences() if b.key == "none" != a.method]
         if not leads:
             return None, "nothing checked: it takes best-of-N and a guided method"
         # `not (> 0)` and not `<= 0`: a NaN fails too.
@@ -114,6 +120,7 @@ class Comparison:
             "methods": [
                 {
                     "method": run.method,
+                    "search": run.search,
                     "label": run.label,
                     "seconds": run.seconds,
                     "estimates": {name: value.to_dict() for name, value in run.estimates().items()},
@@ -126,7 +133,7 @@ class Comparison:
                 for run in self.runs
             ],
             "differences": [
-                {"method": a.method, "reference": b.method, **{name: value.to_dict() for name, value in d.items()}}
+                {"method": a.key, "reference": b.key, **{name: value.to_dict() for name, value in d.items()}}
                 for a, b, d in self.differences()
             ],
             "check": dict(zip(("passed", "statement"), self.verdict(), strict=True)),

@@ -244,7 +244,7 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--search",
         default="best",
-        choices=names.SEARCHES,
+        choices=tuple(names.SEARCHES),
         help="best of K at the end, smc resamples the K, svdd draws candidates at every step (default: best)",
     )
     group.add_argument(

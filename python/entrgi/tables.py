@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from entrgi_kernels.names import METHODS
+from entrgi_kernels.names import METHODS, SEARCHES
 
 LABELS = {name: method.label for name, method in METHODS.items()}
 SYMBOLS = {
@@ -16,13 +16,31 @@ SYMBOLS = {
     "steps": "T",
     "top_p": "top-p",
     "top_k": "top-k",
+    "search_every": "r",
+    "search_temperature": "λ",
+    "candidates": "B",
 }
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "η": r"$\eta$", "τ": r"$\tau$",
+    "λ": r"$\lambda$",
     "≥": r"$\geq$", "≤": r"$\leq$", "<": r"$<$", ">": r"$>$", "×": r"$\times$", "·": r"$\cdot$", "∞": r"$\infty$",
     "–": "--", "…": r"\dots{}",
 }  # fmt: skip
+
+
+def label_of(method: str, search: str = "best", own: str | None = None, own_search: str | None = None) -> str:
+    """A method beside a search, as in "EntRGi + SMC"; without guidance the search is all there is.
+
+    Args:
+        method, search: their names.
+        own, own_search: labels that take the place of theirs.
+    """
+    beside = own_search or SEARCHES[search].label
+    name = own or LABELS.get(method, method)
+    if not beside:
+        return name
+    return beside if own is None and method == "none" else f"{name} + {beside}"
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -72,6 +72,21 @@ def test_the_same_prompts_and_seed_for_every_method(fake, entrgi, tmp_path) -> N
     assert got["settings"]["seed"] == 5 and "method" not in got["settings"]
 
 
+def test_methods_beside_searches(fake, entrgi, tmp_path, capsys, parse_page) -> None:
+    page = tmp_path / "c.html"
+    chosen = ("--methods", "none,aps", "--searches", "best,smc", "--candidates", 2, "--report", page)
+    code, got = compare(entrgi, tmp_path, *chosen)
+    assert code == 0 and [s.config.search for s in fake.samplers] == ["best", "smc"] * 2
+    labels = ["Best-of-N", "SMC", "APS", "APS + SMC"]
+    assert [(m["label"], m["search"]) for m in got["methods"]] == list(zip(labels, ["best", "smc"] * 2, strict=True))
+    pairs = [(d["method"], d["reference"]) for d in got["differences"]]
+    assert pairs == [("none+smc", "none"), ("aps", "none"), ("aps+smc", "none")]
+    assert "check passed" in capsys.readouterr().out, "of guided methods alone: SMC is level with best-of-N here"
+    data = parse_page(page.read_text(encoding="utf-8")).data
+    assert [m["label"] for m in data["methods"]] == labels and len(data["samples"]) == len(data["traces"]) == 4
+    assert compare(entrgi, tmp_path, "--methods", "none", "--search", "svdd")[1]["methods"][0]["label"] == "SVDD"
+
+
 def test_a_choice_of_methods(fake, entrgi, tmp_path, capsys) -> None:
     code, got = compare(entrgi, tmp_path, "--methods", "entrgi, aps")
     assert code == 0 and [m["method"] for m in got["methods"]] == ["entrgi", "aps"]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from entrgi_kernels.names import METHODS
+from entrgi_kernels.names import METHODS, SEARCHES
 
 from ..errors import UsageError, require
 from .config import EvaluationConfig, presets, read_config
@@ -25,6 +25,7 @@ _SETTINGS = {
     "model": "model",
     "rewards": "rewards",
     "methods": "methods",
+    "searches": "searches",
     "temperatures": "temperatures",
     "seeds": "seeds",
     "best_of": "best_of",
@@ -74,10 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("-n", "--num-prompts", type=int, metavar="N", help="prompts of every dataset")
     group.add_argument("--methods", type=_list, metavar="LIST", help=", ".join(METHODS))
+    group.add_argument("--searches", type=_list, metavar="LIST", help=f"beside each: {', '.join(SEARCHES)}")
     group.add_argument("--temperatures", type=_values, metavar="LIST")
     group.add_argument("--seeds", type=_values, metavar="LIST")
     group.add_argument("-K", "--num-samples", type=int, metavar="K", help="samples per prompt")
-    group.add_argument("--best-of", type=_value, metavar="N", help="samples of unguided methods: a number or auto")
+    group.add_argument("--best-of", type=_value, metavar="N", help="samples of best-of-N: a number or auto")
     group.add_argument("-L", "--max-new-tokens", type=int, metavar="L", help="slots of the response")
     group.add_argument("-T", "--steps", type=int, metavar="T", help="denoising steps")
     group.add_argument("-M", "--guidance-steps", type=int, metavar="M", help="gradient steps a denoising step")

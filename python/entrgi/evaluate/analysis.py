@@ -16,13 +16,14 @@ from typing import Any
 from ..errors import UsageError
 from ..statistics import Estimate, best_of, bootstrap_interval, estimate, finite, number
 from ..tables import missing_note
+from . import diversity
 from .config import EvaluationConfig, from_dict
 from .flops import Shape, sample_flops, total
 from .judging import best_record
 from .specs import check_judges
 from .store import Store
 
-METRICS = {"top1": "Top@1", "avg": "Avg@N"}
+METRICS = {"top1": "Top@1", "avg": "Avg@N", **diversity.METRICS}
 Prompt = str  # the key of a prompt
 
 
@@ -117,6 +118,16 @@ class Row:
         return self.method != "none" and self.settings["guidance_steps"] > 0
 
     @property
+    def search(self) -> str:
+        """Its name, as in :data:`entrgi_kernels.names.SEARCHES`."""
+        return self.settings["search"]
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is best-of-N: neither guidance nor a search."""
+        return not self.guided and self.search == "best"
+
+    @property
     def samples(self) -> int:
         """How many were drawn a prompt."""
         return self.settings["num_samples"]
@@ -133,11 +144,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A guided method against best-of-N with N raised until it costs the same.
+    """A method against best-of-N with N raised until it costs the same.
 
     Attributes:
         unit: "flops" or "seconds".
-        ratio: how often an unguided sample could be drawn for the price of the guided method's K.
+        ratio: how often an unguided sample could be drawn for the price of the method's K.
         n: that, rounded up, at most as many as were drawn.
         capped: whether fewer were drawn than it takes.
         baseline: reward of best-of-n.
@@ -170,7 +181,7 @@ class Slice:
     @property
     def baseline(self) -> Row | None:
         """Best-of-N, where it was run."""
-        return next((row for row in self.rows if not row.guided), None)
+        return next((row for row in self.rows if row.plain), None)
 
     def metrics(self) -> list[str]:
         """Metrics that every row has."""
@@ -178,7 +189,7 @@ class Slice:
         return [name for name in first if all(name in row.metrics for row in self.rows)]
 
     def differences(self, reference: str) -> list[tuple[Row, Row, dict[str, Figure]]]:
-        """(row, compared with, paired differences): guided rows against best-of-N, then others against the reference.
+        """(row, compared with, paired differences): all rows against best-of-N, then others against the reference.
 
         A difference needs the metric's value for the same prompts in both rows.
         """
@@ -186,10 +197,11 @@ class Slice:
         chosen = next((row for row in self.rows if row.label == reference and row is not base), None)
         pairs = [(row, base) for row in self.rows if base is not None and row is not base]
         pairs += [(row, chosen) for row in self.rows if chosen is not None and row is not chosen and row is not base]
-        return [(a, b, {name: paired(a.metrics[name], b.metrics[name]) for name in self.metrics()}) for a, b in pairs]
+        names = [name for name in self.metrics() if name not in diversity.METRICS]
+        return [(a, b, {name: paired(a.metrics[name], b.metrics[name]) for name in names}) for a, b in pairs]
 
     def matches(self) -> list[Match]:
-        """Compute-matched comparisons of every guided row, by FLOPs and by seconds as far as they are known."""
+        """Compute-matched comparisons of every other row, by FLOPs and by seconds as far as they are known."""
         base = self.baseline
         if base is None:
             return []
@@ -198,7 +210,7 @@ class Slice:
             price = getattr(base, unit)
             for row in self.rows:
                 cost = getattr(row, unit)
-                if not row.guided or not price or not cost:
+                if row.plain or not price or not cost:
                     continue
                 ratio = row.compared * cost / price
                 n = math.ceil(ratio)
@@ -310,6 +322,7 @@ def _rows(source: str, config: EvaluationConfig, header: Mapping[str, Any], stor
         if cell_key in owner:
             owner[cell_key].records.append(record)
             samples[cell_key, prompt, record["seed"]][record["sample"]] = record
+    searched = any(row.search != "best" for row in groups.values())
     judges = {spec.key: spec for spec in check_judges(config.judges, config.model)}
     judged: dict[str, dict[str, float | None]] = {spec.name: {} for spec in judges.values()}
     grades: dict[str, dict[str, list[float | None]]] = {spec.name: {} for spec in judges.values()}
@@ -342,6 +355,9 @@ def _rows(source: str, config: EvaluationConfig, header: Mapping[str, Any], stor
             if spec.samples == "all" and all(r["key"] in scores for r in ordered):
                 given = finite(scores[r["key"]] for r in ordered)
                 mine[f"{spec.name}, all"][prompt] += [_mean(given)] if given else []
+        if searched:
+            for name, value in diversity.diversity([record["text"] for record in ordered]).items():
+                mine[name][prompt] += [] if value is None else [value]
     batches = store.read("batches")
     rows = [row for row in groups.values() if row.rewards]
     for row in rows:

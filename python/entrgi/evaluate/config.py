@@ -14,9 +14,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entrgi_kernels.names import METHODS
+from entrgi_kernels.names import METHODS, SEARCHES
 
-from .. import __version__
+from .. import __version__, tables
 from ..digests import digest
 from ..errors import UsageError, read_text, require
 from ..loading import SPEED_ONLY
@@ -32,6 +32,7 @@ MAX_BEST_OF = 1024  # samples a prompt
 _AXES = ("method", "weight", "temperature", "seed")
 # Without guidance these mean nothing: two configurations that differ in them alone are one.
 _GUIDANCE_ONLY = ("weight", "guidance_steps", "learning_rate", "betas", "eps", "state_dtype")
+_SEARCH_ONLY = frozenset(name for kind in SEARCHES.values() for name in kind.settings)
 _FREE = ("name", "device", "judges", "reference")
 
 
@@ -70,10 +71,12 @@ class EvaluationConfig:
             value of one axis of the grid.
         datasets: where prompts come from.
         methods: names, or mappings of a method and settings; a list as a setting's value is swept.
+        searches: names, or mappings of a search and settings, likewise; each goes with every method that names no
+            search of its own. None given: the search is a setting like others.
         temperatures, seeds: axes of the grid.
         settings: of :class:`entrgi_kernels.guidance.config.GuidanceConfig`, for all methods.
-        best_of: samples a prompt of unguided methods: a number, None for `num_samples`, or "auto", which raises it
-            until best-of-N costs as many FLOPs as the most expensive guided method.
+        best_of: samples a prompt of methods without guidance and search: a number, None for `num_samples`, or "auto",
+            which raises it until best-of-N costs as many FLOPs as the most expensive of the others.
         judges: mappings, see :mod:`.specs`.
         traces: prompts of the first seed of every dataset whose denoising is recorded for replays.
         reference: label of the method that others are compared with in the tables (besides best-of-N).
@@ -85,6 +88,7 @@ class EvaluationConfig:
     rewards: tuple[str, ...] = (TINY,)
     datasets: tuple[Dataset, ...] = (Dataset(TINY, TINY, num_prompts=24),)
     methods: tuple[Any, ...] = tuple(METHODS)
+    searches: tuple[Any, ...] = ()
     temperatures: tuple[float, ...] = (0.7,)
     seeds: tuple[int, ...] = (0,)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -101,8 +105,9 @@ class EvaluationConfig:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def identity(self) -> dict[str, Any]:
-        """The part that results depend on."""
-        return {name: value for name, value in self.to_dict().items() if name not in _FREE}
+        """The part that results depend on; as it was before there were searches, where there are none."""
+        content = {name: value for name, value in self.to_dict().items() if name not in _FREE}
+        return content if self.searches else {k: v for k, v in content.items() if k != "searches"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,16 +196,17 @@ def from_dict(content: Mapping[str, Any], where: str = "configuration") -> Evalu
     except ValueError as error:  # a lone surrogate, or a list that holds itself
         raise UsageError(f"{where}: expected plain values and valid Unicode: {error}") from None
     values = dict(content)
-    for name in ("rewards", "temperatures", "seeds", "methods", "datasets", "judges"):
+    for name in ("rewards", "temperatures", "seeds", "methods", "searches", "datasets", "judges"):
         if name in values:
             given = values[name]
             values[name] = tuple(given) if isinstance(given, (list, tuple)) else (given,)
-            if name != "judges" and (not values[name] or given is None):
+            if name not in ("judges", "searches") and (not values[name] or given is None):
                 raise UsageError(f"{where}: {name} is empty: expected at least one")
     for name in ("name", "model", "reference", "dtype", "device"):
         if not isinstance(values.get(name, ""), str):
             raise UsageError(f"{where}: {name}={values[name]!r}: expected text")
-    values["judges"] = tuple(judge for judge in values.get("judges", ()) if judge is not None)
+    for name in ("judges", "searches"):
+        values[name] = tuple(entry for entry in values.get(name, ()) if entry is not None)
     if "datasets" in values:
         values["datasets"] = tuple(_dataset(entry, where) for entry in values["datasets"])
         labels = [dataset.name for dataset in values["datasets"]]
@@ -210,7 +216,8 @@ def from_dict(content: Mapping[str, Any], where: str = "configuration") -> Evalu
     if not isinstance(settings, Mapping):
         raise UsageError(f"{where}: settings={settings!r}: expected a mapping of settings and values")
     values["settings"] = dict(settings)
-    for axis, home in zip(_AXES, ("methods", "methods", "temperatures", "seeds"), strict=True):
+    homes = dict(zip(_AXES, ("methods", "methods", "temperatures", "seeds"), strict=True))
+    for axis, home in {**homes, **({"search": "searches"} if values["searches"] else {})}.items():
         if axis in values["settings"]:
             raise UsageError(f"{where}: settings.{axis} is an axis of the grid: use {home}")
     if "temperatures" in values:
@@ -241,12 +248,12 @@ def from_dict(content: Mapping[str, Any], where: str = "configuration") -> Evalu
 
 
 def methods_of(config: EvaluationConfig, best_of: int | None = None) -> Iterator[tuple[str, GuidanceConfig, int]]:
-    """(label, settings, K of the comparison) of every method and temperature, repetitions left out; the seed is still
-    the default.
+    """(label, settings, K of the comparison) of every method, search and temperature, repetitions left out; the seed is
+    still the default.
 
     Args:
-        config: whose `methods`, `temperatures` and `settings` are combined.
-        best_of: samples of unguided methods, where "auto" has been worked out.
+        config: whose `methods`, `searches`, `temperatures` and `settings` are combined.
+        best_of: samples of best-of-N, where "auto" has been worked out.
 
     Raises:
         UsageError: a setting that the sampler does not take.
@@ -256,41 +263,61 @@ def methods_of(config: EvaluationConfig, best_of: int | None = None) -> Iterator
     base = dict(config.settings)
     if config.model == TINY:
         base = {"max_new_tokens": 32, "steps": 16, "batch_size": 12, **base}
-    seen = set()
-    for entry in config.methods:
-        entry = {"method": entry} if isinstance(entry, str) else entry
-        if not isinstance(entry, Mapping) or "method" not in entry:
-            raise UsageError(f"methods: {entry!r}: expected a method's name, or a mapping with `method`")
-        swept = {name: _listed(value) for name, value in entry.items() if name != "label"}
-        swept.setdefault("temperature", list(config.temperatures))
-        combinations = list(itertools.product(*swept.values()))
-        if "label" in entry and len(combinations) > len(swept["temperature"]):
-            raise UsageError(f"methods: {entry!r}: one label for several combinations")
-        for values in combinations:
-            chosen = dict(zip(swept, values, strict=True))
-            changed = {name: value for name, value in chosen.items() if name not in ("method", "temperature")}
-            try:
-                settings = GuidanceConfig().replace(**{**base, **chosen})
-            except (ValueError, TypeError) as error:
-                raise UsageError(f"{error} (in methods: {entry!r})") from None
-            compared = settings.num_samples
-            if not settings.guided and "num_samples" not in changed:
-                wanted = best_of if config.best_of == "auto" else config.best_of
-                settings = settings.replace(num_samples=wanted or settings.num_samples)
-            identity = json.dumps(settings_identity(settings))
-            if identity not in seen:
+    seen, labels = set(), set()
+    searches = [_entry("search", entry) for entry in config.searches] or [{}]
+    for method in (_entry("method", entry) for entry in config.methods):
+        for search in searches if "search" not in method else [{}]:
+            twice = sorted(set(method) & set(search) - {"label"})
+            if twice:
+                raise UsageError(f"{', '.join(twice)}: set in methods: {method!r} and in searches: {search!r}")
+            swept = {k: _listed(v) for k, v in {**method, **search}.items() if k != "label"}
+            swept.setdefault("temperature", list(config.temperatures))
+            for name, entry in (("methods", method), ("searches", search)):
+                if "label" in entry and any(len(swept[k]) > 1 for k in entry if k not in ("label", "temperature")):
+                    raise UsageError(f"{name}: {entry!r}: one label for several combinations")
+            for values in itertools.product(*swept.values()):
+                chosen = dict(zip(swept, values, strict=True))
+                try:
+                    settings = GuidanceConfig().replace(**{**base, **chosen})
+                except (ValueError, TypeError) as error:
+                    where = f"methods: {method!r}" + (f", searches: {search!r}" if search else "")
+                    raise UsageError(f"{error} (in {where})") from None
+                compared = settings.num_samples
+                if is_best_of_n(settings) and "num_samples" not in chosen:
+                    wanted = best_of if config.best_of == "auto" else config.best_of
+                    settings = settings.replace(num_samples=wanted or settings.num_samples)
+                identity = json.dumps(settings_identity(settings))
+                if identity in seen:
+                    continue
+                label = label_of({**chosen, "search": settings.search}, method.get("label"), search.get("label"))
+                if (label, settings.temperature) in labels:  # the tables would take them for one
+                    raise UsageError(f"methods: two have the label {label!r}: give each its own")
                 seen.add(identity)
-                yield entry.get("label") or label_of(settings.method, changed), settings, compared
+                labels.add((label, settings.temperature))
+                yield label, settings, compared
 
 
-def label_of(method: str, changed: Mapping[str, Any]) -> str:
-    """A method and what was changed in it, as in "EntRGi, M = 1"."""
-    parts = [LABELS.get(method, method)]
-    for name, value in changed.items():
+def is_best_of_n(config: GuidanceConfig) -> bool:
+    """Whether it is what all others are compared with: samples of the model alone, each for itself."""
+    return not config.guided and config.search == "best"
+
+
+def label_of(chosen: Mapping[str, Any], method: str | None = None, search: str | None = None) -> str:
+    """A method and its search, and what was changed in them, as in "EntRGi + SMC, M = 1".
+
+    Args:
+        chosen: the method and the search, and all that differs from the evaluation's settings.
+        method, search: labels of their own, which stand for all that was changed in them.
+    """
+    parts = [tables.label_of(chosen["method"], chosen["search"], method, search)]
+    for name, value in chosen.items():
+        named = search if name in _SEARCH_ONLY else method
+        if named is not None or name in ("method", "search", "temperature"):
+            continue
         if name == "weight":
             parts += [str(value)] if value is not None else []
         else:
-            parts.append(f"{SYMBOLS.get(name, name)} = {value}")
+            parts.append(name.replace("_", "-") if value is True else f"{SYMBOLS.get(name, name)} = {value}")
     return ", ".join(parts)
 
 
@@ -298,6 +325,10 @@ def settings_identity(config: GuidanceConfig) -> dict[str, Any]:
     """The settings that texts depend on."""
     dropped = SPEED_ONLY if config.guided else (*SPEED_ONLY, *_GUIDANCE_ONLY)
     content = {name: value for name, value in config.to_dict().items() if name not in dropped}
+    # Likewise of searches; without one there is nothing of them, as before there were any.
+    own = SEARCHES[config.search].settings
+    unused = {*_SEARCH_ONLY.difference(own), *(["search"] if config.search == "best" else [])}
+    content = {name: value for name, value in content.items() if name not in unused}
     return content if config.guided else {**content, "method": "none"}
 
 
@@ -308,7 +339,7 @@ def cells_of(
 
     Args:
         config: whose grid.
-        best_of: samples of unguided methods, where "auto" has been worked out.
+        best_of: samples of best-of-N, where "auto" has been worked out.
         files: what identifies the models' files, as in :attr:`Plan.files`.
     """
     files = files or {}
@@ -323,6 +354,20 @@ def cells_of(
                 Cell(digest(identity)[:12], label, dataset.name, reward, settings, min(compared, settings.num_samples))
             )
     return cells
+
+
+def _entry(kind: str, entry: Any) -> Mapping[str, Any]:
+    """An entry of `methods` or `searches` as a mapping."""
+    entry = {kind: entry} if isinstance(entry, str) else entry
+    plural = {"method": "methods", "search": "searches"}[kind]
+    if not isinstance(entry, Mapping) or kind not in entry:
+        raise UsageError(f"{plural}: {entry!r}: expected a {kind}'s name, or a mapping with `{kind}`")
+    other = [name for name in _AXES if name in entry] if kind == "search" else []
+    if other:
+        raise UsageError(f"searches: {entry!r}: {', '.join(other)} belong to methods, temperatures or seeds")
+    if not isinstance(entry.get("label", ""), str):
+        raise UsageError(f"{plural}: {entry!r}: label: expected text")
+    return entry
 
 
 def _dataset(entry: Any, where: str) -> Dataset:

@@ -112,7 +112,7 @@ def _memory(plan: Plan) -> list[str]:
     extra = 0.0
     for cell in plan.cells:
         c = cell.config
-        rows = c.batch_size * c.num_samples
+        rows = c.batch_size * c.num_samples * c.copies
         entries = rows * open_slots(model, c) * model.vocabulary
         # Adam's moments have the logits' dtype unless another is set, float32 for float16.
         moment = _BYTES[c.state_dtype] if c.state_dtype else 4 if plan.config.dtype == "float16" else width

@@ -11,8 +11,13 @@ reward, guidance      M times a step, forward and backward to its inputs: 2 R (2
                       layer is run at one position alone
 vocabulary            M times a step: 2 n_t V D for the soft embedding, and as much for its gradient; in the last of the
                       M the gradient is that of the committed rows alone
+reward, search        "svdd" once a step, "smc" once in r: a forward of R positions, its last layer at one; at the end
+                      one over P + L. The self-rewarding form asks for none
 reward, final score   one forward over P + L positions
 ====================  ==================================================================================================
+
+The B candidates of "svdd" are rows of their own to the diffusion model and to the search's reward; guidance moves them
+as one row, before they part. Under a search all open rows count for the last of the M gradients.
 
 By blocks n_t are a block's slots. The reward reads up to the block's end, and finished blocks are in its cache: L is
 then a block, P all before it; a block's first step also reads the one before. The diffusion model's forwards are, with
@@ -115,7 +120,7 @@ class Shape:
 
 
 def sample_flops(model: Shape, reward: Shape, config: GuidanceConfig, prompt_tokens: float) -> dict[str, float]:
-    """FLOPs of one sample, by part: "model", "reward", "vocabulary", "scoring".
+    """FLOPs of one sample, by part: "model", "reward", "vocabulary", "search", "scoring".
 
     Args:
         model, reward: dimensions of the diffusion and the reward model.
@@ -128,32 +133,46 @@ def sample_flops(model: Shape, reward: Shape, config: GuidanceConfig, prompt_tok
     length = open_slots(model, config)
     # Blocks of a block-causal model are counted from the prompt's first token.
     offset = round(prompt_tokens) % length if model.block_length else 0
-    parts = {"model": 0.0, "reward": 0.0, "vocabulary": 0.0}
+    parts = {"model": 0.0, "reward": 0.0, "vocabulary": 0.0, "search": 0.0}
+    alike = config.num_samples * config.copies > 1  # before the very first commit
     shared, finished = 1 / config.num_samples, 0  # of the very first forward; slots that the reward need not read
     for number in range(math.ceil((slots + offset) / length)):
         begin, end = max(0, number * length - offset), min(slots, (number + 1) * length - offset)
-        _, steps = steps_of_block(config.steps, number, slots // length)
+        first_step, steps = steps_of_block(config.steps, number, slots // length)
         counts = plan(config.schedule, [end - begin], steps, config.schedule_eps).counts
         masked = end - begin
-        for step, count in enumerate(row[0] for row in counts if row[0]):
+        working = [(step, row[0]) for step, row in enumerate(counts, first_step) if row[0]]
+        for step, (numbered, count) in enumerate(working):
             first = (number, step) == (0, 0)
             # Where samples part a block's cache is made anew.
-            fresh = step == 0 or (step == 1 and number == 0 and config.num_samples > 1)
+            fresh = step == 0 or (step == 1 and number == 0 and alike)
             forward = _forward(model, config, prompt_tokens, number * length - offset, length, fresh, first)
             forward += 2 * masked * model.hidden * model.vocabulary
-            parts["model"] += (shared if first else 1.0) * (2 if config.cfg_scale else 1) * forward
+            parts["model"] += (shared if first else config.copies) * (2 if config.cfg_scale else 1) * forward
+            if _searches(config, numbered) and not (first and alike):
+                shown = min(slots, (number + 1) * length)
+                parts["search"] += config.copies * _reward_forward(reward, shown + _SUFFIX, prompt_tokens)
             if config.guided:
                 inner = config.guidance_steps
                 shown = min(slots, (number + 1) * length) - finished
                 parts["reward"] += inner * _reward_step(reward, shown + _SUFFIX, prompt_tokens + finished)
                 finished = begin if config.saves("reward_committed") else 0
                 product = 2 * model.vocabulary * reward.hidden
-                ranked_before = config.alg == "entropy" and config.confidence == "base"
+                ranked_before = config.alg == "entropy" and config.confidence == "base" and config.search == "best"
                 rows = inner * masked + (inner - 1) * masked + (count if ranked_before else masked)
                 parts["vocabulary"] += product * rows
             masked -= count
     parts["scoring"] = reward.forward(sequence + _SUFFIX, sequence + _SUFFIX)
+    if config.search != "best" and not config.self_rewarding:
+        parts["search"] += config.copies * parts["scoring"]
     return parts
+
+
+def _searches(config: GuidanceConfig, step: int) -> bool:
+    """Whether a search asks for rewards in a step."""
+    if config.search == "best" or config.self_rewarding:
+        return False
+    return config.search == "svdd" or (step > 0 and step % config.search_every == 0)
 
 
 def open_slots(model: Shape, config: GuidanceConfig) -> int:
@@ -181,6 +200,15 @@ def _forward(
         return model.forward(sequence, sequence)
     again = length if config.model_cache == "dual" else config.max_new_tokens - begin
     return model.forward(again + model.shift, sequence)
+
+
+def _reward_forward(reward: Shape, tokens: float, prefix: float) -> float:
+    """Forward alone; its last layer makes keys and values of all positions, the rest of one."""
+    context = prefix + tokens
+    inner = dataclasses.replace(reward, layers=reward.layers - 1).forward(tokens, context)
+    at_all = 2 * 2 * reward.hidden * reward.key_value * tokens
+    at_one = 2 * (reward.layer_weights - 2 * reward.hidden * reward.key_value) + 4 * reward.attention * context
+    return inner + at_all + at_one
 
 
 def _reward_step(reward: Shape, tokens: float, prefix: float) -> float:

@@ -15,7 +15,7 @@ from ..digests import digest, fingerprint
 from ..errors import UsageError
 from ..prompts import prompt_text
 from ..verified import is_verifier
-from .config import MAX_BEST_OF, Cell, EvaluationConfig, cells_of, methods_of
+from .config import MAX_BEST_OF, Cell, EvaluationConfig, cells_of, is_best_of_n, methods_of
 from .flops import Shape, sample_flops, total
 from .prompts import Item, PromptSets, fingerprints, load_prompts
 from .specs import TINY
@@ -165,10 +165,10 @@ def shapes_of(config: EvaluationConfig) -> dict[str, dict[str, Any]]:
 
 
 def matched_best_of(config: EvaluationConfig, prompts: PromptSets, shapes: dict[str, dict[str, Any]]) -> int:
-    """Samples of best-of-N that cost as many FLOPs as the most expensive guided method's K, rounded up.
+    """Samples of best-of-N that cost as many FLOPs as the K of the most expensive other method, rounded up.
 
     Raises:
-        UsageError: without the models' dimensions, or without a guided method.
+        UsageError: without the models' dimensions, or without a method to match.
     """
     model = shapes.get(f"model:{config.model}")
     rewards = [shapes.get(f"reward:{name}") for name in config.rewards]
@@ -181,11 +181,12 @@ def matched_best_of(config: EvaluationConfig, prompts: PromptSets, shapes: dict[
         costs: dict[bool, list[float]] = {True: [], False: []}
         for _, settings, _ in methods_of(config):
             cost = total(sample_flops(Shape(**model), shape, settings, tokens))
-            costs[settings.guided].append(cost * (settings.num_samples if settings.guided else 1))
+            plain = is_best_of_n(settings)
+            costs[plain].append(cost * (1 if plain else settings.num_samples))
         if costs[True] and costs[False]:
-            wanted = max(wanted, math.ceil(max(costs[True]) / min(costs[False])))
+            wanted = max(wanted, math.ceil(max(costs[False]) / min(costs[True])))
     if not wanted:
-        raise UsageError("best_of: auto needs an unguided and a guided method to match")
+        raise UsageError("best_of: auto needs method none with search best, and another one to match")
     return min(wanted, MAX_BEST_OF)
 
 

@@ -99,11 +99,14 @@ def _main(part: Slice) -> Table:
         seconds = "–" if row.seconds is None else f"{row.compared * row.seconds:.3g}"
         cells = [f.text() for f in figures] + ([weight] if weights else [])
         rows.append([row.label, str(row.compared), *cells, seconds, quantity(row.flops and row.compared * row.flops)])
-    better = {name: min if name.startswith("nats") else max for name in names}
+    better = {name: min if name.startswith("nats") or name == "selfbleu" else max for name in names}
     best = [better[name](finite(m[j] for m in means), default=None) for j, name in enumerate(names)]
     bold = {(next(i for i, m in enumerate(means) if m[j] == v), 2 + j) for j, v in enumerate(best) if v is not None}
     chosen = frozenset(bold) if len(rows) > 1 else frozenset()
-    return Table(f"mean over {len(part.rows[0].rewards)} prompts, {INTERVALS}", head, rows, chosen, _missing(part))
+    notes = _missing(part)
+    if "distinct1" in names and "selfbleu" not in names:
+        notes = ("self-BLEU is left out: it needs pip install 'entrgi_kernels[diversity]'.", *notes)
+    return Table(f"mean over {len(part.rows[0].rewards)} prompts, {INTERVALS}", head, rows, chosen, notes)
 
 
 def _missing(part: Slice) -> tuple[str, ...]:
@@ -112,11 +115,9 @@ def _missing(part: Slice) -> tuple[str, ...]:
 
 
 def _differences(part: Slice, reference: str) -> Table:
-    names = part.metrics()
-    rows = [
-        [f"{a.label} − {b.label}", *(values[name].text(signed=True) for name in names)]
-        for a, b, values in part.differences(reference)
-    ]
+    pairs = part.differences(reference)
+    names = list(pairs[0][2]) if pairs else []
+    rows = [[f"{a.label} − {b.label}", *(values[name].text(signed=True) for name in names)] for a, b, values in pairs]
     title = f"paired differences over the same prompts, {INTERVALS}"
     return Table(title, ["", *map(metric_label, names)], rows, notes=_missing(part))
 

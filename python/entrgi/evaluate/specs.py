@@ -8,6 +8,7 @@ from typing import Any
 
 from ..digests import digest
 from ..errors import UsageError
+from .diversity import METRICS as DIVERSITY
 
 TINY = "tiny"  # stands for the built-in models, their prompts and their judge
 KINDS = ("reward", "lm", "openai", "rule", "naturalness")
@@ -88,8 +89,9 @@ def check_judges(judges: Sequence[Mapping[str, Any]], model: str) -> list[JudgeS
         _check(spec, model)
         specs.append(spec)
     names = [spec.name for spec in specs]
-    if len(set(names)) < len(names) or {"top1", "avg"} & set(names):
-        raise UsageError(f"judges: names must be distinct and not top1 or avg, got {', '.join(names)}")
+    if len(set(names)) < len(names) or {"top1", "avg", *DIVERSITY} & set(names):
+        taken = ", ".join(("top1", "avg", *DIVERSITY))
+        raise UsageError(f"judges: names must be distinct and none of {taken}; got {', '.join(names)}")
     if len({spec.key for spec in specs}) < len(specs):
         raise UsageError(f"judges: two of {', '.join(names)} are one under two names")
     return specs

@@ -26,6 +26,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from entrgi_kernels.names import SEARCHES
+
 from .. import jsonl
 from ..errors import UsageError, differences
 from ..prompts import check_prompt
@@ -259,9 +261,12 @@ def _is_step(step: Any) -> bool:
     )
 
 
-def _check_settings(settings: Mapping[str, Any], where: str) -> None:
+def _check_settings(settings: dict[str, Any], where: str) -> None:
     from entrgi_kernels.guidance.config import GuidanceConfig
 
+    for kind in SEARCHES.values():  # results of before there were any
+        for name in ("search", *kind.settings):
+            settings.setdefault(name, getattr(GuidanceConfig, name))
     try:
         GuidanceConfig(**{**settings, "weight": None, "betas": tuple(settings["betas"])})
         [settings[field.name] for field in dataclasses.fields(GuidanceConfig)]

@@ -95,7 +95,7 @@ def payload(comparison: Comparison, tokenizer: Any) -> dict[str, Any]:
         "top": max(0.5, math.ceil(max(levels, default=100) / 50) / 2),  # nats at the end of the colour scale
         "methods": [
             {
-                "key": run.method,
+                "key": run.key,
                 "label": run.label,
                 "color": f"var(--{run.method if run.method in METHODS else 'accent'})",
                 "seconds": round(run.seconds, 2),
@@ -111,7 +111,7 @@ def payload(comparison: Comparison, tokenizer: Any) -> dict[str, Any]:
             for a, b, d in comparison.differences()
         ],
         "prompts": [prompt_text(prompt) for prompt in comparison.prompts],
-        "samples": {run.method: [_samples(result) for result in run.results] for run in comparison.runs},
+        "samples": {run.key: [_samples(result) for result in run.results] for run in comparison.runs},
         "traces": traces,
         "strings": strings,
         "eos": tokenizer.eos_token_id,
@@ -147,7 +147,7 @@ def _replays(comparison: Comparison, tokenizer: Any) -> tuple[dict[str, list[lis
     budget = REPLAY_BUDGET
     cost = max((_cost(s) for run in comparison.runs for r in run.results for s in r.samples), default=0)
     everything = sum(len(r.samples) for run in comparison.runs for r in run.results) * cost <= REPLAY_BUDGET
-    traces: dict[str, list[list[Any]]] = {run.method: [] for run in comparison.runs}
+    traces: dict[str, list[list[Any]]] = {run.key: [] for run in comparison.runs}
     for index in range(len(comparison.prompts)):
         for run in comparison.runs:
             result = run.results[index]
@@ -159,7 +159,7 @@ def _replays(comparison: Comparison, tokenizer: Any) -> tuple[dict[str, list[lis
                 if wanted:
                     budget -= _cost(sample)
                     used.update(row[-1]["tokens"])
-            traces[run.method].append(row)
+            traces[run.key].append(row)
     return traces, {str(token): _token_text(tokenizer, token) for token in sorted(used)}
 
 

@@ -6,13 +6,14 @@ whatever matplotlib writes.
 
 from __future__ import annotations
 
+import collections
 import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entrgi_kernels.names import METHODS
+from entrgi_kernels.names import METHODS, SEARCHES
 
 from ..errors import UsageError, require
 
@@ -79,6 +80,8 @@ def figures_of(results: Results) -> Iterator[tuple[Slice, str, str, Any]]:
                     "Expected highest reward of n samples against what n samples of a prompt cost, n from 1 to all"
                 )
                 caption += " that were drawn"
+                if not all(SEARCHES[row.search].independent for row in part.rows):
+                    caption += " (particles of one search: all together)"
                 caption += "; bands: 95% bootstrap intervals over prompts." if len(part.rows) <= _MOST_BANDS else "."
                 yield part, "reward-compute", caption, figure
             figure = Figure(figsize=(9.8, 3.6), layout="constrained")
@@ -123,9 +126,11 @@ def save(figure: Any, path: Path) -> None:
 
 
 def _colors(rows: list[Row]) -> dict[str, str]:
-    """A colour for every label: the methods have theirs."""
+    """A colour for every label: the methods have theirs, and the only one with a search its method's."""
     spare = iter(_MORE * (1 + len(rows) // len(_MORE)))
     own = {method.label: method.light for method in METHODS.values()}
+    searched = collections.Counter((row.method, row.search) for row in rows if row.search != "best")
+    own |= {row.label: METHODS[row.method].light for row in rows if searched[row.method, row.search] == 1}
     return {row.label: own.get(row.label) or next(spare) for row in rows}
 
 
@@ -138,12 +143,14 @@ def _curves(axes: Any, part: Slice, unit: str, colors: dict[str, str]) -> None:
         cost = getattr(row, unit)
         if not cost or not row.best_of(1):
             continue
-        counts = _counts(row.samples)
+        kind = SEARCHES[row.search]
+        counts = _counts(row.samples) if kind.independent else [row.samples]
         values = [list(row.best_of(n).values()) for n in counts]
         means = [sum(v) / len(v) for v in values]
         x = [cost * n for n in counts]
         color = colors[row.label]
-        axes.plot(x, means, color=color, marker="o", markersize=3.5, linewidth=1.8, label=row.label)
+        style = {"linestyle": kind.line, "marker": kind.marker, "markersize": 4, "linewidth": 1.6}
+        axes.plot(x, means, color=color, label=row.label, **style)
         bounds = [bootstrap_interval(v, resamples=2000) for v in values] if len(part.rows) <= _MOST_BANDS else [None]
         if all(bounds):
             axes.fill_between(x, *zip(*bounds, strict=True), color=color, alpha=0.13, linewidth=0)
@@ -166,6 +173,7 @@ def _histogram(axes: Any, part: Slice, colors: dict[str, str], title: str, value
     from ..statistics import finite
 
     values = {row.label: finite(values_of(row)) for row in part.rows}
+    lines = {row.label: SEARCHES[row.search].line for row in part.rows}
     everything = [v for some in values.values() for v in some]
     if not everything:
         return
@@ -175,7 +183,7 @@ def _histogram(axes: Any, part: Slice, colors: dict[str, str], title: str, value
     for label, some in ((label, some) for label, some in values.items() if some):
         # Shares, not counts: best-of-N has more samples.
         axes.hist(some, bins=edges, weights=[1 / len(some)] * len(some), histtype="step", linewidth=1.6,
-                  color=colors[label], label=label)  # fmt: skip
+                  color=colors[label], linestyle=lines[label], label=label)  # fmt: skip
     axes.set_title(title)
     axes.set_xlabel("reward")
     axes.set_ylabel("share")

@@ -66,7 +66,16 @@ def test_best_of_n_is_raised_to_the_dearest_method() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"method": "none"}, {"guidance_steps": 2, "steps": 8}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "none"},
+        {"guidance_steps": 2, "steps": 8},
+        {"method": "none", "search": "smc", "search_every": 3},
+        {"method": "none", "search": "smc", "self_rewarding": True},
+        {"guidance_steps": 2, "steps": 8, "search": "svdd", "candidates": 3},
+    ],
+)
 def test_the_formula_against_torch(tiny_weights, settings) -> None:
     """torch.utils.flop_counter sees the models' products (not those inside the project's own operators)."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -92,7 +101,7 @@ def test_the_formula_against_torch(tiny_weights, settings) -> None:
 
     length = len(encode_prompt(tokenizer, conversation_from(prompt)))
     parts = sample_flops(model, reward, config, length)
-    expected = config.num_samples * (parts["model"] + parts["reward"] + parts["scoring"])
+    expected = config.num_samples * (parts["model"] + parts["reward"] + parts["search"] + parts["scoring"])
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.05)
 
 
