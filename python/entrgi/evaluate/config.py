@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 MAX_BEST_OF = 1024  # samples a prompt
 # Settings that are axes of the grid, or set elsewhere.
 _AXES = ("method", "weight", "temperature", "seed")
-# Without guidance these mean nothing: two configurations that differ in them alone are one.
-_GUIDANCE_ONLY = ("weight", "guidance_steps", "learning_rate", "betas", "eps", "state_dtype")
+# What means something to some methods alone: two configurations that differ in the others' settings alone are one.
+_ADAM_ONLY = ("weight", "learning_rate", "betas", "eps", "state_dtype")
+_FIRST_ORDER_ONLY = ("guidance_scale",)
 _FREE = ("name", "device", "judges", "reference")
 
 
@@ -295,9 +296,13 @@ def label_of(method: str, changed: Mapping[str, Any]) -> str:
 
 def settings_identity(config: GuidanceConfig) -> dict[str, Any]:
     """The settings that texts depend on."""
-    dropped = SPEED_ONLY if config.guided else (*SPEED_ONLY, *_GUIDANCE_ONLY)
-    content = {name: value for name, value in config.to_dict().items() if name not in dropped}
-    return content if config.guided else {**content, "method": "none"}
+    if not config.guided:
+        dropped, own = ("guidance_steps", *_ADAM_ONLY, *_FIRST_ORDER_ONLY), {"method": "none"}
+    else:
+        dropped = _FIRST_ORDER_ONLY if METHODS[config.method].adam else _ADAM_ONLY
+        own = {"guidance_steps": config.inner_steps}
+    content = {name: value for name, value in config.to_dict().items() if name not in (*SPEED_ONLY, *dropped)}
+    return {**content, **own}
 
 
 def cells_of(

@@ -10,7 +10,7 @@ diffusion model       every step that commits something: S (2 W + 4 l a S) + 2 n
 reward, guidance      M times a step, forward and backward to its inputs: 2 R (2 W) + 3 R (4 l a (P + R)); its last
                       layer is run at one position alone
 vocabulary            M times a step: 2 n_t V D for the soft embedding, and as much for its gradient; in the last of the
-                      M the gradient is that of the committed rows alone
+                      M the gradient is that of the committed rows alone; "first_order" has M = 1 and no soft embedding
 reward, final score   one forward over P + L positions
 ====================  ==================================================================================================
 
@@ -38,6 +38,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from entrgi_kernels.names import METHODS
 
 if TYPE_CHECKING:
     from entrgi_kernels.guidance.config import GuidanceConfig
@@ -143,13 +145,15 @@ def sample_flops(model: Shape, reward: Shape, config: GuidanceConfig, prompt_tok
             forward += 2 * masked * model.hidden * model.vocabulary
             parts["model"] += (shared if first else 1.0) * (2 if config.cfg_scale else 1) * forward
             if config.guided:
-                inner = config.guidance_steps
+                inner = config.inner_steps
                 shown = min(slots, (number + 1) * length) - finished
                 parts["reward"] += inner * _reward_step(reward, shown + _SUFFIX, prompt_tokens + finished)
                 finished = begin if config.saves("reward_committed") else 0
                 product = 2 * model.vocabulary * reward.hidden
                 ranked_before = config.alg == "entropy" and config.confidence == "base"
-                rows = inner * masked + (inner - 1) * masked + (count if ranked_before else masked)
+                # A soft embedding (none around hard tokens alone) and a gradient each inner step.
+                soft = inner if METHODS[config.method].adam else 0
+                rows = soft * masked + (inner - 1) * masked + (count if ranked_before else masked)
                 parts["vocabulary"] += product * rows
             masked -= count
     parts["scoring"] = reward.forward(sequence + _SUFFIX, sequence + _SUFFIX)
