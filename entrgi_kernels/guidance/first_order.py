@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..ops import first_order_update_, sample_tokens
@@ -46,7 +48,7 @@ class FirstOrder:
     ) -> None:
         self.phi, self.table, self.memory = phi, table, memory
         self._scale, self._backend = scale, backend
-        self._temperature, self._filters = temperature, dict(top_k=top_k, top_p=top_p)
+        self._temperature, self._filters = temperature, (top_k, top_p)
         self._rng, self._keys = rng, keys
 
     @torch.no_grad()
@@ -59,11 +61,11 @@ class FirstOrder:
         Returns:
             ([N] float32, the hard token's share: 1; [N] bool, rows that hold a NaN or +inf, or no finite entry).
         """
-        phi, how = self.phi, dict(seed=self._rng, keys=self._keys, backend=self._backend)
-        best = sample_tokens(phi, temperature=0.0, **how)
-        self._tokens = best
+        phi, (top_k, top_p) = self.phi, self._filters
+        how: dict[str, Any] = dict(seed=self._rng, keys=self._keys, backend=self._backend)
+        self._tokens = best = sample_tokens(phi, temperature=0.0, **how)
         if self._temperature:
-            self._tokens = sample_tokens(phi, temperature=self._temperature, **self._filters, **how)
+            self._tokens = sample_tokens(phi, temperature=self._temperature, top_k=top_k, top_p=top_p, **how)
         self.argmax = best.clamp(min=0)
         out.index_copy_(0, index, self.table[self._tokens.clamp(min=0)])
         return torch.ones(len(phi), device=phi.device), best < 0

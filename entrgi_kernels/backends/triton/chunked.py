@@ -69,7 +69,7 @@ class Step(NamedTuple):
         return self[:5]
 
     @property
-    def flags(self) -> dict[str, bool]:
+    def flags(self) -> dict[str, Any]:
         """The kernels' constants."""
         return {"EPILOGUE": self.epilogue, "READS": self.reads, "WRITES": self.writes}
 
