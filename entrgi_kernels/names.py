@@ -16,6 +16,7 @@ class Method(NamedTuple):
         label: its name in tables and pictures.
         about: what a report says of it, a sentence after the label.
         light, dark: its colour on a light and on a dark page.
+        adam: whether Adam moves the logits, step by step; else the reward's linear part does, once.
     """
 
     weight: str | None
@@ -23,6 +24,7 @@ class Method(NamedTuple):
     about: str
     light: str
     dark: str
+    adam: bool = True
 
 
 class SearchKind(NamedTuple):
@@ -42,7 +44,7 @@ class SearchKind(NamedTuple):
     marker: str
 
 
-# In the order of the paper's tables.
+# In the order of the paper's tables, which lack "first_order".
 METHODS = {
     "none": Method(
         None, "Best-of-N", "guides nothing and keeps the sample of the highest reward.", "#6a6873", "#a5a1b3"
@@ -51,6 +53,14 @@ METHODS = {
         "zero", "Expectation", "reads the soft embedding everywhere (continuous relaxation).", "#0064a5", "#66b8f0"
     ),
     "aps": Method("one", "APS", "reads the hard token everywhere (straight-through).", "#b34a00", "#f29a5c"),
+    "first_order": Method(
+        "one",
+        "First-order",
+        "adds the reward's first-order gain over the drawn token to the logits, once a step (D-CBG, TAG).",
+        "#8a3fa0",
+        "#cf9be0",
+        adam=False,
+    ),
     "entrgi": Method(
         "linear",
         "EntRGi",

@@ -117,6 +117,7 @@ def _own_formulas() -> dict[Any, Any]:
         own.entrgi_embedding: _product,
         own.entrgi_embedding_out: _product,
         own.guidance_update_: _backward,
+        own.first_order_update_: _backward,
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     }

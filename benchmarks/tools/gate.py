@@ -104,9 +104,10 @@ def launches(machine: Machine, cases: Iterable[aot.Case]) -> dict[Launch, set[st
         logits = torch.empty(64, VOCABULARY, dtype=_BF16, device="meta")
         embedding, grad = (torch.empty(rows, 1024, dtype=_BF16, device="meta") for rows in (VOCABULARY, 64))
         stats, moments = torch.empty(64, device="meta"), (torch.empty_like(logits), torch.empty_like(logits))
-        step = chunked.AdamStep(0.5, 1.0, 0.9, 0.999, 1e-8, reads=True, writes=True)
+        step = chunked.Step(0.5, 1.0, 0.9, 0.999, 1e-8, reads=True, writes=True)
         chunked.forward(logits, embedding, stats, stats, 0.7, 0.0)
         chunked.backward(logits, grad, embedding, stats, stats, 0.7, logits, moments, step)
+        chunked.backward(logits, grad, embedding, stats, stats, 1.0, logits, None, chunked.Step.linear(1.0))
     return found
 
 

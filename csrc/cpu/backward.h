@@ -1,4 +1,4 @@
-// The gradient of the logits with its epilogue (store, or Adam in place), and the gradient of the table.
+// The gradient of the logits with its epilogue (store, Adam in place, or the first-order update), and that of the table.
 // Included inside namespace entrgi::ENTRGI_ISA.
 
 constexpr int64_t BACKWARD_DEPTH = 256;   // columns of E per step: a panel of grad^T then fits L1
@@ -179,6 +179,25 @@ static void epilogue_row(
   }
 }
 
+// The same of a linear job: logits += scale (grad . E_v - baseline), in place.
+template <typename T>
+static void linear_row(const BackwardJob& job, int64_t n, int64_t v0, int64_t count, const typename Store<T>::A* g) {
+  typedef typename Store<T>::A A;
+  typedef typename Lane<A>::V V;
+  constexpr int W = Lane<A>::W;
+  T* x = (T*)job.logits.data + n * job.logits.stride + v0;
+  const V baseline = set1(((const A*)job.baseline)[n]), scale = set1((A)job.scale);
+  for (int64_t i = 0; i < count; i += W) {
+    const int rest = (int)(count - i < W ? count - i : W);
+    V value = rest == W ? load(x + i) : load_part(x + i, rest, (A)0);
+    value += scale * (load(g + i) - baseline);
+    if (rest == W)
+      store(value, x + i);
+    else
+      store_part(value, x + i, rest);
+  }
+}
+
 // Rows [n0, n0 + rows) of a tile of `count` columns, g [rows][ldg].
 template <typename T>
 static void epilogue(const BackwardJob& job, int64_t n0, int64_t rows, int64_t v0, int64_t count,
@@ -186,6 +205,10 @@ static void epilogue(const BackwardJob& job, int64_t n0, int64_t rows, int64_t v
   typedef typename Store<T>::A A;
   for (int64_t r = 0; r < rows; r++) {
     const int64_t n = n0 + r;
+    if (job.linear) {
+      linear_row<T>(job, n, v0, count, g + r * ldg);
+      continue;
+    }
     RowEpilogue<A> e;
     e.scale = reciprocal<A>(job.temperature);
     e.shift = ((const A*)job.norm.shift)[n];

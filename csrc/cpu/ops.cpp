@@ -359,28 +359,31 @@ Tensor row_dot(const Tensor& a, const Tensor& b) {
   return out;
 }
 
-// Everything of the job but the destination. Tensors that it points to are kept alive by the caller through `hold`.
+// Everything of the job but the destination, and the tensors that it points to. `against` [N, D]: the baseline is its dot
+// product with the gradient.
 struct Backward {
   entrgi::BackwardJob job;
   Tensor embedding, grad, baseline, packed;
-  Normaliser norm;
+  std::optional<Normaliser> norm;
 
-  Backward(const Tensor& logits, const Tensor& embedding_, const Tensor& grad_, const Tensor& soft, const Tensor& lse_,
-           double temperature)
-      : norm(logits, as_acc(lse_, acc_of(logits)), temperature) {
+  Backward(const Tensor& logits, const Tensor& embedding_, const Tensor& grad_, const Tensor& against) {
     const auto acc = acc_of(logits);
     embedding = with_plain_rows(embedding_);
     grad = with_plain_rows(grad_);
-    baseline = row_dot(as_acc(grad_, acc), as_acc(soft, acc));
+    baseline = row_dot(as_acc(grad_, acc), as_acc(against, acc));
     job.logits = matrix(logits);
     job.embedding = matrix(embedding);
     job.grad = matrix(grad);
     job.n = logits.size(0);
     job.v = logits.size(1);
     job.d = embedding.size(1);
-    job.temperature = temperature;
-    job.norm = norm.pointers();
     job.baseline = baseline.data_ptr();
+  }
+  Backward(const Tensor& logits, const Tensor& embedding, const Tensor& grad, const Tensor& soft, const Tensor& lse,
+           double temperature)
+      : Backward(logits, embedding, grad, soft) {
+    job.temperature = temperature;
+    job.norm = norm.emplace(logits, as_acc(lse, acc_of(logits)), temperature).pointers();
   }
   void run() {
     if (job.n == 0) return;
@@ -442,6 +445,20 @@ void guidance_update_(const Tensor& logits_, const Tensor& grad, const Tensor& e
     copy_back(*exp_avg_, exp_avg);
     copy_back(*exp_avg_sq_, exp_avg_sq);
   }
+}
+
+void first_order_update_(const Tensor& logits_, const Tensor& grad, const Tensor& embedding, const Tensor& tokens,
+                         double scale) {
+  const Tensor logits =
+      updatable(logits_, embedding.scalar_type() == at::kDouble ? at::kDouble : logits_.scalar_type());
+  const int64_t v = embedding.size(0);
+  Backward backward(logits, embedding, grad, embedding.index_select(0, tokens.clamp(0, v - 1)));
+  // What is no token leaves no number: the row becomes NaN.
+  backward.baseline.masked_fill_(tokens.lt(0).logical_or_(tokens.ge(v)), std::numeric_limits<double>::quiet_NaN());
+  backward.job.linear = true;
+  backward.job.scale = scale;
+  backward.run();
+  copy_back(logits_, logits);
 }
 
 Tensor soft_embedding_grad_table(const Tensor& logits_, const Tensor& grad_, const Tensor& lse_, double temperature,
@@ -522,6 +539,8 @@ TORCH_LIBRARY(entrgi_native, m) {
       "Tensor(b!)? exp_avg, Tensor(c!)? exp_avg_sq, int step, float temperature, float lr, float beta1, float beta2, "
       "float eps, bool keep) -> ()");
   m.def(
+      "first_order_update_(Tensor(a!) logits, Tensor grad, Tensor embedding, Tensor tokens, float scale) -> ()");
+  m.def(
       "unmask_confidence(Tensor logits, Tensor tokens, str alg, float temperature, int top_k, float top_p) -> Tensor");
 }
 
@@ -534,5 +553,6 @@ TORCH_LIBRARY_IMPL(entrgi_native, CPU, m) {
   m.impl("soft_embedding_grad_table", &soft_embedding_grad_table);
   m.impl("entrgi_embedding", &entrgi_embedding);
   m.impl("guidance_update_", &guidance_update_);
+  m.impl("first_order_update_", &first_order_update_);
   m.impl("unmask_confidence", &unmask_confidence);
 }

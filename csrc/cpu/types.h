@@ -96,15 +96,18 @@ struct Adam {
   bool reads = false, writes = false;  // the moments: a first step finds none, a last one leaves none
 };
 
-// Gradient of the logits: p (grad . E_v - baseline) / temperature, then either stored or fed to Adam.
+// Gradient of the logits: p (grad . E_v - baseline) / temperature, then either stored or fed to Adam. Or, where `linear`,
+// logits += scale (grad . E_v - baseline): neither the distribution nor Adam takes part.
 struct BackwardJob {
-  Matrix logits, embedding, out;  // out.data null: Adam in place on logits
+  Matrix logits, embedding, out;  // out.data null: in place on logits
   Matrix exp_avg, exp_avg_sq;     // data null where they are neither read nor written
   Matrix grad;                    // [n, d]
   int64_t n = 0, v = 0, d = 0;
   double temperature = 1.0;
   Normaliser norm;
   const void* baseline = nullptr;  // acc
+  bool linear = false;
+  double scale = 0;
   Adam adam;
   void* packed = nullptr;  // the gradient as the kernels want it, filled by pack_gradient
 };

@@ -25,6 +25,8 @@ LAUNCHES = 50
 _LN2 = math.log(2.0)
 _ADAM = dict(lr=8.0, beta1=0.9, beta2=0.999, eps=0.02)  # eps near the gradients: their size shows in the step
 
+_SCALE = 0.25  # a power of two: what a row's products come to stays exact
+
 
 class Finding(NamedTuple):
     """One comparison: `excess` is the worst error over its bound (passed up to 1), `error` the largest one itself."""
@@ -337,6 +339,25 @@ def _try_update(make: _Maker, kernels: Any) -> Iterator[Problem]:
     yield call, found
 
 
+def _try_first_order(make: _Maker, kernels: Any) -> Iterator[Problem]:
+    logits, table = make.powers(), make.integers(make.v, make.d, 4, make.form(1))
+    grad, memory = make.integers(make.n, make.d, 2, make.form(2)), make.placed(logits, make.form(0))
+    tokens = make.draw()[1] % make.v
+    tokens[1 : make.n // 2 : 8] = -1  # as of bad rows
+
+    def call():
+        memory.copy_(logits)
+        kernels.first_order_update_(memory, grad, table, tokens, _SCALE)
+        return (memory.clone(),)
+
+    def found(out):
+        exact = logits.double()
+        eager.first_order_update_(exact, grad, table, tokens, _SCALE)
+        yield _compared("logits", out[0], exact, _eps(logits.dtype) * exact.abs().nan_to_num(posinf=1.0) + 1e-4)
+
+    yield call, found
+
+
 def _try_grad_table(make: _Maker, kernels: Any) -> Iterator[Problem]:
     (dtype,) = make.trial.flags
     logits, grad = make.powers(), make.integers(make.n, make.d, 4, make.form(1))
@@ -378,6 +399,7 @@ _TRIALS: dict[str, Callable[[_Maker, Any], Iterator[Problem]]] = {
     "soft_embedding_grad_table": _try_grad_table,
     "entrgi_embedding": _try_entrgi,
     "guidance_update_": _try_update,
+    "first_order_update_": _try_first_order,
     "unmask_confidence": _try_confidence,
 }
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -286,6 +286,22 @@ def guidance_update_(
         logits[:, part] = (logits[:, part].to(g.dtype) - update).to(logits.dtype)
 
 
+def first_order_update_(
+    logits: torch.Tensor, grad: torch.Tensor, table: torch.Tensor, tokens: torch.Tensor, scale: float
+) -> None:
+    """logits += scale (grad . E - grad . E[token]), in place: a reward's linear part around the tokens [N].
+
+    A row whose token is none (-1, as of a bad row, or V or more) becomes NaN.
+    """
+    acc = accumulation_dtype(logits, table)
+    grad = grad.to(acc)
+    legal, none = legal_targets(tokens, table.shape[0])
+    baseline = (grad * table[legal].to(acc)).sum(dim=-1).masked_fill_(none, math.nan)[:, None]
+    for part in _slices(table.shape[0], max(table.shape[1], logits.shape[0])):
+        change = scale * (_matmul(grad, table[part].to(acc).T) - baseline)
+        logits[:, part] = (logits[:, part].to(acc) + change).to(logits.dtype)
+
+
 def unmask_confidence(
     logits: torch.Tensor, tokens: torch.Tensor, alg: str, temperature: float, top_k: int, top_p: float
 ) -> torch.Tensor:

@@ -16,7 +16,7 @@ from .arguments import Adam, Draw, Placement
 
 NAME = "native"
 _MODULE = "entrgi_kernels._C"
-INTERFACE = 2  # that of csrc/cpu/bindings.cpp; a checkout may be newer than what was built from it
+INTERFACE = 3  # that of csrc/cpu/bindings.cpp; a checkout may be newer than what was built from it
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -139,6 +139,13 @@ def guidance_update_(
 ) -> None:
     """One Adam step on the logits, in place, from `grad` = d loss/d embedding [N, D]; see the eager twin."""
     torch.ops.entrgi_native.guidance_update_(logits, grad, table, soft, lse, *adam[:3], temperature, *adam[3:])
+
+
+def first_order_update_(
+    logits: torch.Tensor, grad: torch.Tensor, table: torch.Tensor, tokens: torch.Tensor, scale: float
+) -> None:
+    """logits += scale (grad . E - grad . E[token]), in place; see the eager twin."""
+    torch.ops.entrgi_native.first_order_update_(logits, grad, table, tokens, scale)
 
 
 def unmask_confidence(

@@ -95,6 +95,10 @@ def _update(logits, grad, table, soft, lse, temperature, adam):
     return (logits, table, grad, *moments), (soft.dtype, reads, keep)
 
 
+def _first_order(logits, grad, table, tokens, scale):
+    return (logits, table, grad), ()
+
+
 def _confidence(logits, tokens, alg, temperature, top_k, top_p):
     return (logits,), (alg, _filters(logits.shape[1], top_k, top_p))
 
@@ -108,6 +112,7 @@ READERS: dict[str, Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]] = {
     "soft_embedding_grad_table": _grad_table,
     "entrgi_embedding": _entrgi,
     "guidance_update_": _update,
+    "first_order_update_": _first_order,
     "unmask_confidence": _confidence,
 }
 # The tables that an operator reads beside that of the statistics.
@@ -116,6 +121,7 @@ _TABLES = {
     "entrgi_embedding": ("forward",),
     "soft_embedding_backward": ("backward",),
     "guidance_update_": ("backward",),
+    "first_order_update_": ("backward",),
     "soft_embedding_grad_table": ("table",),
 }
 
@@ -228,6 +234,7 @@ def calls(
     for held, step, keep in (((None, None), 1, True), (moments, 1, True), (moments, 2, True), (moments, 3, False)):
         adam = Adam(held[0], held[1], step, 0.5, 0.9, 0.999, 1e-8, keep)
         yield "guidance_update_", (logits, grad, table, soft, lse, 0.7, adam)
+    yield "first_order_update_", (logits, grad, table, keys, 1.0)
     for alg in SCORED_ALGS:
         yield "unmask_confidence", (logits, keys, alg, 0.7, 0, 0.95)
     if logits_dtype == table_dtype:  # passes of token_log_prob over a chunk's logits: a whole chunk, and the last one

@@ -132,7 +132,7 @@ class CapturedLoop:
         rows = fixed("graph rows", opened.rows, self._trajectories)
         slots = fixed("graph slots", opened.slots, 0)
         keys = fixed("graph keys", opened.keys, 0)
-        steps = self._config.guidance_steps
+        steps = self._config.inner_steps
         rngs = take("graph rngs", (steps, 2), torch.int64, device)
         rngs[:, 0].fill_(self._config.seed)
         rngs[:, 1].copy_(torch.arange(steps, device=device) + draw_counter(step, 0))

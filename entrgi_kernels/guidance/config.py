@@ -27,11 +27,14 @@ class GuidanceConfig:
     """Settings of guided generation; the defaults are the paper's.
 
     Attributes:
-        method: "entrgi", "aps", "expectation", or "none" (best of K without guidance).
+        method: "entrgi", "aps", "expectation", "first_order" (D-CBG, TAG), or "none" (best of K without guidance).
         weight: replaces EntRGi's linear weight: a name ("threshold(1.0, 0.5)", "step(1.0)") or a callable
             of (entropy [N] in nats, V).
-        guidance_steps: M, Adam steps a denoising step; 0 is no guidance.
-        learning_rate: eta, in logits: Adam's first step moves a logit by about that much.
+        guidance_steps: M, Adam steps a denoising step; 0 is no guidance. "first_order" takes one, however many are
+            set.
+        learning_rate: eta, in logits: Adam's first step moves a logit by about that much. Not for "first_order".
+        guidance_scale: gamma, for method "first_order" alone: logits a unit of reward. 1 is Bayes' rule, were the
+            reward a log-probability and temperature 1.
         betas, eps: Adam's; eps from 1e-12 to 1e12.
         state_dtype: dtype of Adam's moments, or its name: "float64", "float32" or "bfloat16"; None is the logits' own,
             but "float32" for float16, where squares underflow.
@@ -90,6 +93,7 @@ class GuidanceConfig:
     weight: str | WeightFunction | None = None
     guidance_steps: int = 3
     learning_rate: float = 0.5
+    guidance_scale: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     state_dtype: str | None = None
@@ -129,10 +133,11 @@ class GuidanceConfig:
         _one_of("method", self.method, tuple(METHODS))
         method_weight(self.method, self.weight)
         _integer("guidance_steps", self.guidance_steps, 0, MAX_INNER - 1)
-        for name in ("learning_rate", "temperature", "alg_temp"):
+        for name in ("learning_rate", "guidance_scale", "temperature", "alg_temp"):
             if isinstance(getattr(self, name), torch.Tensor):
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected a number, not a tensor")
         _common.check_rate(self.learning_rate, "learning_rate")
+        _common.check_rate(self.guidance_scale, "guidance_scale")
         if not isinstance(self.betas, (tuple, list)):
             raise TypeError(f"betas={self.betas!r}: expected two numbers in [0, 1)")
         for beta in self.betas:
@@ -219,6 +224,11 @@ class GuidanceConfig:
     def copies(self) -> int:
         """Rows of the models that each trajectory takes: the candidates of "svdd", else 1."""
         return self.candidates if self.search == "svdd" else 1
+
+    @property
+    def inner_steps(self) -> int:
+        """M as the method takes it: 1 at most where there is no Adam."""
+        return self.guidance_steps if METHODS[self.method].adam else min(self.guidance_steps, 1)
 
     def saves(self, name: str) -> bool:
         """Whether the exact saving `name` is on."""

@@ -228,7 +228,7 @@ class Denoiser:
             shown, moved = shown[::copies], phi[leaders]
         settled = self._settled if self.score.takes_committed else None
         guided = guide(moved, slots, shown, step, settled, partial)
-        self.stats.reward_evaluations += self.config.guidance_steps
+        self.stats.reward_evaluations += self.config.inner_steps
         self.stats.add_weights(guided.weights)
         self._faults.note_logits(step, slots.rows * copies, guided.unreadable)
         hit, rewards = guided.faults(slots.rows)

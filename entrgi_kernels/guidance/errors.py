@@ -20,7 +20,8 @@ class NonFiniteLogitsError(ArithmeticError):
         self.step, self.trajectory = step, trajectory
         super().__init__(
             f"logits are NaN or infinite at denoising step {step}, {where}: expected finite logits; check the "
-            "diffusion model's and the reward model's weights and dtype (float16 ends at 65504), and the learning rate"
+            "diffusion model's and the reward model's weights and dtype (float16 ends at 65504), and the learning rate "
+            "or guidance scale"
         )
 
     def at(self, where: str) -> NonFiniteLogitsError:

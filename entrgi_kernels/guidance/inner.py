@@ -1,16 +1,19 @@
-"""Guidance of one denoising step: M Adam steps on the open slots' logits, each through the reward model."""
+"""Guidance of one denoising step: M steps on the open slots' logits, each through the reward model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from ..names import METHODS
 from ..ops import make_rng
 from ..rewards.base import reward_gradient
 from . import phases
 from .canvas import OpenSlots
 from .config import GuidanceConfig
+from .first_order import FirstOrder
 from .keys import draw_counter
 from .memory import Memory
 from .optimizer import LogitOptimizer
@@ -36,7 +39,7 @@ class Guided:
     rewards: torch.Tensor
     gradients: torch.Tensor
     pending: torch.Tensor | None
-    optimizer: LogitOptimizer
+    optimizer: LogitOptimizer | FirstOrder
 
     @property
     def before(self) -> torch.Tensor:
@@ -107,7 +110,7 @@ class InnerLoop:
             settled: see :class:`Scorer`; one number for all inner steps.
         """
         rngs = torch.stack(
-            [make_rng(phi, self._config.seed, draw_counter(step, m)) for m in range(self._config.guidance_steps)]
+            [make_rng(phi, self._config.seed, draw_counter(step, m)) for m in range(self._config.inner_steps)]
         )
         return self.run(phi, opened, response, rngs, settled, defer)
 
@@ -131,24 +134,8 @@ class InnerLoop:
             rngs: int64 [M, 2], (seed, counter) of each inner step's draw.
         """
         config, rows, slots = self._config, opened.rows, opened.slots
-        saves_state = config.saves("adam_state")
-        optimizer = LogitOptimizer(
-            phi,
-            self.table,
-            lr=config.learning_rate,
-            temperature=config.temperature,
-            weight=self._weight,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            seed=rngs,
-            keys=opened.keys,
-            betas=config.betas,
-            eps=config.eps,
-            state_dtype=config.state_dtype,
-            keep_state=config.guidance_steps > 1 or not saves_state,
-            memory=self._memory,
-            backend=config.backend,
-        )
+        steps, saves_state = config.inner_steps, config.saves("adam_state")
+        optimizer = self._optimizer(phi, opened.keys, rngs)
         count, length = response.shape
         # One row more than there are trajectories, for rows of phi that belong to none.
         tokens = torch.nn.functional.pad(response, (0, 0, 0, 1))
@@ -158,9 +145,13 @@ class InnerLoop:
         source = index.clamp(max=count * length - 1)
         weights, values, sizes, grad = [], [], [], None
         unreadable = None
-        for inner in range(config.guidance_steps):
+        for inner in range(steps):
             with phases.scope(phases.EMBED):
-                blend = optimizer.embed(out=embedded, index=index)
+                if isinstance(optimizer, FirstOrder):
+                    weight, bad = optimizer.fill(embedded, index)
+                else:
+                    blend = optimizer.embed(out=embedded, index=index)
+                    weight, bad = blend.weight, blend.entropy.isnan()
             with torch.enable_grad():
                 with phases.scope(phases.REWARD):
                     best = tokens.index_put((rows, slots), optimizer.argmax)[:count]
@@ -172,13 +163,39 @@ class InnerLoop:
                     grad = reward_gradient(-value.sum(), filled, "the response's embeddings")
                     grad = grad.flatten(0, 1)[source]
                     sizes.append(torch.linalg.vector_norm(grad, torch.inf, dim=-1))
-            if not (defer and inner == config.guidance_steps - 1):
+            if not (defer and inner == steps - 1):
                 with phases.scope(phases.UPDATE):
-                    optimizer.step(grad, last=saves_state and inner == config.guidance_steps - 1)
-            unreadable = blend.entropy.isnan() if unreadable is None else unreadable
-            weights.append(blend.weight)
+                    optimizer.step(grad, last=saves_state and inner == steps - 1)
+            unreadable = bad if unreadable is None else unreadable
+            weights.append(weight)
             # A copy: a reward may be a view of the rows that the next inner step writes.
             values.append(value.detach().clone())
         assert unreadable is not None
         rewards, gradients = torch.stack(values), torch.stack(sizes)
         return Guided(torch.stack(weights), unreadable, rewards, gradients, grad if defer else None, optimizer)
+
+    def _optimizer(self, phi: torch.Tensor, keys: torch.Tensor, rngs: torch.Tensor) -> LogitOptimizer | FirstOrder:
+        """What moves phi, fresh at every denoising step."""
+        config = self._config
+        common: dict[str, Any] = dict(
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            keys=keys,
+            memory=self._memory,
+            backend=config.backend,
+        )
+        if not METHODS[config.method].adam:
+            return FirstOrder(phi, self.table, scale=config.guidance_scale, rng=rngs[0], **common)
+        return LogitOptimizer(
+            phi,
+            self.table,
+            lr=config.learning_rate,
+            weight=self._weight,
+            seed=rngs,
+            betas=config.betas,
+            eps=config.eps,
+            state_dtype=config.state_dtype,
+            keep_state=config.inner_steps > 1 or not config.saves("adam_state"),
+            **common,
+        )

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_iter
 from ..backends import resolve
 from ..models import DiffusionModel
 from ..models.forwards import Forwards
+from ..names import METHODS
 from ..ops.guidance_update import moment_dtype
 from ..rewards.base import reward_gradient
 from ..text.template import Conversation
@@ -205,7 +206,8 @@ class MemoryEstimate:
             taken.append(peak / rows)
         size = torch.empty((), dtype=model.dtype).element_size()
         state = moment_dtype(model.dtype, config.state_dtype)
-        keeps = config.guided and (config.guidance_steps > 1 or not config.saves("adam_state"))
+        keeps = config.guided and METHODS[config.method].adam
+        keeps &= config.inner_steps > 1 or not config.saves("adam_state")
         engine = resolve(config.backend, torch.empty(0, dtype=model.dtype, device=device)).NAME
         blocks = config.max_new_tokens // open_slots
         steps = {steps_of_block(config.steps, number, blocks)[1] for number in range(blocks)}

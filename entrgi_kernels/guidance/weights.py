@@ -102,7 +102,7 @@ def method_weight(method: str, weight: str | WeightFunction | None = None) -> st
     """The weight a method uses, in the operators' form; None for no guidance.
 
     Args:
-        method: "entrgi", "aps", "expectation" or "none".
+        method: a name out of :data:`entrgi_kernels.names.METHODS`.
         weight: replaces the method's own weight; only "entrgi" takes one, since it is what the others are named after.
 
     Raises:

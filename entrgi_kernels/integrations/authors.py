@@ -137,7 +137,7 @@ class OptimizeLogits:
             if inside is not phi:
                 phi[response] = inside
             self._guidance.stats.steps += 1
-            self._guidance.stats.reward_evaluations += config.guidance_steps
+            self._guidance.stats.reward_evaluations += config.inner_steps
             self._guidance.stats.add_weights(guided.weights)
             self._step += 1
             return phi, before

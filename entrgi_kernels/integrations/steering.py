@@ -146,7 +146,7 @@ class Steering:
             settled = self._settled(score, response, opened) if score.takes_committed else None
             loop = InnerLoop(score, table, config, self._memory)
             guided = loop(phi, opened_slots, response, self._step - 1, settled)
-            stats.reward_evaluations += config.guidance_steps
+            stats.reward_evaluations += config.inner_steps
             stats.add_weights(guided.weights)
             unreadable = torch.zeros_like(self._index).index_add_(0, opened_slots.rows, guided.unreadable.long()) > 0
             faulty, rewards = guided.faults(opened_slots.rows)

@@ -8,6 +8,7 @@ function.
 from ..backends import BackendInfo, BackendUnavailableError, backends
 from ._common import make_rng
 from .entrgi_embedding import EntrgiEmbedding, ForwardState, entrgi_embedding
+from .first_order_update import first_order_update_
 from .guidance_update import AdamState, guidance_update_
 from .sample_tokens import sample_tokens
 from .soft_embedding import soft_embedding
@@ -23,6 +24,7 @@ __all__ = [
     "ForwardState",
     "backends",
     "entrgi_embedding",
+    "first_order_update_",
     "guidance_update_",
     "make_rng",
     "sample_tokens",

@@ -20,6 +20,8 @@ Number = float | torch.Tensor  # a number, or the 0-d tensor that holds it
 # Temperatures and Adam's numbers are served in this range: all that is formed of them, 1 / temperature and squares of
 # gradients among it, then stays within float32.
 _LEAST, _MOST = 1e-12, 1e12
+# Worded here: where torch.compile takes every number for a symbol it puts none into a text.
+_AT_MOST, _SERVED = f"at most {_MOST:g}", f"from {_LEAST:g} to {_MOST:g}"
 
 
 def check_logits(logits: torch.Tensor, name: str = "logits") -> None:
@@ -207,7 +209,7 @@ def check_temperature(temperature: Number, name: str = "temperature", zero: str 
     """The temperature as a float (or a tensor yet to be read); raises unless it is 0 or in the range served."""
     if type(temperature) is float and _LEAST <= temperature <= _MOST:
         return temperature
-    expected = f"a finite number >= 0: 0 ({zero}), or from {_LEAST:g} to {_MOST:g}"
+    expected = f"a finite number >= 0: 0 ({zero}), or {_SERVED}"
     temperature = check_scalar(temperature, name, expected)
     # Comparisons alone: unlike math.isfinite they trace when torch.compile has made the number symbolic.
     if type(temperature) is float and temperature != 0 and not _LEAST <= temperature <= _MOST:
@@ -224,11 +226,22 @@ def check_rate(lr: Number, name: str = "lr") -> Number:
     """The learning rate as a float (or a tensor yet to be read); raise ValueError where Adam cannot take it."""
     if type(lr) is float and 0 <= lr <= _MOST:
         return lr
-    expected = f"a finite number >= 0, at most {_MOST:g}"
+    expected = f"a finite number >= 0, {_AT_MOST}"
     lr = check_scalar(lr, name, expected)
     if type(lr) is float and not 0 <= lr <= _MOST:
         raise ValueError(f"{name}={lr}: expected {expected}")
     return lr
+
+
+def check_scale(scale: Number, name: str = "scale") -> Number:
+    """A factor of a gradient as a float (or a tensor yet to be read); raise ValueError outside of the range served."""
+    if type(scale) is float and -_MOST <= scale <= _MOST:
+        return scale
+    expected = f"a finite number, of {_AT_MOST} in size"
+    scale = check_scalar(scale, name, expected)
+    if type(scale) is float and not -_MOST <= scale <= _MOST:
+        raise ValueError(f"{name}={scale}: expected {expected}")
+    return scale
 
 
 def check_eps(eps: float) -> float:
@@ -239,7 +252,7 @@ def check_eps(eps: float) -> float:
     """
     if type(eps) is float and _LEAST <= eps <= _MOST:
         return eps
-    expected = f"a finite number > 0, from {_LEAST:g} to {_MOST:g}"
+    expected = f"a finite number > 0, {_SERVED}"
     eps = check_number(eps, "eps", expected)
     if not _LEAST <= eps <= _MOST:
         raise ValueError(f"eps={eps}: expected {expected}")

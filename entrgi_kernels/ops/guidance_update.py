@@ -142,8 +142,8 @@ def guidance_update_(
         raise TypeError(f"state is {type(state).__name__}: expected the .state that entrgi_embedding returned")
     if not isinstance(keep, bool):
         raise TypeError(f"keep={keep!r} is {type(keep).__name__}: expected True or False")
-    _check_rows(grad, "grad", logits, table)
-    _check_rows(state.soft, "state.soft", logits, table)
+    check_rows(grad, "grad", logits, table)
+    check_rows(state.soft, "state.soft", logits, table)
     acc = _common.accumulation_dtype(logits, table)
     if state.soft.dtype != acc:
         raise TypeError(f"state.soft is {state.soft.dtype}: expected {acc}, as the forward left it")
@@ -207,7 +207,7 @@ def _check_adam(adam: AdamState, logits: torch.Tensor) -> tuple[tuple[torch.Tens
     return moments, int(adam.step) + 1
 
 
-def _check_rows(tensor: torch.Tensor, name: str, logits: torch.Tensor, table: torch.Tensor) -> None:
+def check_rows(tensor: torch.Tensor, name: str, logits: torch.Tensor, table: torch.Tensor) -> None:
     """Raise unless `tensor` has a row of the table's width for each row of the logits, and is where they are."""
     n, d = logits.shape[0], table.shape[1]
     _common.check_matrix(tensor, name, "[N, D], that of the embedding")

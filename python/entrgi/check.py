@@ -33,6 +33,7 @@ FAMILIES = {
     "soft_embedding_grad_table": "gradient of the table",
     "entrgi_embedding": "whole forward",
     "guidance_update_": "guidance update",
+    "first_order_update_": "first-order update",
 }
 
 _NOT_COMPARED = "not compared"  # for want of memory
@@ -256,6 +257,7 @@ def _work(size: Size, dtype: Any, device: Any) -> Iterator[tuple[str, tuple[Any,
     yield "entrgi_embedding", (logits, table, draw, None, None, "entropy"), 0.0, product
     yield "soft_embedding_backward", (logits, table, grad, soft, lse, 0.7), 0.0, product
     yield "guidance_update_", (logits, grad, table, soft, lse, 0.7, adam), 0.0, product
+    yield "first_order_update_", (logits, grad, table, keys % v, 1e-3), 0.0, product
     yield "soft_embedding_grad_table", (logits, grad, lse, 0.7, dtype), 0.0, product
 
 

@@ -32,6 +32,7 @@ _OPTIONS = (
     "weight",
     "guidance_steps",
     "learning_rate",
+    "guidance_scale",
     "num_samples",
     "max_new_tokens",
     "steps",
@@ -151,10 +152,17 @@ def add_sampler_arguments(
         type=int,
         default=3,
         metavar="M",
-        help="gradient steps at each denoising step (default: 3)",
+        help="gradient steps at each denoising step (default: 3; first_order takes one)",
     )
     group.add_argument(
         "--learning-rate", type=float, default=0.5, metavar="ETA", help="Adam's step on the logits (default: 0.5)"
+    )
+    group.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=1.0,
+        metavar="GAMMA",
+        help="for first_order: logits a unit of reward (default: 1.0)",
     )
     group.add_argument(
         "--backend",

@@ -10,6 +10,7 @@ LABELS = {name: method.label for name, method in METHODS.items()}
 SYMBOLS = {
     "guidance_steps": "M",
     "learning_rate": "η",
+    "guidance_scale": "γ",
     "temperature": "τ",
     "num_samples": "K",
     "max_new_tokens": "L",
@@ -25,7 +26,7 @@ _LATEX = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "η": r"$\eta$", "τ": r"$\tau$",
     "λ": r"$\lambda$",
     "≥": r"$\geq$", "≤": r"$\leq$", "<": r"$<$", ">": r"$>$", "×": r"$\times$", "·": r"$\cdot$", "∞": r"$\infty$",
-    "–": "--", "…": r"\dots{}",
+    "γ": r"$\gamma$", "–": "--", "…": r"\dots{}",
 }  # fmt: skip
 
 

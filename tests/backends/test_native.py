@@ -239,6 +239,24 @@ def test_update(isa: str, dtype: torch.dtype, table_dtype: torch.dtype, state_dt
             assert all((s[:, 2] == 0).all() for s in results[0][1:])
 
 
+@pytest.mark.parametrize("table_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_first_order_update(isa: str, dtype: torch.dtype, table_dtype: torch.dtype) -> None:
+    for n, v, d in ((1, 1, 1), (3, 7, 5), (5, 63, 33), (20, 1003, 64), (150, 257, 40)):
+        start, table = peaked(n, v, dtype), torch.randn(v, d).to(table_dtype)
+        start[:, 2:3] = -math.inf
+        tokens, grad = torch.randint(v, (n,)), torch.randn(n, d).to(table_dtype)
+        tokens[0] = -1
+        ours, theirs = start.clone(), start.double()
+        native.first_order_update_(ours, grad, table, tokens, 0.7)
+        eager.first_order_update_(theirs, grad, table, tokens, 0.7)
+        rough = 1e-12 if torch.float64 in (dtype, table_dtype) else 1e-4
+        torch.testing.assert_close(
+            ours.double(), theirs, rtol=torch.finfo(dtype).eps, atol=rough, equal_nan=True
+        )  # fmt: skip
+        assert theirs[0].isnan().all()
+
+
 @pytest.mark.parametrize(
     "isa, alg, dtype, filters",
     pairwise(ISAS, SCORED_ALGS, DTYPES, FILTERS),

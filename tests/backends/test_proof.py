@@ -48,6 +48,7 @@ def calls(n: int = N, dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
         "soft_embedding_grad_table": (logits, grad, lse, 0.7, dtype),
         "entrgi_embedding": (logits, table, Draw(rng, rows, 0.7, 0, 0.9), None, None, "entropy"),
         "guidance_update_": (logits, grad, table, soft, lse, 0.7, Adam(None, None, 1, *ADAM)),
+        "first_order_update_": (logits, grad, table, rows, 0.5),
         "unmask_confidence": (logits, rows, "maskgit_plus", 0.7, 0, 0.9),
     }
 

@@ -50,6 +50,9 @@ FAMILIES = [
     ("forward", "entrgi_embedding", 3, "soft_embedding", "_merge_kernel", "out_ptr"),
     ("update", "guidance_update_", 3, "guidance_update", "_backward_kernel", "out_ptr"),
     ("chunked update", "guidance_update_", 22, "chunked", "_update_kernel", "out_ptr"),
+    ("first order", "first_order_update_", 3, "guidance_update", "_backward_kernel", "out_ptr"),
+    ("its baseline", "first_order_update_", 3, "first_order_update", "_picked_kernel", "out_ptr"),
+    ("chunked first order", "first_order_update_", 22, "chunked", "_update_kernel", "out_ptr"),
     ("gradient", "soft_embedding_backward", 3, "guidance_update", "_backward_kernel", "out_ptr"),
     ("table", "soft_embedding_grad_table", 3, "soft_embedding", "_table_kernel", "out_ptr"),
     ("confidence", "unmask_confidence", 3, "unmask_confidence", "_confidence_merge_kernel", "out_ptr"),
@@ -68,6 +71,7 @@ def call(op: str, n: int) -> tuple:
         "soft_embedding_grad_table": (logits, grad, lse, 0.7, torch.float32),
         "entrgi_embedding": (logits, table, Draw(rng, rows, 0.7, 0, 1.0), rows, None, "entropy"),
         "guidance_update_": (logits, grad, table, soft, lse, 0.7, Adam(None, None, 1, *ADAM)),
+        "first_order_update_": (logits, grad, table, rows, 0.5),
         "unmask_confidence": (logits, rows, "maskgit_plus", 0.7, 0, 1.0),
     }[op]
 

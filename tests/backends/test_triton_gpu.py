@@ -252,6 +252,24 @@ def test_compiled_update_is_tritons(monkeypatch, compiled, moments, n, v, d):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("n", "v", "d"), [(3, 50_272, 576), (130, 32_000, 1000), (1024, V, 1024)])
+def test_first_order_update(n, v, d, dtype):
+    logits, table, grad = make(n, v, d, dtype)
+    tokens = torch.arange(n, device="cuda") * 7 % v
+    runs = [logits.clone(), logits.clone()]
+    for phi in runs:
+        kernels.first_order_update_(phi, grad, table, tokens, 0.7)
+    assert torch.equal(*runs)
+    rows = torch.tensor([0, n // 2, n - 1], device="cuda")
+    exact = logits[rows].double()
+    eager.first_order_update_(exact, grad[rows], table, tokens[rows], 0.7)
+    size = (0.7 * grad[rows].double().abs() @ table.double().abs().T).clamp(min=1)
+    bound = torch.finfo(dtype).eps * exact.abs().nan_to_num(posinf=0) + 1e-5 * size
+    wrong = ((runs[0][rows].double() - exact).abs() > bound) & exact.isfinite()
+    assert int(wrong.sum()) == 0
+
+
 def test_a_captured_graph_draws_new_numbers(check_captured_draws):
     logits, table, grad = make(64, V, 256, torch.bfloat16)
     rng, rows = torch.tensor([3, 0], device="cuda"), torch.arange(64, device="cuda")

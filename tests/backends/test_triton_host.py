@@ -197,6 +197,10 @@ def test_a_step_of_few_rows_is_nine_launches_and_nothing_else():
         "_merge_kernel", "_rowdot_kernel", "_backward_kernel",
     ]  # fmt: skip
     assert work.names == []
+    launched.clear()
+    with aot.recording(gate.MACHINES["sm_90"], lambda item: launched.append(item.kernel)), Work() as work:
+        kernels.first_order_update_(logits, grad, table, keys, 1.0)
+    assert launched == ["_picked_kernel", "_backward_kernel"] and work.names == []
 
 
 def test_splits_fill_the_machine_and_no_more():

@@ -503,7 +503,9 @@ def test_guidance_update(n, state):
         moments = (None, None) if state == "none" else [torch.full_like(phi, math.nan, dtype=dtype) for _ in range(2)]
         for step in (1,) if state == "none" else (1, 2, 3):
             backend.guidance_update_(phi, grad, table, soft, lse, ADAM[0], Adam(*moments, step, *ADAM[1:], step < 3))
-        runs.append((phi, *(m for m in moments if m is not None)))
+        linear = logits.clone()
+        backend.first_order_update_(linear, grad, table, torch.arange(n) - 1, -0.7)
+        runs.append((phi, linear, *(m for m in moments if m is not None)))
     for a, b in zip(*runs, strict=True):
         # Adam divides by |g|: where g is at the level of rounding its first steps amplify it. Bounded, and rare.
         agrees = (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= 1e-4 * b.abs().clamp(min=1e-3))

@@ -20,7 +20,7 @@ from entrgi_kernels.guidance.results import GenerationResult, Sample, Stats, Ste
 
 WORDS = [" the", " soup", " was", " very", " good", " bad", " cold", " </script><b>", ".", " I", " lov", "ed"]
 EOS, MASK = len(WORDS), len(WORDS) + 1
-LIFT = {"none": 0.0, "expectation": 2.0, "aps": 1.5, "entrgi": 2.5}
+LIFT = {"none": 0.0, "expectation": 2.0, "aps": 1.5, "first_order": 1.0, "entrgi": 2.5}
 
 
 class FakeTokenizer:

@@ -19,8 +19,8 @@ import torch
 from entrgi_kernels import ops
 from entrgi_kernels.names import SCORED_ALGS
 
+from .case import prepare
 from .draws import DTYPES, Draws, Failure, tensors_of
-from .operators import prepare
 from .truth import acc_of
 
 __all__ = ["prepare", "run"]
@@ -86,6 +86,10 @@ def lr(value: Any) -> Verdict:
     return None if _scalar_tensor(value) else real(value) and 0 <= value <= 1e12
 
 
+def scale(value: Any) -> Verdict:
+    return None if _scalar_tensor(value) else real(value) and -1e12 <= value <= 1e12
+
+
 def eps(value: Any) -> Verdict:
     return None if _scalar_tensor(value) else real(value) and 1e-12 <= value <= 1e12
 
@@ -96,7 +100,7 @@ def betas(value: Any) -> Verdict:
 
 NUMBERS: dict[str, Callable[[Any], Verdict]] = {
     "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "counter": counter, "lr": lr, "eps": eps,
-    "betas": betas,
+    "betas": betas, "scale": scale,
 }  # fmt: skip
 
 
@@ -145,7 +149,7 @@ class Given:
         simple: dict[str, list[Any]] = {
             "temperature": [1.0, 0, 0.5, np.float32(0.5)], "top_p": [None, 0.9, 1], "top_k": [None, 1, np.int64(3)],
             "seed": [0, 7, torch.tensor(3), torch.tensor([3, 4])], "counter": [0, 5], "lr": [0.1, 0],
-            "alg": list(SCORED_ALGS), "eps": [1e-8], "betas": [(0.9, 0.999)], "keep": [True, False],
+            "scale": [0.1, -2], "alg": list(SCORED_ALGS), "eps": [1e-8], "betas": [(0.9, 0.999)], "keep": [True, False],
             "backend": ["auto", "eager", "native"],
         }  # fmt: skip
         return d.pick(simple[argument])
@@ -163,12 +167,14 @@ _OPERATORS = {
     "soft_embedding": ("logits", "table", "temperature", "backend"),
     "entrgi_embedding": ("logits", "table", *_DRAW, "weight", "tokens", "out", "index", "backend"),
     "guidance_update_": ("logits", "grad", "table", "state", "lr", "adam", "betas", "eps", "keep", "backend"),
+    "first_order_update_": ("logits", "grad", "table", "tokens", "scale", "backend"),
     "unmask_confidence": ("logits", "tokens", "alg", "temperature", "top_p", "top_k", "backend"),
     "token_log_prob": ("hidden", "head", "targets", "bias", "backend"),
 }
+_TOKENED, _UPDATES = ("unmask_confidence", "first_order_update_"), ("guidance_update_", "first_order_update_")
 _POSITIONAL = {
     name: tuple(a for a in arguments if a in ("logits", "grad", "table", "state", "hidden", "head", "targets"))
-    + (("tokens",) if name == "unmask_confidence" else ())
+    + (("tokens",) if name in _TOKENED else ())
     for name, arguments in _OPERATORS.items()
 }
 
@@ -178,7 +184,7 @@ _BY_ROW = {"logits", "hidden", "grad", "tokens", "targets", "keys", "weight", "i
 
 def _tensor(d: Draws, given: Given, name: str, t: torch.Tensor) -> tuple[str, Any, Verdict]:
     """(what was done, the value, what is right) for an argument that is a tensor."""
-    written = name in ("out",) or (name == "logits" and given.name == "guidance_update_")
+    written = name in ("out",) or (name == "logits" and given.name in _UPDATES)
     floating = t.is_floating_point()
     # With nobody else who has rows or columns, any number of them will do.
     tensors = (torch.Tensor, ops.ForwardState)
@@ -192,7 +198,7 @@ def _tensor(d: Draws, given: Given, name: str, t: torch.Tensor) -> tuple[str, An
     how = d.pick(["thing", "dims", "rows", "columns", "dtype", "device", "layout", "same", "same"])
     if how == "thing":
         value = d.pick([t.tolist(), 1.5, 3, "logits", {}, object(), t.float().numpy(), [t], (t, t), None])
-        optional = name in ("tokens", "keys", "bias", "weight", "out", "index") and given.name != "unmask_confidence"
+        optional = name in ("tokens", "keys", "bias", "weight", "out", "index") and given.name not in _TOKENED
         right: Verdict = False
         if value is None and optional:
             right = True if name in ("keys", "bias") or (name == "tokens") else None
@@ -220,7 +226,7 @@ def _tensor(d: Draws, given: Given, name: str, t: torch.Tensor) -> tuple[str, An
         value = t.to(other)
         right = other == t.dtype
         if floating and other in DTYPES:
-            right = None if written or name == "logits" and given.name == "guidance_update_" else True
+            right = None if written else True
             if name == "out":
                 right = other == t.dtype
             if (

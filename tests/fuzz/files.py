@@ -232,7 +232,7 @@ def _one(*names: Any) -> Callable[[Any], bool | None]:
 
 # Settings of GuidanceConfig and what is right of a value, as its documentation says; None: either.
 SETTINGS: dict[str, Callable[[Any], bool | None]] = {
-    "method": _one(*METHODS), "guidance_steps": _whole(0, 253), "learning_rate": lr,
+    "method": _one(*METHODS), "guidance_steps": _whole(0, 253), "learning_rate": lr, "guidance_scale": lr,
     "betas": lambda x: None if isinstance(x, (list, tuple)) else False, "eps": eps,
     "state_dtype": _one(None, "float32", "float64", "bfloat16"), "num_samples": _whole(1, 1 << 10),
     "max_new_tokens": _whole(1, 1 << 14), "steps": _whole(1, 1 << 24), "temperature": temperature,

@@ -2,87 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from entrgi_kernels import ops
-from entrgi_kernels.backends import native
 from entrgi_kernels.guidance import LogitOptimizer
 from entrgi_kernels.names import SCORED_ALGS
 
-from .draws import DTYPES, Draws, Failure, same_bits, tensors_of, twice
+from .case import LEAST, TRITON, Case
+from .case import prepare as prepare
+from .draws import DTYPES, Draws, Failure, same_bits, tensors_of
 from .truth import EPS, Race, Rows, acc_of, all_nan, array, kept, near
-
-_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
-_ISAS: list[str] = []
-_LEAST = 2.0**-24 * _TRITON  # float16's smallest number
-
-
-def prepare() -> None:
-    """What a process needs once: one thread, uninitialised memory full of NaN, the instruction sets of this machine."""
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    if native.why_not(torch.device("cpu"), torch.float32) is None:
-        _ISAS[:] = native.build_info()["supported_isas"]
-
-
-class Case:
-    """One operator's case: its draws, its engines, and the calls on them."""
-
-    def __init__(self, draws: Draws, name: str) -> None:
-        self.d, self.engine = draws, "inputs"
-        draws.note(operator=name)
-        engines = ["eager"]
-        if _TRITON:  # its interpreter: slow, without float64, and wrong for products of bfloat16
-            engines = ["triton"]
-        elif _ISAS:  # two of four, so that a million cases fit the time
-            start = draws.integer(0, len(_ISAS) - 1)
-            engines += sorted({_ISAS[start], _ISAS[(start + 1 + draws.integer(0, 1)) % len(_ISAS)]})
-        self.engines = engines
-        self._again = draws.chance(0.08)
-        # token_log_prob's products are torch's own, whose bits depend on the number of threads.
-        self._threads = 2 if draws.chance(0.3) and name != "token_log_prob" else 1
-        self.counts: dict[str, int] = {}
-
-    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """(of logits, of the table)."""
-        served = (torch.float32, torch.float16) if _TRITON else DTYPES
-        first = self.d.pick(served)
-        second = first if self.d.chance(0.6) else self.d.pick(served)
-        self.d.note(dtype=first, table=second)
-        return first, second
-
-    def shape(self) -> tuple[int, int]:
-        n, v = self.d.shape()
-        if _TRITON:
-            n, v = min(n, 5), min(v, 300)
-        self.d.note(n=n, v=v)
-        return n, v
-
-    def width(self) -> int:
-        most = 200 if self.d.chance(0.05) else max(4, 15_000 // self.d.about["v"])
-        d = min(self.d.length(20, 200), 24 if _TRITON else most)
-        self.d.note(d=d)
-        return d
-
-    def each(self, call: Callable[[str], Any]) -> Iterator[Any]:
-        """call(backend) on each engine, some twice: the same bits."""
-        for engine in self.engines:
-            self.engine = engine
-            backend = "native" if engine in _ISAS else engine
-            if backend == "native":
-                native.set_isa(engine)
-            if self._again and engine != "triton":
-                yield twice(lambda: call(backend), (1, self._threads if backend == "native" else 1))  # noqa: B023
-            else:
-                yield call(backend)
-            self.counts[engine] = self.counts.get(engine, 0) + 1
-        self.engine = "inputs"
-        self.d.check_memory()
 
 
 def _gradients(outputs: Any, inputs: list[torch.Tensor], grads: Any) -> tuple[torch.Tensor, ...]:
@@ -155,11 +88,11 @@ class Products:
         self.e = array(e)
         self.sizes = np.abs(self.e)
         # Tiles round p: to bfloat16 under 16-bit logits and a bfloat16 table (docs/native.md), Triton's to operands'.
-        half = _TRITON and e.dtype == torch.float16
+        half = TRITON and e.dtype == torch.float16
         self.rounded = 2.0**-11 if half else 2.0**-8 if e.dtype == torch.bfloat16 and x.element_size() == 2 else 0.0
         self.soft = facts.p @ self.e
         self.mass = facts.p @ self.sizes
-        tiny = (_LEAST if half else torch.finfo(self.acc).tiny * 32) * self.sizes.sum(axis=0)
+        tiny = (LEAST if half else torch.finfo(self.acc).tiny * 32) * self.sizes.sum(axis=0)
         self.soft_bound = (facts.p * facts.relative) @ self.sizes + (facts.rounding + self.rounded) * self.mass + tiny
 
     def logit_gradient(self, grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -198,7 +131,7 @@ def soft_embedding(c: Case) -> None:
             if learns == "both" and facts.good.all() and _tame(facts).all():
                 pulled = np.abs(facts.p).T @ np.abs(g)
                 bound = (facts.p * (2 * facts.drift + facts.relative + facts.eps * (8 + np.sqrt(n)))).T @ np.abs(g)
-                bound += products.rounded * pulled + (torch.finfo(products.acc).tiny * 32 + _LEAST) * np.abs(g).sum()
+                bound += products.rounded * pulled + (torch.finfo(products.acc).tiny * 32 + LEAST) * np.abs(g).sum()
                 near("grad of table", out[2], facts.p.T @ g, bound, table_dtype)
 
 
@@ -416,6 +349,45 @@ def _adam_range(pull, pull_bound, moments, step, lr, betas, eps, facts, acc) -> 
         return np.minimum.reduce(steps), np.maximum.reduce(steps)
 
 
+def first_order_update_(c: Case) -> None:
+    (n, v), (dtype, table_dtype), d = c.shape(), c.dtypes(), c.width()
+    values, e = c.d.logits(n, v, dtype), c.d.laid(c.d.table(v, d, table_dtype), "table")
+    grad, tokens = _output_grad(c, n, d, c.d.pick([table_dtype, torch.float32])), c.d.integers(0, v - 1, n)
+    lost = np.array([c.d.chance(0.1) for _ in range(n)], dtype=bool)
+    tokens[torch.from_numpy(lost)] = c.d.pick([-1, v])
+    scale = c.d.pick([1.0, 0.01, 0.0, -3.0])
+    c.d.note(scale=scale)
+    acc = acc_of(values, e)
+    x, table, g = array(values), array(e), array(grad)
+    hard, size = table[tokens.clamp(0, v - 1).numpy()], np.abs(g)
+    with np.errstate(all="ignore"):
+        truth = x + scale * (g @ table.T - (g * hard).sum(axis=1, keepdims=True))
+        terms = size @ np.abs(table).T + (size * np.abs(hard)).sum(axis=1, keepdims=True)
+        eps = torch.finfo(acc).eps
+        bound = eps * abs(scale) * (16 + np.sqrt(d)) * terms + 4 * eps * np.abs(x)
+        bound += (torch.finfo(acc).tiny * 32 + LEAST) * (1 + abs(scale) * (1 + terms))
+    memory = {engine: c.d.laid(values, "logits", written=True) for engine in c.engines}
+
+    def call(backend: str) -> Any:
+        phi = memory[c.engine]
+        phi.copy_(values)
+        ops.first_order_update_(phi, grad, e, tokens, scale=scale, backend=backend)
+        return (phi.clone(),)
+
+    plain = np.isfinite(x)
+    for out in c.each(call):
+        all_nan("phi of a row without a token", out[0], lost)
+        moved = array(out[0])
+        if (np.isnan(moved) != (np.isnan(x) | lost[:, None])).any():
+            raise Failure("NaN where there was none, or the reverse")
+        held = ~plain & ~np.isnan(x) & ~lost[:, None]
+        if (moved[held] != x[held]).any():
+            raise Failure("an infinite logit moved")
+        kept_rows = plain & ~lost[:, None]
+        # A wider bound where the dtype's range ends.
+        near("phi", *(np.where(kept_rows, t, 0.0) for t in (moved, truth, bound)), dtype)
+
+
 def unmask_confidence(c: Case) -> None:
     (n, v), (dtype, _) = c.shape(), c.dtypes()
     x, tau = c.d.laid(c.d.logits(n, v, dtype), "logits"), c.d.temperature()
@@ -582,8 +554,8 @@ def logit_optimizer(c: Case) -> None:
 
 # Twice as often as the optimiser, which is made of them.
 OPERATORS = 2 * (
-    softmax_entropy, soft_embedding, sample_tokens, entrgi_embedding, guidance_update_, unmask_confidence,
-    token_log_prob,
+    softmax_entropy, soft_embedding, sample_tokens, entrgi_embedding, guidance_update_, first_order_update_,
+    unmask_confidence, token_log_prob,
 ) + (logit_optimizer,)  # fmt: skip
 
 

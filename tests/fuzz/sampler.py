@@ -84,6 +84,7 @@ def settings(d: Draws, wide: bool) -> dict[str, Any]:
         "method": d.pick(["entrgi", *reversed(METHODS)]),
         "guidance_steps": d.pick([0, 1, 1, 2, 3]),
         "learning_rate": d.pick([0.5, 0.1, 2.0, 0.0]),
+        "guidance_scale": d.pick([1.0, 0.1, 5.0, 0.0]),
         "num_samples": d.pick([1, 1, 2, 3]),
         "max_new_tokens": slots,
         "steps": d.pick([1, 2, 3, slots, slots, max(1, slots // 2), slots + 1, 2 * slots + 3, 19]),

@@ -76,6 +76,8 @@ def emulated(monkeypatch):
         {"alg": "origin", "num_samples": 1},
         {"exact_savings": "none"},
         {"method": "aps", "steps": 30, "deprioritize_eos": False},
+        {"method": "first_order"},
+        {"method": "first_order", "confidence": "guided", "exact_savings": "none"},
     ],
     ids=str,
 )

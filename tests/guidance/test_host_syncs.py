@@ -27,6 +27,7 @@ VARIANTS = [
     {"alg_temp": 0.5, "steps": 7},
     {"suppress_undrawable": False},
     {"method": "none"},
+    {"method": "first_order"},
     {"guidance_steps": 1, "num_samples": 1},
 ]
 

@@ -66,6 +66,16 @@ def test_nor_do_they_by_blocks(double, case):
     assert outcome(double, **settings)[0] == outcome(double, **settings, exact_savings="none")[0]
 
 
+@pytest.mark.parametrize("case", range(4))
+def test_all_savings_together_change_nothing_of_first_order_guidance(double, case):
+    settings = settings_of(case) | {"method": "first_order", "alg": "entropy", "confidence": "base"}
+    tokens, rewards = outcome(double, **settings, guidance_scale=2.0)
+    plain_tokens, plain_rewards = outcome(double, **settings, guidance_scale=2.0, exact_savings="none")
+    assert tokens == plain_tokens
+    for ours, theirs in zip(rewards, plain_rewards, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9)
+
+
 def test_the_configurations_reach_every_case():
     cases = [settings_of(case) for case in range(20)]
     for name, values in {"num_samples": {1, 4}, "guidance_steps": {1, 3}, "prompts": {1, 2, 3}}.items():

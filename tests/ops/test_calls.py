@@ -27,6 +27,9 @@ CALLS = {
     "soft_embedding": lambda x, e, **k: partial(ops.soft_embedding, x, e, temperature=0.7, **k),
     "entrgi_embedding": lambda x, e, **k: partial(ops.entrgi_embedding, x, e, temperature=0.7, top_k=5, seed=3, **k),
     "guidance_update_": lambda x, e, **k: update(x, e, **k),
+    "first_order_update_": lambda x, e, **k: partial(
+        ops.first_order_update_, x, x[:, :D].clone(), e, targets(x), scale=0.5, **k
+    ),
     "unmask_confidence": lambda x, e, **k: partial(ops.unmask_confidence, x, targets(x), **k),
     "token_log_prob": lambda x, e, **k: partial(ops.token_log_prob, x, e.T, targets(x), **k),
 }
@@ -91,6 +94,7 @@ MOST = {
     "soft_embedding": 53,
     "entrgi_embedding": 80,
     "guidance_update_": 142,  # five moments and rows are read, three written, and each of them apart from the others
+    "first_order_update_": 78,
     "unmask_confidence": 53,
     "token_log_prob": 52,
 }

@@ -64,6 +64,7 @@ def _case(name: str, x: torch.Tensor, backend: str) -> tuple:
             OPS.guidance_update_,
             (own, g, e, soft, lse, None, None, 1, *adam, False, backend),
         ),
+        "first_order_update_": (OPS.first_order_update_, (own, g, e, tokens, 0.7, backend)),
         "unmask_confidence": (OPS.unmask_confidence, (x, tokens, "topk_margin", 0.7, 2, 0.9, backend)),
         "token_log_prob": (OPS.token_log_prob, (grad_x, head, bias, tokens, False, backend)),
         "token_log_prob without bias": (OPS.token_log_prob, (grad_x, head.detach(), None, tokens, True, backend)),
@@ -82,7 +83,7 @@ NAMES = [
     "softmax_entropy", "softmax_entropy_backward", "sample_tokens", "soft_embedding", "soft_embedding_backward",
     "soft_embedding_grad_table", "entrgi_embedding", "entrgi_embedding given", "entrgi_embedding zero",
     "entrgi_embedding_out",
-    "guidance_update_", "guidance_update_ without state", "unmask_confidence",
+    "guidance_update_", "guidance_update_ without state", "first_order_update_", "unmask_confidence",
     "token_log_prob", "token_log_prob without bias", "token_log_prob_backward", "token_log_prob_backward without bias",
 ]  # fmt: skip
 INPUTS = {
@@ -103,7 +104,7 @@ def test_every_operator_is_checked():
 def _numbers(name: str) -> list[int]:
     """Places of the numbers that the operator takes as tensors too."""
     arguments = [argument.name for argument in getattr(OPS, name).default._schema.arguments]
-    return [arguments.index(number) for number in ("temperature", "top_p", "lr") if number in arguments]
+    return [arguments.index(number) for number in ("temperature", "top_p", "lr", "scale") if number in arguments]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,6 +20,7 @@ import torch
 import triton  # noqa: F401  a missing triton has to show here, as the registry expects, not at the first call
 
 from .entrgi_embedding import entrgi_embedding
+from .first_order_update import first_order_update_
 from .guidance_update import guidance_update_
 from .sample_tokens import sample_tokens
 from .soft_embedding import soft_embedding, soft_embedding_backward, soft_embedding_grad_table
@@ -29,6 +30,7 @@ from .unmask_confidence import unmask_confidence
 __all__ = [
     "NAME",
     "entrgi_embedding",
+    "first_order_update_",
     "guidance_update_",
     "sample_tokens",
     "soft_embedding",

@@ -29,6 +29,7 @@ from ..arguments import Adam, Draw, Placement
 from . import (
     config,
     entrgi_embedding,
+    first_order_update_,
     guidance_update_,
     launch,
     sample_tokens,
@@ -189,6 +190,7 @@ def calls(n: int, v: int, d: int, logits_dtype: torch.dtype, table_dtype: torch.
         yield guidance_update_(logits, grad, table, soft, lse, 0.7, Adam(*moments, step, 0.5, 0.9, 0.999, 1e-8, keep))
     yield soft_embedding_backward(logits, table, grad, soft, lse, 0.7)
     yield guidance_update_(logits, grad, table, soft, lse, 0.7, Adam(None, None, 1, 0.5, 0.9, 0.999, 1e-8))
+    yield first_order_update_(logits, grad, table, keys, 1.0)
     yield soft_embedding_grad_table(logits, grad, lse, 0.7, table_dtype)
     inputs = empty(2 * n, d, dtype=table_dtype)
     yield entrgi_embedding(logits, table, Draw(rng, keys, 1.0, 0, 1.0), None, None, "zero", Placement(inputs, keys))

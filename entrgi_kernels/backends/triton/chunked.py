@@ -41,10 +41,12 @@ def _probability_kernel(
     tl.store(out_ptr + row * length + index, p.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-class AdamStep(NamedTuple):
-    """What one step of Adam is given: lr / correction1, 1 / sqrt(correction2), and what it does with the moments.
+class Step(NamedTuple):
+    """What is made of the product g . E_v: "adam", the softmax gradient's step, "gradient", that itself, or "linear".
 
-    A first step reads none, for they are zero; a last one writes none.
+    A step of Adam is given lr / correction1, 1 / sqrt(correction2) and the rest, and what it does with the moments: a
+    first one reads none, for they are zero; a last one writes none. The linear one is logits += step_size (g . E_v -
+    delta).
     """
 
     step_size: float
@@ -54,7 +56,12 @@ class AdamStep(NamedTuple):
     eps: float
     reads: bool
     writes: bool
-    moves: bool = True
+    epilogue: str = "adam"
+
+    @classmethod
+    def linear(cls, scale: float) -> Step:
+        """The first-order update's."""
+        return cls(scale, 0.0, 0.0, 0.0, 0.0, reads=False, writes=False, epilogue="linear")
 
     @property
     def scalars(self) -> tuple[float, ...]:
@@ -62,13 +69,13 @@ class AdamStep(NamedTuple):
         return self[:5]
 
     @property
-    def flags(self) -> dict[str, bool]:
+    def flags(self) -> dict[str, Any]:
         """The kernels' constants."""
-        return {"ADAM": self.moves, "READS": self.reads, "WRITES": self.writes}
+        return {"EPILOGUE": self.epilogue, "READS": self.reads, "WRITES": self.writes}
 
 
 # Where the gradient itself is wanted.
-NO_STEP = AdamStep(0.0, 0.0, 0.0, 0.0, 0.0, reads=False, writes=False, moves=False)
+NO_STEP = Step(0.0, 0.0, 0.0, 0.0, 0.0, reads=False, writes=False, epilogue="gradient")
 
 
 @triton.jit
@@ -101,7 +108,7 @@ def _update_kernel(
     beta1,
     beta2,
     eps,
-    ADAM: tl.constexpr,
+    EPILOGUE: tl.constexpr,
     READS: tl.constexpr,
     WRITES: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -111,10 +118,13 @@ def _update_kernel(
     mask = index < length
     x = tl.load(logits_ptr + row * stride_n + first + index, mask=mask, other=float("-inf")).to(tl.float32)  # [BV]
     product = tl.load(product_ptr + row * length + index, mask=mask, other=0.0).to(tl.float32)  # [BV]
-    p = tl.exp(x * inverse - tl.load(lse_ptr + row))
     delta = tl.load(delta_ptr + row)
     out = out_ptr + row * stride_o + first + index
-    if ADAM:
+    if EPILOGUE == "linear":
+        tl.store(out, (x + step_size * (product - delta)).to(out_ptr.dtype.element_ty), mask=mask)
+        return
+    p = tl.exp(x * inverse - tl.load(lse_ptr + row))
+    if EPILOGUE == "adam":
         m = tl.zeros([BLOCK_V], tl.float32)  # [BV]
         s = tl.zeros([BLOCK_V], tl.float32)
         m_ptrs = exp_avg_ptr + row * stride_m + first + index
@@ -196,12 +206,12 @@ def backward(
     temperature: float,
     out: torch.Tensor,
     moments: tuple[torch.Tensor, torch.Tensor] | None,
-    step: AdamStep,
+    step: Step,
 ) -> None:
-    """Softmax gradient into `out` [N, V]; or a step of Adam on `out` (the logits) and `moments`.
+    """Softmax gradient into `out` [N, V]; or a step of Adam on `out` (the logits) and `moments`, or the linear one.
 
     Args:
-        grad: [N, D] of the product's dtype. delta: [N] float32, g . soft.
+        grad: [N, D] of the product's dtype. delta: [N] float32, what is taken from each row's product.
     """
     (n, v), d = logits.shape, table.shape[1]
     architecture = config.target(logits.device).architecture

@@ -18,7 +18,7 @@ from .. import eager
 from ..arguments import Adam
 from ..ranges import ranged
 from . import chunked, config, hopper
-from .chunked import AdamStep, adam
+from .chunked import Step, adam
 from .launch import Matrix, Vector, aligned, bulk, cdiv, kernel, launch, rows_of, tiles, vector
 
 _MOST_PARTS = 16  # the backward kernel halves its tile four times at most
@@ -91,24 +91,27 @@ def _finish(
     beta1,
     beta2,
     eps,
-    ADAM: tl.constexpr,
+    EPILOGUE: tl.constexpr,
     READS: tl.constexpr,
     WRITES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Softmax gradient of one part of the tile, from `product` = g . E_v and what :func:`_fetch` gave; then Adam in
-    place, or the gradient out."""
+    """One part of the tile, from `product` = g . E_v and what :func:`_fetch` gave: its softmax gradient, and Adam in
+    place or the gradient out; or the product added to the logits."""
     columns = first + tl.arange(0, COLUMNS)
     mask = inside_n[:, None] & (columns < v)[None, :]
     x = fetched[0].to(tl.float32)
+    delta = tl.load(delta_ptr + rows)[:, None]
+    out = out_ptr + rows[:, None] * stride_o + columns[None, :]
+    if EPILOGUE == "linear":
+        tl.store(out, (x + step_size * (product - delta)).to(out_ptr.dtype.element_ty), mask=mask)
+        return
     # From the log-sum-exp alone, whose rounding moves a row's gradient by a common factor of up to
     # exp(|phi / tau| * 6e-8); it is NaN where phi / tau overflows float32. The CPU's kernels find maximum and sum anew.
     # exp2 flushes what is below 2^-126 to zero: three instructions less than exp, of forty.
     p = tl.exp2((x * inverse - tl.load(lse_ptr + rows)[:, None]) * 1.4426950408889634)  # [BN, C], C columns of a part
-    delta = tl.load(delta_ptr + rows)[:, None]
-    out = out_ptr + rows[:, None] * stride_o + columns[None, :]
-    if ADAM:
+    if EPILOGUE == "adam":
         m = tl.zeros([ROWS, COLUMNS], tl.float32)
         s = tl.zeros([ROWS, COLUMNS], tl.float32)
         if READS:
@@ -150,7 +153,7 @@ def _backward_kernel(
     beta1,
     beta2,
     eps,
-    ADAM: tl.constexpr,
+    EPILOGUE: tl.constexpr,
     READS: tl.constexpr,
     WRITES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -210,7 +213,7 @@ def _backward_kernel(
         _finish(
             parts[i], now, rows, inside_n, first + i * COLUMNS, v, delta_ptr, lse_ptr, exp_avg_ptr, stride_m,
             exp_avg_sq_ptr, stride_v, out_ptr, stride_o, inverse, step_size, root_correction, beta1, beta2, eps,
-            ADAM, READS, WRITES, BLOCK_N, COLUMNS,
+            EPILOGUE, READS, WRITES, BLOCK_N, COLUMNS,
         )  # fmt: skip
 
 
@@ -228,23 +231,39 @@ def backward(
     temperature: float,
     out: torch.Tensor,
     moments: tuple[torch.Tensor, torch.Tensor] | None,
-    step: AdamStep,
+    step: Step,
 ) -> None:
     """A step of Adam on `out` (the logits) and `moments`, or the logits' gradient into `out` [N, V].
 
     Matrices over V have dense rows.
     """
-    (n, v), d = logits.shape, table.shape[1]
+    n, d = logits.shape[0], table.shape[1]
     if n == 0:
         return
-    target = config.target(logits.device)
     table, soft, lse = rows_of(table), rows_of(soft), vector(lse.float())
     grad = rows_of(grad.to(product_dtype(grad.dtype, table.dtype)))
     delta = torch.empty(n, dtype=torch.float32, device=logits.device)
     launch(_rowdot_kernel, (n,), grad, soft, delta, d, grad.stride(0), soft.stride(0), num_warps=4, BLOCK_D=512)
+    product(logits, grad, table, delta, lse, temperature, out, moments, step)
+
+
+def product(
+    logits: torch.Tensor,
+    grad: torch.Tensor,
+    table: torch.Tensor,
+    delta: torch.Tensor,
+    lse: torch.Tensor,
+    temperature: float,
+    out: torch.Tensor,
+    moments: tuple[torch.Tensor, torch.Tensor] | None,
+    step: Step,
+) -> None:
+    """:func:`backward`, and the first-order update, from `delta` [N] float32, what is taken from each row's product."""
+    (n, v), d = logits.shape, table.shape[1]
+    target = config.target(logits.device)
     if (
         target.compiled
-        and step.moves
+        and step.epilogue == "adam"
         and n >= config.LEAST_COMPILED
         and hopper.serves(logits, grad, table)
         and (moments is None or hopper.serves_moments(*moments))
@@ -319,9 +338,7 @@ def guidance_update_(
     reads, writes = moments is not None and step > 1, moments is not None and keep
     targets = (logits, *(moments or ()))
     dense = [rows_of(tensor) for tensor in targets]
-    taken = AdamStep(
-        lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), beta1, beta2, eps, reads=reads, writes=writes
-    )
+    taken = Step(lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), beta1, beta2, eps, reads=reads, writes=writes)
     state = (dense[1], dense[2]) if reads or writes else None
     backward(dense[0], grad, table, soft, lse, temperature, dense[0], state, taken)
     for tensor, copy in zip(targets if writes else targets[:1], dense, strict=False):

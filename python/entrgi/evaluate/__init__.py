@@ -19,6 +19,7 @@ _SETTINGS = {
     "steps": "settings.steps",
     "guidance_steps": "settings.guidance_steps",
     "learning_rate": "settings.learning_rate",
+    "guidance_scale": "settings.guidance_scale",
     "top_p": "settings.top_p",
     "batch_size": "settings.batch_size",
     "backend": "settings.backend",
@@ -84,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-T", "--steps", type=int, metavar="T", help="denoising steps")
     group.add_argument("-M", "--guidance-steps", type=int, metavar="M", help="gradient steps a denoising step")
     group.add_argument("--learning-rate", type=float, metavar="ETA")
+    group.add_argument("--guidance-scale", type=float, metavar="GAMMA", help="of first_order")
     group.add_argument("--top-p", type=float)
     group.add_argument("--batch-size", type=int, metavar="B", help="prompts denoised together")
     group.add_argument("--traces", type=int, metavar="N", help="prompts of each dataset recorded for replays")

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 MAX_BEST_OF = 1024  # samples a prompt
 # Settings that are axes of the grid, or set elsewhere.
 _AXES = ("method", "weight", "temperature", "seed")
-# Without guidance these mean nothing: two configurations that differ in them alone are one.
-_GUIDANCE_ONLY = ("weight", "guidance_steps", "learning_rate", "betas", "eps", "state_dtype")
+# What means something to some methods alone: two configurations that differ in the others' settings alone are one.
+_ADAM_ONLY = ("weight", "learning_rate", "betas", "eps", "state_dtype")
+_FIRST_ORDER_ONLY = ("guidance_scale",)
 _SEARCH_ONLY = frozenset(name for kind in SEARCHES.values() for name in kind.settings)
 _FREE = ("name", "device", "judges", "reference")
 
@@ -323,13 +324,17 @@ def label_of(chosen: Mapping[str, Any], method: str | None = None, search: str |
 
 def settings_identity(config: GuidanceConfig) -> dict[str, Any]:
     """The settings that texts depend on."""
-    dropped = SPEED_ONLY if config.guided else (*SPEED_ONLY, *_GUIDANCE_ONLY)
-    content = {name: value for name, value in config.to_dict().items() if name not in dropped}
+    if not config.guided:
+        dropped, own = ("guidance_steps", *_ADAM_ONLY, *_FIRST_ORDER_ONLY), {"method": "none"}
+    else:
+        dropped = _FIRST_ORDER_ONLY if METHODS[config.method].adam else _ADAM_ONLY
+        own = {"guidance_steps": config.inner_steps}
+    content = {name: value for name, value in config.to_dict().items() if name not in (*SPEED_ONLY, *dropped)}
     # Likewise of searches; without one there is nothing of them, as before there were any.
-    own = SEARCHES[config.search].settings
-    unused = {*_SEARCH_ONLY.difference(own), *(["search"] if config.search == "best" else [])}
+    unused = {*_SEARCH_ONLY.difference(SEARCHES[config.search].settings)}
+    unused |= {"search"} if config.search == "best" else set()
     content = {name: value for name, value in content.items() if name not in unused}
-    return content if config.guided else {**content, "method": "none"}
+    return {**content, **own}
 
 
 def cells_of(

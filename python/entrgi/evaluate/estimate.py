@@ -116,7 +116,7 @@ def _memory(plan: Plan) -> list[str]:
         entries = rows * open_slots(model, c) * model.vocabulary
         # Adam's moments have the logits' dtype unless another is set, float32 for float16.
         moment = _BYTES[c.state_dtype] if c.state_dtype else 4 if plan.config.dtype == "float16" else width
-        kept = 2 * moment if c.guided and c.guidance_steps > 1 else 0
+        kept = 2 * moment if c.guided and c.inner_steps > 1 else 0
         held = entries * (width * (2 if c.guided else 1.25) + kept)
         if model.block_length is not None or c.model_cache is not None:
             positions = prompt_length(plan.prompts) + c.max_new_tokens

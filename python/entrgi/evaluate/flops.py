@@ -10,7 +10,7 @@ diffusion model       every step that commits something: S (2 W + 4 l a S) + 2 n
 reward, guidance      M times a step, forward and backward to its inputs: 2 R (2 W) + 3 R (4 l a (P + R)); its last
                       layer is run at one position alone
 vocabulary            M times a step: 2 n_t V D for the soft embedding, and as much for its gradient; in the last of the
-                      M the gradient is that of the committed rows alone
+                      M the gradient is that of the committed rows alone; "first_order" has M = 1 and no soft embedding
 reward, search        "svdd" once a step, "smc" once in r: a forward of R positions, its last layer at one; at the end
                       one over P + L. The self-rewarding form asks for none
 reward, final score   one forward over P + L positions
@@ -43,6 +43,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from entrgi_kernels.names import METHODS
 
 if TYPE_CHECKING:
     from entrgi_kernels.guidance.config import GuidanceConfig
@@ -153,13 +155,15 @@ def sample_flops(model: Shape, reward: Shape, config: GuidanceConfig, prompt_tok
                 shown = min(slots, (number + 1) * length)
                 parts["search"] += config.copies * _reward_forward(reward, shown + _SUFFIX, prompt_tokens)
             if config.guided:
-                inner = config.guidance_steps
+                inner = config.inner_steps
                 shown = min(slots, (number + 1) * length) - finished
                 parts["reward"] += inner * _reward_step(reward, shown + _SUFFIX, prompt_tokens + finished)
                 finished = begin if config.saves("reward_committed") else 0
                 product = 2 * model.vocabulary * reward.hidden
                 ranked_before = config.alg == "entropy" and config.confidence == "base" and config.search == "best"
-                rows = inner * masked + (inner - 1) * masked + (count if ranked_before else masked)
+                # A soft embedding (none around hard tokens alone) and a gradient each inner step.
+                soft = inner if METHODS[config.method].adam else 0
+                rows = soft * masked + (inner - 1) * masked + (count if ranked_before else masked)
                 parts["vocabulary"] += product * rows
             masked -= count
     parts["scoring"] = reward.forward(sequence + _SUFFIX, sequence + _SUFFIX)

@@ -36,6 +36,11 @@ def test_methods_are_swept_and_repetitions_left_out() -> None:
     assert labels(methods=[{"method": ["none", "entrgi"], "temperature": [0.3, 1.0]}]) == [
         ("Best-of-N", 0.3), ("Best-of-N", 1.0), ("EntRGi", 0.3), ("EntRGi", 1.0),
     ]  # fmt: skip
+    # To first-order guidance M above 1 and eta mean nothing, and to the others gamma.
+    assert labels(methods=[
+        {"method": "first_order", "guidance_steps": [1, 3]}, {"method": "first_order", "learning_rate": 0.1},
+        {"method": "first_order", "guidance_scale": 4.0}, "entrgi", {"method": "entrgi", "guidance_scale": 4.0},
+    ]) == [("First-order, M = 1", 0.7), ("First-order, γ = 4.0", 0.7), ("EntRGi", 0.7)]  # fmt: skip
     # Without guidance M and eta mean nothing.
     assert labels(methods=["none", {"method": "none", "learning_rate": 0.1}]) == [("Best-of-N", 0.7)]
 

@@ -49,6 +49,10 @@ def test_what_makes_a_sample_dearer() -> None:
     assert cost(method="none") < cost(guidance_steps=1) < base < cost(guidance_steps=5)
     assert cost(steps=64) < base and cost(max_new_tokens=64) < base
     assert cost(method="none", guidance_steps=9) == cost(method="none") == cost(guidance_steps=0)
+    first = cost(method="first_order")
+    assert cost(method="none") < first < cost(guidance_steps=1) and first == cost(
+        method="first_order", guidance_steps=5
+    )
     # With twice as many steps as slots half of them commit nothing and are skipped.
     assert cost(max_new_tokens=32, steps=64) < 1.3 * cost(max_new_tokens=32, steps=32)
 
@@ -71,6 +75,7 @@ def test_best_of_n_is_raised_to_the_dearest_method() -> None:
     [
         {"method": "none"},
         {"guidance_steps": 2, "steps": 8},
+        {"method": "first_order"},
         {"method": "none", "search": "smc", "search_every": 3},
         {"method": "none", "search": "smc", "self_rewarding": True},
         {"guidance_steps": 2, "steps": 8, "search": "svdd", "candidates": 3},
