@@ -195,3 +195,27 @@ def test_an_instances_own_attribute_comes_back(dream, reward, tokenizer):
     dream.__dict__["diffusion_generate"] = own
     entrgi_kernels.guide(dream, reward, tokenizer, shift=True).entrgi.remove()
     assert dream.__dict__["diffusion_generate"] is own
+
+
+@pytest.mark.parametrize(
+    "search",
+    [{"search": "smc", "search_every": 2, "search_temperature": 0.1}, {"search": "svdd", "candidates": 2}],
+    ids=lambda search: search["search"],
+)
+def test_dreams_own_call_searches(dream, reward, tokenizer, chat, search):
+    model = entrgi_kernels.guide(dream, reward, tokenizer, shift=True, seed=1, **search)
+    call = dict(CALL, attention_mask=chat.attention_mask, num_return_sequences=3)
+    out = model.diffusion_generate(chat.input_ids, **call)
+    width = chat.input_ids.shape[1]
+    assert out.shape == (6, width + 6) and not (out == tokenizer.mask_token_id).any()
+    assert model.entrgi.stats.search_evaluations > 0 and len(model.entrgi.rewards) == 6
+    texts = model.entrgi.generate(["Why?", "A longer question?"], num_samples=3, seed=1, **CALL)
+    assert [sample.tokens for result in texts for sample in result.samples] == out[:, width:].tolist()
+
+
+def test_loops_that_keep_their_trajectories_are_refused(make_diffusion, reward, tokenizer, chat):
+    model = make_diffusion(len(tokenizer))
+    entrgi_kernels.guide(model, reward, tokenizer, shift=False, search="smc")
+    tokens = torch.nn.functional.pad(chat.input_ids, (0, 4), value=tokenizer.mask_token_id)
+    with torch.no_grad(), pytest.raises(ValueError, match="search='smc': this loop keeps its trajectories to itself"):
+        model(tokens, attention_mask=torch.nn.functional.pad(chat.attention_mask, (0, 4), value=1))
