@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from entrgi_kernels.names import SCORED_ALGS
+
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -53,7 +55,6 @@ if INTERPRETED:
     from entrgi_kernels.backends import triton as kernels
     from entrgi_kernels.backends.arguments import Adam, Draw, Placement
     from entrgi_kernels.backends.triton import config, filters, launch, philox, statistics
-    from entrgi_kernels.names import SCORED_ALGS
     from entrgi_kernels.ops import _vocabulary_head
 
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's opinion of inf - inf
