@@ -62,8 +62,7 @@ if INTERPRETED:
 inner = pytest.mark.skipif(not INTERPRETED, reason="runs in an inner process")
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 3e-3}
 DTYPES = [torch.float32, torch.float16]
-# What multiplies no matrices is interpreted rightly in bfloat16 too.
-ALL_DTYPES = [*DTYPES, torch.bfloat16]
+ALL_DTYPES = [*DTYPES, torch.bfloat16]  # what multiplies no matrices is interpreted rightly in bfloat16 too
 # (N, V, D): V no multiple of any tile; rows split over programs; every tile of the tables, by pointers and (N = 7) by
 # descriptors, and where those are refused (N = 18); the chunked engine (N > 20).
 SHAPES = [(1, 1, 3), (3, 300, 20), (7, 152, 40), (18, 63, 17), (22, 130, 16), (64, 37, 9)]
