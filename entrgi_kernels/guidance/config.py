@@ -65,7 +65,8 @@ class GuidanceConfig:
         search_temperature: lambda of "smc", in units of the reward.
         potential: of "smc": "difference", "max" or "sum".
         resample_below: "smc" resamples where the effective sample size is below this share of K; 0 never does.
-        self_rewarding: "smc" weighs by the log-probabilities of the committed tokens, and asks no reward.
+        self_rewarding: "smc" weighs, and "svdd" chooses, by the log-probabilities of the committed tokens: no reward is
+            asked.
         candidates: B of "svdd": the models run K B rows a prompt.
         schedule: positions a step, "linspace" or "even".
         schedule_eps: last time of the "linspace" schedule.
