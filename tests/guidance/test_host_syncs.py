@@ -98,6 +98,23 @@ def test_finished_blocks_are_taken_at_the_loops_word(samplers, edited):
         assert run(there) == expected
 
 
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"search": "smc", "search_every": 1, "search_temperature": 0.05, "resample_below": 1.0},
+        {"search": "svdd", "candidates": 2},
+    ],
+    ids=lambda search: search["search"],
+)
+def test_what_is_kept_follows_resampled_rows(samplers, search):
+    """Off the CPU committed slots are taken at the loop's word: keys of another trajectory would go unnoticed."""
+    here, there, device = samplers
+    settings = dict(**search, num_samples=4, max_new_tokens=8, steps=8, learning_rate=2.0)
+    expected = tokens_of(here, **settings)
+    with device:
+        assert tokens_of(there, **settings) == expected
+
+
 def test_a_wait_too_many_is_seen(samplers, monkeypatch):
     _, there, device = samplers
     original, totals = commits.sample_tokens, []
