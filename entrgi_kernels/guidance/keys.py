@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -17,15 +17,25 @@ _SAMPLE_BITS, _SLOT_BITS, _INNER_BITS = 10, 14, 8
 RESAMPLING, FINAL_DRAW, POSITIONS = 253, 254, 255
 
 
-def prompt_keys(prompts: Iterable[list[int]]) -> list[int]:
-    """A 39-bit key for each prompt: of its token ids, and of how often it came before, so that repeats differ."""
+def prompt_keys(prompts: Iterable[list[int]], seeds: Sequence[int] | None = None) -> list[int]:
+    """A 39-bit key for each prompt: of its token ids, and of how often it came before, so that repeats differ.
+
+    Args:
+        prompts: token ids.
+        seeds: one a prompt, which then takes the place of the count: equal prompts of equal seeds have equal keys.
+    """
+    if seeds is not None:
+        return [_key(f"seed {seed}:" + ",".join(map(str, ids))) for seed, ids in zip(seeds, prompts, strict=True)]
     seen: Counter[tuple[int, ...]] = Counter()
     keys = []
     for ids in map(tuple, prompts):
-        content = ",".join(map(str, (seen[ids], *ids))).encode()
+        keys.append(_key(",".join(map(str, (seen[ids], *ids)))))
         seen[ids] += 1
-        keys.append(int.from_bytes(hashlib.sha256(content).digest()[:8], "little") >> (64 - 39))
     return keys
+
+
+def _key(content: str) -> int:
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "little") >> (64 - 39)
 
 
 def row_keys(

@@ -132,6 +132,23 @@ class GenerationResult(_Record):
         return {**super().to_dict(), "top1": _plain(self.top1), "mean": _plain(self.mean)}
 
 
+@dataclass(frozen=True)
+class Progress:
+    """A batch after a denoising step, as the `watch` of :meth:`GuidedSampler.stream` sees it.
+
+    Attributes:
+        prompts: indices of the batch's prompts; their trajectories are contiguous rows.
+        step: index of the step, from 0, of `config.steps`.
+        responses: int64 [R, L], the mask token's id where a slot is open. Good until the next step; to be read alone.
+        traces: the steps of each of the R trajectories so far, where they are kept. Those of "svdd" come at the end.
+    """
+
+    prompts: tuple[int, ...]
+    step: int
+    responses: torch.Tensor
+    traces: list[list[StepTrace]] | None
+
+
 @dataclass
 class Stats:
     """What a run did.

@@ -34,7 +34,7 @@ from .denoising import Denoiser, OnStep
 from .errors import NonFiniteLogitsError, NonFiniteRewardError
 from .keys import prompt_keys, row_keys
 from .memory import Memory, MemoryEstimate
-from .results import Conversation, GenerationResult, Sample, Stats, StepTrace, named, warn_of_missing
+from .results import Conversation, GenerationResult, Progress, Sample, Stats, StepTrace, named, warn_of_missing
 from .savings import reward_savings
 from .scoring import Scorer, check_guides
 from .search import Search
@@ -144,6 +144,8 @@ class GuidedSampler:
         trace: bool = False,
         progress: bool | None = None,
         only: Collection[int] | None = None,
+        seeds: Sequence[int] | None = None,
+        watch: Callable[[Progress], None] | None = None,
         **settings: Any,
     ) -> Iterator[tuple[int, GenerationResult]]:
         """As :meth:`generate`, yielding (index of the prompt, result) as prompts are finished.
@@ -151,6 +153,9 @@ class GuidedSampler:
         Args:
             only: indices of the prompts that are wanted. Batches are those of all prompts, and one that holds a wanted
                 prompt is denoised whole: who continues gets the bits that the whole run gives.
+            seeds: one a prompt, beside the setting `seed`: prompts of different seeds share a batch, and equal prompts
+                of equal seeds get equal samples.
+            watch: called after each denoising step of a batch; what it raises ends the run.
         """
         config = self.config.replace(**settings)
         check_guides(self.reward, config)
@@ -171,31 +176,21 @@ class GuidedSampler:
                 kind = ValueError if isinstance(error, ValueError) else TypeError
                 raise kind(str(error) if isinstance(prompts, str) else f"prompts[{index}]: {error}") from error
         self._check_lengths(encoded, conversations, config)
-        keys = prompt_keys(encoded)
+        if seeds is not None and len(seeds) != len(encoded):
+            raise ValueError(f"{len(seeds)} seeds for {len(encoded)} prompts: expected one each")
+        keys = prompt_keys(encoded, seeds)
 
-        def advance(step: int, tokens: torch.Tensor) -> None:
+        def advance(progress: Progress) -> None:
             bar.update()
+            if watch is not None:
+                watch(progress)
 
         self.stats = stats = Stats()
         start = time.perf_counter()
         longest = max(range(len(given)), key=lambda i: len(encoded[i]), default=0)
 
         def estimate() -> MemoryEstimate:
-            with self.running(config.replace(torch_compile=False)):
-                table, _ = self.table(config, self.model.device)  # made once and kept: no part of a batch
-
-                prepared = self.reward.prepare([conversations[longest]])
-
-                def scorer(rows: int) -> Scorer:
-                    index = torch.zeros(rows, dtype=torch.int64, device=self.model.device)
-                    return self.scorer(prepared, index, config)
-
-                def forwards(canvas: Canvas, length: int) -> Forwards:
-                    return self._forwards(self.model, canvas, config, length)
-
-                of_model = self.model, forwards, self._block_length(config)
-                turns, ids = conversations[longest], encoded[longest]
-                return MemoryEstimate.measure(*of_model, config, turns, ids, self.decode, scorer, table)
+            return self.memory_estimate(conversations[longest], encoded[longest], config)
 
         batches = make_batches([len(ids) for ids in encoded], config, estimate, self.model.device)
         if only is not None:
@@ -230,6 +225,27 @@ class GuidedSampler:
                         waiting[index] = gathered
                     elif only is None or index in only:
                         yield index, GenerationResult(given[index], gathered, config)
+
+    def memory_estimate(self, conversation: Conversation, prompt: list[int], config: GuidanceConfig) -> MemoryEstimate:
+        """What batches take beyond the weights, by rows and length; runs both models on short inputs.
+
+        Args:
+            conversation, prompt: the longest of those to be generated for, and its ids.
+            config: settings.
+        """
+        with self.running(config.replace(torch_compile=False)):
+            table, _ = self.table(config, self.model.device)  # made once and kept: no part of a batch
+            prepared = self.reward.prepare([conversation])
+
+            def scorer(rows: int) -> Scorer:
+                index = torch.zeros(rows, dtype=torch.int64, device=self.model.device)
+                return self.scorer(prepared, index, config)
+
+            def forwards(canvas: Canvas, length: int) -> Forwards:
+                return self._forwards(self.model, canvas, config, length)
+
+            of_model = self.model, forwards, self._block_length(config)
+            return MemoryEstimate.measure(*of_model, config, conversation, prompt, self.decode, scorer, table)
 
     def _wrapped_reference(self, reference_model: Any, shift: bool | None) -> DiffusionModel:
         own = self.model
@@ -456,7 +472,7 @@ class GuidedSampler:
         stats: Stats,
         memory: Memory,
         trace: bool,
-        on_step: OnStep,
+        watch: Callable[[Progress], None],
     ) -> list[list[Sample]]:
         """The samples of each prompt of a batch, denoised and scored."""
         k, count = batch.count, len(batch.prompts)
@@ -472,6 +488,10 @@ class GuidedSampler:
             )
             index = torch.arange(count, device=self.model.device).repeat_interleave(k)
             traces: list[list[StepTrace]] | None = [[] for _ in range(count * k)] if trace else None
+
+            def on_step(step: int, tokens: torch.Tensor) -> None:
+                watch(Progress(batch.prompts, step, tokens[:, canvas.start :], traces))
+
             responses = self.denoise(
                 canvas,
                 conversations,

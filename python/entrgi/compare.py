@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from entrgi_kernels.names import METHODS, SEARCHES
 
-from . import loading
+from . import flags, loading
 from .comparison import EXPLAINED, METRICS, TINY_NOTE, Comparison, MethodRun
 from .errors import UsageError, check_writable, write_text
 from .prompts import Prompt, prompt_text, read_placed
@@ -61,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--texts", type=int, default=3, metavar="N", help="prompts whose texts are shown (default: 3)")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
     group.add_argument("--traceback", action="store_true", help="show where an error came from")
-    loading.add_sampler_arguments(parser, method=False, steps_help="16 with the tiny models, else one per slot")
-    loading.add_model_arguments(parser)
+    flags.add_sampler_arguments(parser, method=False, steps_help="16 with the tiny models, else one per slot")
+    flags.add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

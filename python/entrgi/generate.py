@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from . import __version__, jsonl, loading
+from . import __version__, flags, jsonl, loading
 from .digests import fingerprint
 from .errors import UsageError, check_writable, differences
 from .prompts import Prompt, prompt_text, read_placed
@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
     group.add_argument("--traceback", action="store_true", help="show where an error came from")
-    loading.add_sampler_arguments(parser)
-    loading.add_model_arguments(parser)
+    flags.add_sampler_arguments(parser)
+    flags.add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import jsonl, loading
+from .. import flags, jsonl, loading
 from ..digests import fingerprint
 from ..errors import UsageError, differences, read_text
 from . import data, records
@@ -150,7 +150,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="any field of GuidanceConfig (temperature=0.9, learning_rate=0.5, top_k=50)",
     )
-    loading.add_model_arguments(parser)
+    flags.add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

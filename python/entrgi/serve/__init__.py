@@ -1,0 +1,257 @@
+"""``entrgi serve``: an OpenAI-compatible server of guided texts, with a page that shows what guidance does."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import ipaddress
+import os
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import flags, loading
+from ..errors import UsageError, read_text, require
+from ..verified import VERIFIER, check_guided
+
+if TYPE_CHECKING:
+    from entrgi_kernels import GuidedSampler
+
+    from .settings import Served
+
+KEY_VARIABLE = "ENTRGI_API_KEY"
+_NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.*)", re.DOTALL)
+# Flags of a reward that may be given for each of several, as NAME=VALUE.
+_OF_A_REWARD = ("reward_kind", "question", "target")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``entrgi serve``."""
+    parser.description = (
+        "Serve guided texts over HTTP: OpenAI's /v1/chat/completions, a page at /, /healthz and /metrics. "
+        "The guidance and sampling flags are what a request gets that does not say otherwise."
+    )
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--host", default="127.0.0.1", help="address (default: %(default)s; any other asks for API keys)"
+    )
+    group.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    group.add_argument("--name", help="the model's name in the API (default: the last part of --model, or tiny)")
+    group.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help=f"keys, one per line, of which requests must bring one ({KEY_VARIABLE} holds one too)",
+    )
+    group.add_argument(
+        "--memory-budget",
+        type=_budget,
+        metavar="BYTES|SHARE",
+        help="what a batch may take beyond the weights: bytes, or a share of what is free (default: 0.9)",
+    )
+    group.add_argument("--access-log", action="store_true", help="a line for every request, without its text")
+    group.add_argument("--ray", action="store_true", help="serve by Ray Serve, on as many GPUs as there are replicas")
+    group.add_argument("--replicas", type=int, metavar="N", help="with --ray: copies of the models (default: 1)")
+    group.add_argument("--traceback", action="store_true", help="show where an error came from")
+    group = parser.add_argument_group("limits of a request")
+    for flag, kind, help in (
+        ("--max-body", int, "bytes"),
+        ("--max-prompt-tokens", int, "tokens of the messages"),
+        ("--max-tokens", int, "response slots"),
+        ("--max-samples", int, "n, or num_samples times candidates"),
+        ("--max-steps", int, "denoising steps"),
+        ("--max-guidance-steps", int, "Adam steps of a denoising step"),
+        ("--max-queue", int, "requests that wait, of all clients"),
+        ("--timeout", float, "seconds from a request's arrival to its answer"),
+    ):
+        default = getattr(_limits(), _FIELDS[flag])
+        group.add_argument(flag, type=kind, default=default, metavar="N", help=f"{help} (default: {default:g})")
+    flags.add_sampler_arguments(parser)
+    flags.add_model_arguments(parser, several=True)
+
+
+_FIELDS = {
+    "--max-body": "body",
+    "--max-prompt-tokens": "prompt_tokens",
+    "--max-tokens": "max_tokens",
+    "--max-samples": "num_samples",
+    "--max-steps": "steps",
+    "--max-guidance-steps": "guidance_steps",
+    "--max-queue": "queue",
+    "--timeout": "timeout",
+}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until told to stop.
+
+    Returns:
+        0.
+
+    Raises:
+        UsageError: for bad input; the command line turns it into one line and exit code 2.
+    """
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        require(module, "entrgi serve", "serve")
+    if args.replicas is not None and (args.replicas < 1 or not args.ray):
+        raise UsageError(f"--replicas {args.replicas}: expected 1 or more, with --ray")
+    served = describe(args)
+    if args.ray:
+        from .on_ray import serve_on_ray
+
+        return serve_on_ray(args, served)
+    listening = _bind(args.host, args.port)
+    from .server import serve
+
+    print(f"loading {loading.TINY if served.tiny else args.model} ...", file=sys.stderr, flush=True)
+    samplers = load(args, served)
+    return serve(samplers, served, args, listening)
+
+
+def describe(args: argparse.Namespace) -> Served:
+    """What the flags offer, models not loaded yet.
+
+    Raises:
+        UsageError: flags that do not go together.
+    """
+    from .settings import Limits, Served
+
+    numbers = {field: getattr(args, flag[2:].replace("-", "_")) for flag, field in _FIELDS.items()}
+    for flag, field in _FIELDS.items():
+        if not numbers[field] > 0:
+            raise UsageError(f"{flag} {numbers[field]:g}: expected a number above 0")
+    keys = _keys(args)
+    if not keys and not _is_loopback(args.host):
+        raise UsageError(
+            f"--host {args.host} lets other machines in: expected API keys, by --api-key-file FILE or {KEY_VARIABLE}, "
+            "or the host 127.0.0.1"
+        )
+    rewards = reward_flags(args)
+    tiny = all([loading.uses_tiny(own) for own in rewards.values()])
+    config = loading.config_from(argparse.Namespace(**{**vars(args), "reward": None}), tiny=tiny)
+    first = next(iter(rewards.values())).reward
+    check_guided(first, config)
+    limits = Limits(**numbers)
+    if config.max_new_tokens > limits.max_tokens:
+        raise UsageError(f"--max-new-tokens {config.max_new_tokens}: expected at most --max-tokens {limits.max_tokens}")
+    return Served(
+        model=args.name or ("tiny" if tiny else os.path.basename(os.path.normpath(args.model))),
+        rewards=tuple(rewards),
+        mask_token_id=-1,
+        defaults=config.replace(batch_size=4),
+        steps_given=args.steps is not None,
+        limits=limits,
+        tiny=tiny,
+        keys=keys,
+        # With keys a page of another site gains nothing by this server's address, and proxies may call it anything.
+        hosts=() if keys else ("localhost", "127.0.0.1", "[::1]", args.host),
+    )
+
+
+def reward_flags(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
+    """The flags of each reward by its name, as the other commands have them for their one.
+
+    Raises:
+        UsageError: names that come twice, or that no reward has.
+    """
+    given: dict[str, str | None] = {}
+    for text in args.reward or []:
+        match = _NAMED.fullmatch(text)
+        name, path = match.groups() if match else (_plain_name(text), text)
+        if name in given:
+            raise UsageError(f"--reward {text}: there is a reward {name!r} already; expected another NAME=")
+        given[name] = path
+    given = given or {"tiny": None}
+    own: dict[str, dict[str, str]] = {name: {} for name in given}
+    for flag in _OF_A_REWARD:
+        for text in getattr(args, flag) or []:
+            match = _NAMED.fullmatch(text)
+            name, value = match.groups() if match and match.group(1) in given else (None, text)
+            if name is None and len(given) > 1:
+                names = ", ".join(given)
+                raise UsageError(f"--{flag.replace('_', '-')} {text}: expected NAME=VALUE with a NAME out of {names}")
+            own[name or next(iter(given))][flag] = value
+    kinds = loading.REWARD_KINDS
+    for said in own.values():
+        if said.get("reward_kind", "classifier") not in kinds:
+            raise UsageError(f"--reward-kind {said['reward_kind']}: expected one of {', '.join(kinds)}")
+    plain = {"reward_kind": "classifier", "question": None, "target": None}
+    return {
+        name: argparse.Namespace(**{**vars(args), **plain, **own[name], "reward": path}) for name, path in given.items()
+    }
+
+
+def load(args: argparse.Namespace, served: Served) -> dict[str, GuidedSampler]:
+    """A sampler for each reward; they share one diffusion model.
+
+    Raises:
+        UsageError: models that cannot be loaded, or cannot serve.
+    """
+    samplers: dict[str, GuidedSampler] = {}
+    loaded: loading.Loaded | None = None
+    for name, own in reward_flags(args).items():
+        found = loading.load(own, reuse=loaded)
+        if loaded is not None:
+            found = dataclasses.replace(found, model=loaded.model, tokenizer=loaded.tokenizer)
+        sampler = loading.make_sampler(found, served.defaults)
+        loaded = dataclasses.replace(found, model=sampler.model)
+        samplers[name] = sampler
+    return samplers
+
+
+def _plain_name(text: str) -> str:
+    name = text.removeprefix(VERIFIER).partition("=")[0] if text.startswith(VERIFIER) else os.path.normpath(text)
+    return os.path.basename(name)
+
+
+def _keys(args: argparse.Namespace) -> tuple[str, ...]:
+    keys = [os.environ.get(KEY_VARIABLE, "").strip()]
+    if args.api_key_file:
+        found = [line.strip() for line in read_text(Path(args.api_key_file)).splitlines()]
+        if not any(found):
+            raise UsageError(f"{args.api_key_file} holds no key: expected one per line")
+        keys += found
+    keys = [key for key in keys if key]
+    for key in keys:
+        if not key.isascii() or len(key.split()) != 1:
+            raise UsageError("an API key has spaces or letters beyond ASCII in it: expected one word a line")
+    return tuple(keys)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """The address, ours before the models are loaded; nobody can connect until the server listens.
+
+    Raises:
+        UsageError: it cannot be had.
+    """
+    if not 0 <= port <= 65535:
+        raise UsageError(f"--port {port}: expected one from 0 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise UsageError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from None
+    return listening
+
+
+def _budget(text: str) -> int | float:
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected bytes, or a share up to 1, got {text!r}") from None
+
+
+def _limits() -> Any:
+    from .settings import Limits
+
+    return Limits()

@@ -1,0 +1,10 @@
+def build(about):
+    return "<!doctype html><title>x</title>"
+
+
+def headers():
+    return {}
+
+
+def report_template():
+    return ""

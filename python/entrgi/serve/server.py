@@ -1,0 +1,89 @@
+"""One process that serves: the engine, the application, and uvicorn around it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from .app import create_app
+from .engine import Engine
+from .guards import Patient
+from .settings import Served
+
+if TYPE_CHECKING:
+    from entrgi_kernels import GuidedSampler
+
+_CONNECTIONS = 2048  # beyond that, 503
+
+
+def serve(
+    samplers: dict[str, GuidedSampler], served: Served, args: argparse.Namespace, listening: socket.socket
+) -> int:
+    """Serve on a bound socket until SIGINT or SIGTERM; what runs then is finished, what waits is sent away.
+
+    Returns:
+        0.
+    """
+    engine = make_engine(samplers, served, args)
+    first = next(iter(samplers.values()))
+    app = create_app(engine, with_mask(served, samplers), first.tokenizer)
+    config = uvicorn.Config(
+        app,
+        http=Patient,
+        ws="none",
+        log_level="info" if args.access_log else "warning",
+        access_log=args.access_log,
+        server_header=False,
+        limit_concurrency=_CONNECTIONS,
+        timeout_graceful_shutdown=int(served.limits.timeout) + 1,
+    )
+    host, port = listening.getsockname()[:2]
+    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    logging.getLogger("entrgi.serve").setLevel(logging.INFO)
+    print(f"serving {served.model} on http://{place} (a page there; OpenAI's API below /v1)", flush=True)
+    try:
+        _Server(config, engine).run([listening])
+    finally:
+        engine.close(timeout=5)
+    return 0
+
+
+def make_engine(samplers: dict[str, GuidedSampler], served: Served, args: argparse.Namespace) -> Engine:
+    """The engine that the flags describe."""
+    size = "auto" if args.batch_size is None else args.batch_size
+    return Engine(samplers, served.limits, size, args.memory_budget)
+
+
+def with_mask(served: Served, samplers: dict[str, Any]) -> Served:
+    """What is served, with what only the loaded model knows."""
+    return dataclasses.replace(served, mask_token_id=next(iter(samplers.values())).model.mask_token_id)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, whose end sends away what waits."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self._engine.drain()
+        super().handle_exit(sig, frame)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # uvicorn's own raises the signal again when all is finished; to be told to stop is no failure.
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
