@@ -37,15 +37,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, several: bool = Fals
         help="what it is: a sequence classifier with one label, a causal LM taken for its likelihood or asked as a "
         "judge, or a sentence-embedding model (default: classifier)",
     )
-    group.add_argument(
-        "--question",
-        action=action,
-        metavar=f"{name}TEXT",
-        help="for a judge: what it answers by yes or no, as in 'Is the response polite?'",
-    )
-    group.add_argument(
-        "--target", action=action, metavar=f"{name}TEXT", help="for similarity: the text to come close to"
-    )
+    for flag, help in (
+        ("--question", "for a judge: what it answers by yes or no, as in 'Is the response polite?'"),
+        ("--target", "for similarity: the text to come close to"),
+    ):
+        group.add_argument(flag, action=action, metavar=f"{name}TEXT", help=help)
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the models")
     group.add_argument(
         "--dtype",

@@ -34,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "The guidance and sampling flags are what a request gets that does not say otherwise."
     )
     group = parser.add_argument_group("server")
-    group.add_argument(
-        "--host", default="127.0.0.1", help="address (default: %(default)s; any other asks for API keys)"
-    )
+    group.add_argument("--host", default="127.0.0.1", help="default: %(default)s; others ask for API keys")
     group.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     group.add_argument("--name", help="the model's name in the API (default: the last part of --model, or tiny)")
     group.add_argument(

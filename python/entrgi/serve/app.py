@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's chat completions, the page, health and metrics. It asks a :class:`Runner` for texts."""
+"""The HTTP application: OpenAI's chat completions, the page, health, metrics. It asks a :class:`Runner` for texts."""
 
 from __future__ import annotations
 

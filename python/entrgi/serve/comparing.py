@@ -1,4 +1,4 @@
-"""What the page asks for: methods on one prompt, step by step as they denoise, and the finished comparison at the end."""
+"""What the page asks for: two methods on one prompt, step by step as they denoise, and the comparison at the end."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The models behind a queue: requests of one shape are denoised together, in a thread of their own.
 
-A request's shape is its settings and its reward; seeds and prompts may differ within a batch. What a request gets depends
-on its own seed, prompt and settings, not on the others (`seeds` of :meth:`GuidedSampler.stream`).
+A request's shape is its settings and its reward; seeds and prompts may differ within a batch. What a request gets
+depends on its own seed, prompt and settings, not on the others (`seeds` of :meth:`GuidedSampler.stream`).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Order:
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """What requests of one batch have in common. One that is traced makes a batch slower: those go by themselves."""
+        """What requests of one batch have in common. A trace makes a batch slower: those who ask for it share one."""
         return self.config.replace(seed=0), self.rewards, self.trace
 
 

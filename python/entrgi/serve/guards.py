@@ -1,4 +1,4 @@
-"""What stands before every request: its host, its key, the size and the pace of its body; headers behind every answer."""
+"""What stands before every request: its host, its key, the size and pace of its body; and headers on every answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions as this server speaks them: requests checked and turned into orders, outcomes into answers."""
+"""OpenAI's chat completions as this server speaks them: requests turned into orders, outcomes into answers."""
 
 from __future__ import annotations
 
