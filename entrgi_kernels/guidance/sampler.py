@@ -176,8 +176,11 @@ class GuidedSampler:
                 kind = ValueError if isinstance(error, ValueError) else TypeError
                 raise kind(str(error) if isinstance(prompts, str) else f"prompts[{index}]: {error}") from error
         self._check_lengths(encoded, conversations, config)
-        if seeds is not None and len(seeds) != len(encoded):
-            raise ValueError(f"{len(seeds)} seeds for {len(encoded)} prompts: expected one each")
+        if seeds is not None:
+            if len(seeds) != len(encoded):
+                raise ValueError(f"{len(seeds)} seeds for {len(encoded)} prompts: expected one each")
+            for seed in seeds:
+                config.replace(seed=seed)  # an integer in range
         keys = prompt_keys(encoded, seeds)
 
         def advance(progress: Progress) -> None:

@@ -12,6 +12,12 @@ def test_a_prompts_key_depends_on_its_tokens_and_its_repetition_alone():
     assert prompt_keys([[1, 23]]) != prompt_keys([[12, 3]])
 
 
+def test_a_seed_of_its_own_takes_the_place_of_the_repetition():
+    keys = prompt_keys([[1, 2], [1, 2], [1, 2], [3]], seeds=[5, 6, 5, 5])
+    assert keys[0] == keys[2] and len(set(keys)) == 3
+    assert prompt_keys([[1, 2]], seeds=[6]) == keys[1:2] != prompt_keys([[1, 2]])
+
+
 def test_row_keys_are_distinct_positive_and_independent_of_the_batch():
     prompts = prompt_keys([[i] for i in range(5)])
     keys = row_keys(prompts, 3, 7, torch.device("cpu"))

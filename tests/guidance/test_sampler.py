@@ -218,6 +218,62 @@ def test_some_of_the_prompts_in_the_company_that_they_have_among_all(sampler, mo
     assert not dict(sampler.stream(prompts, **SHORT, only=[]))
 
 
+def test_prompts_of_different_seeds_share_a_batch(sampler):
+    """What a prompt and its seed give alone they give in company, and equal ones give equal samples."""
+    prompts, seeds = ["a", "b", "a", "a"], [7, 7, 8, 7]
+    together = dict(sampler.stream(prompts, **SHORT, seeds=seeds))
+    assert sampler.stats.steps <= SHORT["steps"], "one batch"
+    for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        ((_, alone),) = sampler.stream([prompt], **SHORT, seeds=[seed])
+        assert tokens_of([alone]) == tokens_of([together[index]])
+    assert tokens_of([together[0]]) == tokens_of([together[3]]) != tokens_of([together[2]])
+    other = dict(sampler.stream(prompts, **{**SHORT, "seed": 1234}, seeds=seeds))
+    assert tokens_of([other[0]]) != tokens_of([together[0]]), "beside the setting, not in its place"
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"), [([1], "1 seeds for 2 prompts"), ([1, 0.5], "seed=0.5"), ([1, 1 << 64], "seed=")]
+)
+def test_seeds_are_integers_one_a_prompt(sampler, seeds, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        next(sampler.stream(["a", "b"], **SHORT, seeds=seeds))
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_a_watch_sees_every_step_of_every_batch(sampler, trace):
+    seen = []
+
+    def watch(progress):
+        steps = None if progress.traces is None else [trace[-1].tokens for trace in progress.traces]
+        seen.append((progress.prompts, progress.step, progress.responses.tolist(), steps))
+
+    results = dict(sampler.stream(["a", "b", "c"], **SHORT, batch_size=2, trace=trace, watch=watch))
+    k, mask = SHORT["num_samples"], sampler.model.mask_token_id
+    assert [(prompts, step) for prompts, step, _, _ in seen] == [
+        (prompts, step) for prompts in ((0, 1), (2,)) for step in range(SHORT["steps"])
+    ]
+    for prompts, step, responses, steps in seen:
+        assert len(responses) == k * len(prompts)
+        if step == SHORT["steps"] - 1:
+            assert responses == [sample.tokens for index in prompts for sample in results[index].samples]
+        assert (step < SHORT["steps"] - 1) == any(mask in response for response in responses)
+        assert steps == (responses if trace else None)
+
+
+def test_what_a_watch_raises_ends_the_run(sampler):
+    class EnoughError(Exception):
+        pass
+
+    def watch(progress):
+        if progress.step == 1:
+            raise EnoughError
+
+    with pytest.raises(EnoughError):
+        list(sampler.stream(["a"], **SHORT, watch=watch))
+    assert sampler.stats.steps == 2
+    assert sampler.generate(["a"], **SHORT), "and the sampler serves on"
+
+
 def test_callback_and_stream(sampler):
     seen = []
     sampler.generate(["a", "b", "c"], **SHORT, batch_size=2, callback=lambda i, r: seen.append((i, r.prompt)))
