@@ -390,7 +390,6 @@ class Engine:
         """A batch; where it fails, each of its requests alone, so that a bad one spoils no other."""
         try:
             self._run(jobs)
-            self._failed = 0
         except _Abandoned:
             logger.info("a batch of %d stopped: all clients have gone", len(jobs))
         except Exception as error:
@@ -424,6 +423,7 @@ class Engine:
             job, now = jobs[index], time.monotonic()
             own = GenerationResult(result.prompt, result.samples, job.order.config)
             waited, ran = started - job.arrived, now - started
+            self._failed = 0
             job.put(Outcome(own, len(job.ids), sampler.eos_token_id, waited, ran, len(jobs), sampler.stats.steps))
 
     def _watcher(self, jobs: list[_Job], sampler: GuidedSampler, watched: bool) -> Callable[[Progress], None]:
