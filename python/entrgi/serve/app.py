@@ -121,7 +121,8 @@ def create_app(runner: Runner, served: Served, tokenizer: Any) -> Any:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
+        # Of a choice of forms the one that was got furthest with says most.
+        first = max(error.errors(), key=lambda one: len(one["loc"]))
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         said = f"{place}: {first['msg']}" if place else first["msg"]
         if first["type"] == "json_invalid":

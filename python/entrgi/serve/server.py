@@ -47,10 +47,9 @@ def serve(
     )
     host, port = listening.getsockname()[:2]
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    logging.getLogger("entrgi.serve").setLevel(logging.INFO)
-    print(f"serving {served.model} on http://{place} (a page there; OpenAI's API below /v1)", flush=True)
+    said = f"serving {served.model} on http://{place} (a page there; OpenAI's API below /v1)"
     try:
-        _Server(config, engine).run([listening])
+        _Server(config, engine, said).run([listening])
     finally:
         engine.close(timeout=5)
     return 0
@@ -68,11 +67,15 @@ def with_mask(served: Served, samplers: dict[str, Any]) -> Served:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, whose end sends away what waits."""
+    """uvicorn, which says where it listens once it does, and whose end sends away what waits."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, said: str) -> None:
         super().__init__(config)
-        self._engine = engine
+        self._engine, self._said = engine, said
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self._said, flush=True)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self._engine.drain()
