@@ -127,7 +127,12 @@ def describe(args: argparse.Namespace) -> Served:
         )
     rewards = reward_flags(args)
     tiny = all([loading.uses_tiny(own) for own in rewards.values()])
-    config = loading.config_from(argparse.Namespace(**{**vars(args), "reward": None}), tiny=tiny)
+    own = {"reward": None, "batch_size": "auto" if args.batch_size is None else args.batch_size}
+    config = loading.config_from(argparse.Namespace(**{**vars(args), **own}), tiny=tiny)
+    try:
+        config = config.replace(memory_budget=args.memory_budget)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from None
     first = next(iter(rewards.values())).reward
     check_guided(first, config)
     limits = Limits(**numbers)
@@ -137,7 +142,7 @@ def describe(args: argparse.Namespace) -> Served:
         model=args.name or ("tiny" if tiny else os.path.basename(os.path.normpath(args.model))),
         rewards=tuple(rewards),
         mask_token_id=-1,
-        defaults=config.replace(batch_size=4),
+        defaults=config,
         steps_given=args.steps is not None,
         limits=limits,
         tiny=tiny,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import logging
 import signal
 import socket
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ def serve(
     Returns:
         0.
     """
-    engine = make_engine(samplers, served, args)
+    engine = make_engine(samplers, served)
     first = next(iter(samplers.values()))
     app = create_app(engine, with_mask(served, samplers), first.tokenizer)
     config = uvicorn.Config(
@@ -55,10 +54,9 @@ def serve(
     return 0
 
 
-def make_engine(samplers: dict[str, GuidedSampler], served: Served, args: argparse.Namespace) -> Engine:
-    """The engine that the flags describe."""
-    size = "auto" if args.batch_size is None else args.batch_size
-    return Engine(samplers, served.limits, size, args.memory_budget)
+def make_engine(samplers: dict[str, GuidedSampler], served: Served) -> Engine:
+    """The engine of what is served."""
+    return Engine(samplers, served.limits, served.defaults.batch_size, served.defaults.memory_budget)
 
 
 def with_mask(served: Served, samplers: dict[str, Any]) -> Served:

@@ -1,4 +1,4 @@
-"""The queue and its batches: nothing depends on the company, places are given back, and a bad request is alone with it."""
+"""The queue and its batches: nothing depends on the company, places are given back, a bad request spoils no other."""
 
 from __future__ import annotations
 

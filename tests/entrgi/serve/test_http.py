@@ -248,7 +248,8 @@ def test_a_client_that_goes_away_gives_its_place_back(server):
     address = urllib.parse.urlsplit(server.url)
     for stream in (False, True):
         body = json.dumps({"messages": PROMPT, "max_tokens": 64, "n": 4, "stream": stream}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         wires = [socket.create_connection((address.hostname, address.port), timeout=30) for _ in range(8)]
         for wire in wires:
             wire.sendall(head.encode() + body)

@@ -1,0 +1,132 @@
+"""The flags of ``entrgi serve``: what is served, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import sys
+
+import pytest
+
+from entrgi import serve
+from entrgi.errors import UsageError
+from entrgi_kernels.rewards.verifying import Verifier
+
+
+def flags_of(*arguments: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    return parser.parse_args([str(argument) for argument in arguments])
+
+
+def test_the_tiny_models_on_loopback_by_default():
+    args = flags_of()
+    served = serve.describe(args)
+    assert (args.host, served.model, served.rewards, served.tiny, served.keys) == (
+        "127.0.0.1",
+        "tiny",
+        ("tiny",),
+        True,
+        (),
+    )
+    assert served.defaults.max_new_tokens == 32 and "127.0.0.1" in served.hosts
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--host", "0.0.0.0"], "lets other machines in.*--api-key-file"),
+        (["--host", "example.org"], "lets other machines in"),
+        (["--port", 99999], "from 0 to 65535"),
+        (["--max-queue", 0], "--max-queue 0: expected a number above 0"),
+        (["--timeout", -1], "--timeout -1"),
+        (["-L", 2000], "at most --max-tokens 1024"),
+        (["--replicas", 2], "with --ray"),
+        (["--model", "m"], "--reward is missing"),
+        (["--model", "m", "--reward", "a=x", "--reward", "a=y"], "there is a reward 'a' already"),
+        (["--model", "m", "--reward", "x/r", "--reward", "y/r"], "there is a reward 'r' already"),
+        (["--model", "m", "--reward", "a=x", "--reward", "b=y", "--reward-kind", "judge"], "expected NAME=VALUE"),
+        (["--model", "m", "--reward", "a=x", "--reward-kind", "a=magic"], "expected one of classifier"),
+        (["--model", "m", "--reward", "a=x", "--reward-kind", "a=judge"], "--question and --reward-kind judge"),
+        (["--reward", "verifier:json"], "cannot guide"),
+        (["--steps", 0], "steps=0"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(entrgi, capsys, flags, said, monkeypatch):
+    monkeypatch.setattr(serve, "load", lambda args, served: pytest.fail("models were loaded"))
+    assert entrgi("serve", *flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    import re
+
+    assert re.search(said, line), line
+
+
+def test_a_port_that_is_taken_is_named(entrgi, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert entrgi("serve", "--port", port) == 2
+    assert f"cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("content", "said"), [("\n\n", "holds no key"), ("two words\n", "one word a line")])
+def test_a_file_of_keys_is_read_with_care(entrgi, capsys, tmp_path, content, said):
+    path = tmp_path / "keys"
+    path.write_text(content)
+    assert entrgi("serve", "--api-key-file", path) == 2
+    assert said in capsys.readouterr().err
+    assert entrgi("serve", "--api-key-file", tmp_path / "none") == 2
+
+
+def test_keys_open_other_addresses(monkeypatch):
+    monkeypatch.setenv(serve.KEY_VARIABLE, "secret")
+    served = serve.describe(flags_of("--host", "0.0.0.0"))
+    assert served.keys == ("secret",) and served.hosts == ()
+
+
+def test_without_the_extra_it_says_what_to_install(entrgi, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert entrgi("serve") == 2
+    assert "pip install 'entrgi_kernels[serve]'" in capsys.readouterr().err
+
+
+def test_rewards_have_names_and_their_own_flags():
+    args = flags_of(
+        "--model", "org/model", "--reward", "good=org/classifier", "--reward", "polite=org/lm", "--reward", "org/near",
+        "--reward-kind", "polite=judge", "--question", "polite=Is it polite = kind?",
+        "--reward-kind", "near=similarity", "--target", "near=soup",
+    )  # fmt: skip
+    found = {
+        name: (own.reward, own.reward_kind, own.question, own.target) for name, own in serve.reward_flags(args).items()
+    }
+    assert found == {
+        "good": ("org/classifier", "classifier", None, None),
+        "polite": ("org/lm", "judge", "Is it polite = kind?", None),
+        "near": ("org/near", "similarity", None, "soup"),
+    }
+    served = serve.describe(args)
+    assert served.model == "model" and served.rewards == ("good", "polite", "near") and not served.tiny
+
+
+def test_one_reward_needs_no_name_in_its_flags():
+    args = flags_of("--model", "m", "--reward", "org/lm", "--reward-kind", "judge", "--question", "Polite?")
+    (own,) = serve.reward_flags(args).values()
+    assert (own.reward, own.reward_kind, own.question) == ("org/lm", "judge", "Polite?")
+
+
+def test_several_rewards_share_one_diffusion_model(tiny_weights):
+    args = flags_of("--method", "none", "--reward", "verifier:json", "--reward", "words=verifier:length=1-9")
+    served = serve.describe(args)
+    samplers = serve.load(args, served)
+    assert list(samplers) == ["json", "words"] == list(served.rewards)
+    assert samplers["json"].model is samplers["words"].model
+    assert all(isinstance(sampler.reward, Verifier) for sampler in samplers.values())
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "1.5"])
+def test_a_memory_budget_is_bytes_or_a_share(text):
+    if text == "x":
+        with pytest.raises(SystemExit):
+            flags_of("--memory-budget", text)
+    else:
+        with pytest.raises(UsageError, match="memory_budget"):
+            serve.describe(flags_of(f"--memory-budget={text}"))
