@@ -5,9 +5,9 @@
     + "left alone, and steered at every denoising step by a reward model.";
   // name: [what it is called, lowest, highest where the server sets no limit, step, what it does]
   const SLIDERS = {
-    max_new_tokens: ["Length in tokens", 1, 128, 1, "L: slots of the response, all masked at first"],
-    steps: ["Denoising steps", 1, 128, 1, "T: the fewer, the more tokens a step commits"],
-    num_samples: ["Samples of each", 1, 8, 1, "K: drawn with each method; the first is shown live"],
+    max_new_tokens: ["Length", 1, 128, 1, "L: tokens of the response, all masked at first"],
+    steps: ["Steps", 1, 128, 1, "T, of denoising: the fewer, the more tokens each commits"],
+    num_samples: ["Samples", 1, 8, 1, "K: drawn with each method; the first is shown live"],
     guidance_steps: ["Guidance steps", 0, 8, 1, "M: gradient steps within a denoising step; 0 guides nothing"],
     learning_rate: ["Learning rate", 0, 2, 0.05, "η: how far a gradient step moves a logit"],
     guidance_scale: ["Guidance scale", 0, 10, 0.1, "γ, for first-order guidance: logits a unit of reward"],
@@ -32,7 +32,7 @@
   $("left").append(...options(Object.entries(about.methods)));
   $("right").append(...options(Object.entries(about.methods)));
   $("examples").append(...about.examples.map((text) => {
-    const button = el("button", { type: "button", className: "quiet", textContent: text });
+    const button = el("button", { type: "button", className: "quiet", textContent: text, title: text });
     button.addEventListener("click", () => { $("ask").value = text; keepLink(); });
     return button;
   }));
@@ -73,11 +73,13 @@
     run.run = name;
     $("said").textContent = said;
     $("run").textContent = control ? "Stop" : "Run";
+    $("replay-title").textContent = name === "running" ? "Live" : "Replay";
     $("save").disabled = name !== "done";
   }
   function complain(text) {
     $("error").textContent = text;
     $("error").hidden = !text;
+    if (text) $("error").scrollIntoView({ block: "nearest" });
   }
   const keyed = () => (about.key ? { Authorization: `Bearer ${$("key").value}` } : {});
   // The server's answer, or an Error that says what a person can do about it.
@@ -128,7 +130,7 @@
       phase(run.run === "running" ? "stopped" : run.run, stopped ? "Stopped." : "");
       if (!stopped) complain(error.message);
     }
-    if (document.activeElement === document.body) $("run").focus();  // the button that had the focus is gone
+    if (document.activeElement === stop) $("run").focus();  // which goes
   }
   async function follow(answer, methods, signal) {
     let rest = 0, before = 0, finished = false;
@@ -143,7 +145,8 @@
         show(message.start);
         bar.max = 2 * message.start.steps;
         bar.value = 0;
-        $("replay").scrollIntoView({ block: "nearest" });
+        outcome.textContent = `Sample 1 of ${message.start.samplesPerPrompt} of each method, as it is denoised`;
+        if (innerWidth < 760) document.querySelector(".panels").scrollIntoView(); else $("replay").scrollIntoView({ block: "nearest" });
       } else if (message.step) {
         const place = methods.indexOf(message.step.method), early = before + rest - performance.now();
         if (early > 0 && !report.calm.matches && !document.hidden) await new Promise((then) => setTimeout(then, early));
@@ -203,6 +206,7 @@
     event.preventDefault();
     if (control) control.abort(); else compare();
   });
+  if (/Mac|iP/.test(navigator.platform)) $("enter").firstChild.textContent = "⌘";
   $("ask").addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || control) return;
     event.preventDefault();

@@ -329,9 +329,11 @@ def test_errors_are_shown(server, visit, when: str) -> None:
         return {"at once": (429, message), "in the middle": [*first, {"error": {"message": message}}]}.get(when, first)
 
     server.answer = answer
-    tab = visit("#prompt=a")
+    tab = visit("#prompt=a", viewport={"width": 375, "height": 700}, reduced_motion="reduce")
     tab.click("#run")
     tab.wait_for_selector("#error")
+    place = tab.locator("#error").bounding_box()
+    assert 0 <= place["y"] <= 700 - place["height"], "in sight, without smooth scrolling at once"
     expected = {"at once": f"{message} Try again in 7 s.", "in the middle": message}
     assert tab.text_content("#error") == expected.get(when, "The server broke off.")
     server.answer = whole
@@ -350,7 +352,7 @@ def test_a_link_holds_everything_but_the_key(server, visit) -> None:
     tab.select_option("#reward", "length")
     tab.select_option("#left", "first_order")
     tab.fill("#seed", values["seed"])
-    for title, name in [("L:", "max_new_tokens"), ("T:", "steps"), ("η:", "learning_rate"), ("Draws", "top_p")]:
+    for title, name in [("L:", "max_new_tokens"), ("T,", "steps"), ("η:", "learning_rate"), ("Draws", "top_p")]:
         tab.fill(f'label[title^="{title}"] input', values[name])
     tab.click("#link")
     fragment = urlsplit(tab.url).fragment
