@@ -94,18 +94,19 @@ def test_large_runs_keep_the_best_samples_only(fake, entrgi, parse_page, tmp_pat
     assert sum(bool(t) for traces in data["traces"].values() for t in traces[1]) <= 1
 
 
-def test_the_installed_package_has_the_page() -> None:
-    """Every file of the page is named in pyproject.toml, or an installed `entrgi compare --report` fails."""
+@pytest.mark.parametrize(("room", "count"), [("report", 5), ("serve", 3)])
+def test_the_installed_package_has_the_page(room: str, count: int) -> None:
+    """Every file of a page is named in pyproject.toml, or an installed `entrgi compare --report` fails."""
     import fnmatch
 
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     section = text.split("[tool.setuptools.package-data]")[1].split("\n[")[0]
-    folder = Path(report.__file__).parent
+    folder = Path(report.__file__).parents[1] / room
     assets = [path for path in folder.iterdir() if path.suffix in (".html", ".css", ".js")]
-    assert len(assets) == 5
+    assert len(assets) == count
     owners = dict(re.findall(r'^"?([\w.]+)"?\s*=\s*(\[.*?\])', section, re.MULTILINE | re.DOTALL))
     for path in assets:
-        names = {"entrgi": f"report/{path.name}", "entrgi.report": path.name}
+        names = {"entrgi": f"{room}/{path.name}", f"entrgi.{room}": path.name}
         patterns = [(names[o], p) for o in names for p in re.findall(r'"([^"]+)"', owners.get(o, ""))]
         assert any(
             fnmatch.fnmatch(name, pattern) and name.count("/") == pattern.count("/") for name, pattern in patterns

@@ -12,14 +12,23 @@ import math
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from entrgi_kernels.names import METHODS
 
-from ..comparison import EXPLAINED, METRICS, TINY_NOTE, Comparison, MethodRun
+from ..comparison import EXPLAINED, METRICS, TINY_NOTE, Comparison
 from ..errors import write_text
 from ..prompts import prompt_text
 
+if TYPE_CHECKING:
+    from entrgi_kernels.guidance.results import StepTrace
+
+TITLE = "EntRGi: a diffusion language model, steered"
+HEADING = "A diffusion language model, steered by a reward model"
+# A report loads nothing and is sent nowhere.
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+)
 # Replays grow with steps x slots; beyond this many numbers only the best samples are replayed, then fewer prompts.
 REPLAY_BUDGET = 1_500_000
 
@@ -43,25 +52,27 @@ def write_report(path: Path, comparison: Comparison, tokenizer: Any) -> int:
     return len(page.encode())
 
 
-def build_page(data: dict[str, Any], section: str = "") -> str:
+def build_page(data: dict[str, Any], section: str = "", **parts: str) -> str:
     """The page around ``data``: template, style and script are files of this package.
 
     Args:
         data: of :func:`payload`.
         section: markup of an evaluation, which comes first and takes the place of the table of results.
+        parts: of the template, in place of a report's own; ``entrgi serve`` makes its page of them.
     """
     template = _asset("page.html")
     parts = {
+        "policy": POLICY,
         "title": html.escape(data["title"]),
         "heading": html.escape(data["heading"]),
-        "evaluation": section,
+        "section": section,
         "first": "evaluation" if section else "results",
         "results": " hidden" if section else "",
-        "style": _colours() + _asset("style.css"),
+        "style": page_style(),
         "methods": _methods(),
-        "script": _asset("charts.js") + "\n" + _asset("app.js"),
+        "script": page_script(),
         "data": embed(data),
-    }
+    } | parts
     # One pass over the template, so that nothing inside a part is taken for a placeholder.
     pieces = template.split("{{")
     out = [pieces[0]]
@@ -69,6 +80,16 @@ def build_page(data: dict[str, Any], section: str = "") -> str:
         name, rest = piece.split("}}", 1)
         out += [parts[name.strip()], rest]
     return "".join(out)
+
+
+def page_style() -> str:
+    """The style sheet of a page, with the methods' colours by theme."""
+    return _colours() + _asset("style.css")
+
+
+def page_script() -> str:
+    """The program of a page. It draws the page's data where these are a :func:`payload`; else it waits to be called."""
+    return _asset("charts.js") + "\n" + _asset("app.js")
 
 
 def embed(data: Any) -> str:
@@ -86,8 +107,8 @@ def payload(comparison: Comparison, tokenizer: Any) -> dict[str, Any]:
     names = [name for name in METRICS if all(name in run.metrics for run in comparison.runs)]
     levels = [h for per_method in traces.values() for t in _flat(per_method) if t for step in t["h"] for h in step]
     return {
-        "title": "EntRGi: a diffusion language model, steered",
-        "heading": "A diffusion language model, steered by a reward model",
+        "title": TITLE,
+        "heading": HEADING,
         "lead": _lead(comparison),
         "note": " ".join([*([TINY_NOTE] if settings.get("tiny") else []), *comparison.notes()]),
         "footer": f"{comparison.verdict()[1]}. Written by entrgi compare",
@@ -155,43 +176,51 @@ def _replays(comparison: Comparison, tokenizer: Any) -> tuple[dict[str, list[lis
             row: list[Any] = []
             for sample in result.samples:
                 wanted = sample.trace and (everything or sample is best) and budget > 0
-                row.append(_compact(run, sample.trace) if wanted else None)
+                row.append(_compact(sample.trace) if wanted else None)
                 if wanted:
                     budget -= _cost(sample)
                     used.update(row[-1]["tokens"])
             traces[run.key].append(row)
-    return traces, {str(token): _token_text(tokenizer, token) for token in sorted(used)}
+    return traces, {str(token): token_text(tokenizer, token) for token in sorted(used)}
 
 
 def _cost(sample: Any) -> int:
     return len(sample.trace) * len(sample.trace[0].tokens) if sample.trace else 0
 
 
-def _compact(run: MethodRun, trace: Sequence[Any]) -> dict[str, Any]:
-    """A trace without its redundancy: when each slot was committed, and numbers of the masked slots only.
+def compact_step(step: StepTrace) -> dict[str, Any]:
+    """One step as a page reads it: plain JSON values, numbers of the slots alone that were masked before it.
 
-    Entropies are in hundredths of a nat, weights in hundredths.
+    Returns:
+        "tokens", of all slots; "committed", slots; "h" and "w", entropies in hundredths of a nat and weights in
+        hundredths, of the masked slots in order; "reward", "before" and "after", None where there is none.
     """
-    tokens = list(trace[-1].tokens)
-    at = [-1] * len(tokens)
-    for index, step in enumerate(trace):
-        for slot in step.committed:
-            at[slot] = index
-    entropies, weights = [], []
-    for step in trace:
-        masked = [slot for slot, value in enumerate(step.entropy) if value is not None]
-        entropies.append([_hundredths(step.entropy[slot]) for slot in masked])
-        weights.append([_hundredths(step.weight[slot]) for slot in masked])  # None throughout without guidance
-    flat = {value for row in weights for value in row}
+    masked = [slot for slot, value in enumerate(step.entropy) if value is not None]
     return {
-        "tokens": tokens,
+        "tokens": list(step.tokens),
+        "committed": list(step.committed),
+        "h": [_hundredths(step.entropy[slot]) for slot in masked],
+        "w": [_hundredths(step.weight[slot]) for slot in masked],  # None throughout without guidance
+        "reward": _number(step.reward),
+        "before": _number(step.reward_before),
+        "after": _number(step.reward_after),
+    }
+
+
+def _compact(trace: Sequence[StepTrace]) -> dict[str, Any]:
+    """A trace without its redundancy: the last tokens and when each slot was committed, and numbers step by step."""
+    steps = [compact_step(step) for step in trace]
+    at = [-1] * len(steps[-1]["tokens"])
+    for index, step in enumerate(steps):
+        for slot in step["committed"]:
+            at[slot] = index
+    flat = {value for step in steps for value in step["w"]}
+    return {
+        "tokens": steps[-1]["tokens"],
         "at": at,
-        "h": entropies,
         # Unless the method has a weight that varies, one number says it.
-        "w": weights if len(flat) > 1 else next(iter(flat), 0),
-        "reward": [_number(step.reward) for step in trace],
-        "before": [_number(step.reward_before) for step in trace],
-        "after": [_number(step.reward_after) for step in trace],
+        "w": [step["w"] for step in steps] if len(flat) > 1 else next(iter(flat), 0),
+        **{name: [step[name] for step in steps] for name in ("h", "reward", "before", "after")},
     }
 
 
@@ -203,7 +232,8 @@ def _number(value: float | None) -> float | None:
     return round(float(value), 3) if value is not None and math.isfinite(value) else None
 
 
-def _token_text(tokenizer: Any, token: int) -> str:
+def token_text(tokenizer: Any, token: int) -> str:
+    """What a page shows of a token."""
     return tokenizer.decode([token], skip_special_tokens=False)
 
 

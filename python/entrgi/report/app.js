@@ -1,6 +1,6 @@
 "use strict";
-(() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
+// The drawing of a page, for one comparison after another: report.show(data), and report.append(step) to one that runs.
+const report = (() => {
   const $ = (id) => document.getElementById(id);
   const root = document.documentElement;
   const calm = matchMedia("(prefers-reduced-motion: reduce)");
@@ -10,7 +10,9 @@
     dark: ["#2a2233", "#54265f", "#8b2f72", "#c4446b", "#ea7a5c", "#f8b878", "#fdeec2"],
   };
   const state = { prompt: 0, sample: "best", step: 0, sides: [], playing: false, speed: 1 };
-  let panels = [], frames = 1, curve = null, timer = 0;
+  let data = null, panels = [], frames = 1, curve = null, timer = 0, drawPlots = () => {};
+  // A comparison that still runs names its mask token; its panels show the newest step.
+  const running = () => data.mask !== undefined;
 
   // Everything enters the document through here: text nodes, never markup.
   function el(name, properties = {}, ...children) {
@@ -43,23 +45,24 @@
   // ---- one panel: a sample being denoised --------------------------------------------------------------------
   function sampleIndex(method, prompt) {
     const samples = data.samples[method][prompt];
+    if (running()) return 0;
     return state.sample === "best" ? samples.findIndex((s) => s.best) : Math.min(Number(state.sample), samples.length - 1);
   }
-  // Entropy of a slot when step `index` began (hundredths of a nat), by slot; null where it was not masked.
-  function levels(trace) {
-    return trace.h.map((row, index) => {
-      let next = 0;
-      return trace.at.map((at) => (at === -1 || at >= index ? row[next++] ?? 0 : null));
-    });
+  // Numbers of the masked slots, or one for all, by slot; null where it was not masked.
+  function spread(row, masked) {
+    let next = 0;
+    return masked.map((yes) => (yes ? (Array.isArray(row) ? row[next++] ?? 0 : row) : null));
   }
-  function weightOf(trace, index, slot) {
-    if (!Array.isArray(trace.w)) return trace.w;
-    const before = trace.at.slice(0, slot).filter((at) => at === -1 || at >= index).length;
-    return trace.w[index][before];
+  // Entropies and weights when each step began (hundredths), by slot.
+  function unfold(trace) {
+    if (trace.levels) return;
+    const masked = trace.h.map((_, index) => trace.at.map((at) => at === -1 || at >= index));
+    trace.levels = trace.h.map((row, index) => spread(row, masked[index]));
+    trace.weights = masked.map((slots, index) => spread(Array.isArray(trace.w) ? trace.w[index] : trace.w, slots));
   }
   function buildPanel(side) {
     const host = document.querySelector(`.panel[data-side="${side}"]`), method = state.sides[side];
-    const index = sampleIndex(method, state.prompt), sample = data.samples[method][state.prompt][index];
+    const index = sampleIndex(method, state.prompt), sample = data.samples[method][state.prompt][index] ?? {};
     const trace = data.traces[method][state.prompt][index];
     const pick = el("select", { "aria-label": side ? "Method on the right" : "Method on the left" },
       ...data.methods.map((m) => el("option", { value: m.key, textContent: m.label, selected: m.key === method })));
@@ -73,18 +76,23 @@
       score.replaceChildren("reward", el("b", { textContent: fixed(sample.reward) }));
       return { method, sample, trace: null };
     }
-    const stop = trace.tokens.indexOf(data.eos), nodes = [];
+    unfold(trace);
+    const nodes = trace.tokens.map(() => el("i")), gaps = trace.tokens.map(() => new Text());
+    canvas.append(...nodes.flatMap((node, slot) => [gaps[slot], node]));
+    const panel = { method, sample, trace, nodes, gaps, score, facts };
+    write(panel);
+    return panel;
+  }
+  // The panel's tokens, as its trace has them.
+  function write({ trace, nodes, gaps }) {
+    const stop = trace.tokens.indexOf(data.eos);
     trace.tokens.forEach((token, slot) => {
-      const raw = data.strings[token] ?? "�", fill = token === data.eos;
-      const text = fill ? (slot === stop ? "∎" : "·") : raw.trim() || (raw.includes("\n") ? "⏎" : "␣");
-      if (slot && (fill || /^\s/.test(raw))) canvas.append(fill || raw[0] !== "\n" ? " " : "\n");
-      const node = el("i", { className: "tok", textContent: text });
-      if (fill) node.classList.add("fill");
-      if (fill && slot > stop) node.classList.add("after");
-      nodes.push(node);
-      canvas.append(node);
+      const raw = data.strings[token] ?? "�", fill = token === data.eos, open = token === data.mask;
+      const after = slot && (fill || open || /^\s/.test(raw));
+      gaps[slot].data = !after ? "" : fill || raw[0] !== "\n" ? " " : "\n";
+      nodes[slot].textContent = fill ? (slot === stop ? "∎" : "·") : raw.trim() || (raw.includes("\n") ? "⏎" : "␣");
+      nodes[slot].className = "tok" + (fill ? " fill" : "") + (fill && slot > stop ? " after" : "") + (open ? " open" : "");
     });
-    return { method, sample, trace, nodes, score, facts, levels: levels(trace) };
   }
   function focusPick(side) { document.querySelector(`.panel[data-side="${side}"] select`).focus(); }
 
@@ -95,19 +103,20 @@
     let left = 0, sum = 0;
     nodes.forEach((node, slot) => {
       const at = trace.at[slot], masked = at === -1 || at >= done;
-      const level = panel.levels[masked ? now : at][slot] ?? 0;
+      const level = trace.levels[masked ? now : at]?.[slot] ?? 0;
       if (masked) { left += 1; sum += level; }
       node.classList.toggle("masked", masked);
       node.classList.toggle("fresh", !masked && at === done - 1);
       node.style.setProperty("--h", entropyColor(level));
       if (masked) node.setAttribute("aria-hidden", "true"); else node.removeAttribute("aria-hidden");
-      const weight = weightOf(trace, masked ? now : at, slot);
+      const weight = trace.weights[masked ? now : at]?.[slot] ?? 0;
       node.title = `slot ${slot + 1}: entropy ${(level / 100).toFixed(2)} nats` + (panel.method === "none" ? "" : `, weight ${(weight / 100).toFixed(2)}`)
         + (masked ? ", masked" : `, committed in step ${at + 1}`);
     });
-    const finished = done >= trace.h.length, before = done ? trace.before[done - 1] : null, after = done ? trace.after[done - 1] : null;
+    const finished = !running() && done >= trace.h.length, before = done ? trace.before[done - 1] : null, after = done ? trace.after[done - 1] : null;
     panel.score.replaceChildren(finished ? "reward of the text" : "reward", el("b", { textContent: fixed(finished ? sample.reward : done ? trace.reward[done - 1] : null) }));
-    const facts = [left ? `${left} masked, ${(sum / left / 100).toFixed(2)} nats on average` : "all committed"];
+    const facts = [left ? `${left} masked` + (trace.h.length ? `, ${(sum / left / 100).toFixed(2)} nats on average` : "") : "all committed"];
+    if (running()) facts.unshift(done ? `step ${done} of ${frames}` : "waiting");
     if (before !== null && after !== null && panel.method !== "none") facts.push(`guidance ${signed(after - before)}`);
     panel.facts.replaceChildren(...facts.map((text) => el("span", { textContent: text })));
   }
@@ -115,23 +124,24 @@
   // ---- replay ------------------------------------------------------------------------------------------------
   function rebuild() {
     panels = [0, 1].map(buildPanel);
-    frames = Math.max(1, ...panels.map((p) => (p.trace ? p.trace.h.length : 0)));
+    frames = running() ? data.steps : Math.max(1, ...panels.map((p) => (p.trace ? p.trace.h.length : 0)));
     $("question").textContent = data.prompts[state.prompt];
     $("prompt").value = String(state.prompt);
     $("previous").disabled = state.prompt === 0;
     $("next").disabled = state.prompt === data.prompts.length - 1;
     $("slider").max = String(frames);
-    state.step = Math.min(state.step, frames);
+    state.step = running() ? frames : Math.min(state.step, frames);
     drawCurve();
     draw();
   }
   function drawCurve() {
     const shown = panels.filter((p, i) => p.trace && (i === 0 || p.method !== panels[0].method));
     curve = rewardCurve($("curve"), shown.map((p) => ({
-      label: methodOf(p.method).label, color: color(p.method), values: p.trace.reward, before: p.trace.before, after: p.trace.after, final: p.sample.reward,
+      label: methodOf(p.method).label, color: color(p.method), values: p.trace.reward, before: p.trace.before, after: p.trace.after, final: p.sample.reward ?? null,
+      now: running() ? p.trace.reward[p.trace.reward.length - 1] ?? null : null,
     })), frames, (step) => { pause(); go(step); });
     const lifted = shown.some((p) => p.trace.before.some((b) => b !== null));
-    $("curve-note").textContent = "masks filled with the likeliest tokens" + (lifted ? "; bars: what guidance added within a step" : "") + "; ◆ the finished text";
+    $("curve-note").textContent = "masks filled with the likeliest tokens" + (lifted ? "; bars: what guidance added within a step" : "") + (running() ? "" : "; ◆ the finished text");
   }
   function draw(smoothly = false) {
     document.querySelector(".panels").classList.toggle("live", smoothly);
@@ -172,6 +182,26 @@
     rebuild();
   }
 
+  // One step of one method of the comparison that runs; texts of tokens that were not sent before.
+  function append(step, strings) {
+    Object.assign(data.strings, strings);
+    const trace = data.traces[step.method][0][0], index = trace.h.length;
+    const masked = step.tokens.map((token, slot) => token === data.mask || step.committed.includes(slot));
+    step.tokens.forEach((token, slot) => { if (token !== data.mask && trace.at[slot] === -1) trace.at[slot] = index; });
+    trace.tokens = step.tokens;
+    for (const key of ["h", "w", "reward", "before", "after"]) trace[key].push(step[key]);
+    trace.levels.push(spread(step.h, masked));
+    trace.weights.push(spread(step.w, masked));
+    scaleTo(Math.max(data.top, Math.ceil(Math.max(...step.h, 0) / 50) / 2));
+    panels.filter((panel) => panel.trace === trace).forEach(write);
+    drawCurve();
+    draw(true);
+  }
+  function scaleTo(top) {
+    data.top = top;
+    $("ramp-top").textContent = `${top} nats`;
+  }
+
   // ---- tables, plots, texts ----------------------------------------------------------------------------------
   function pair(value, sign) {
     const cell = el("td", {}, el("span", { textContent: sign ? signed(value.mean) : fixed(value.mean) }));
@@ -193,6 +223,7 @@
           if (m.estimates[metric.key].mean === best[metric.key]) cell.firstChild.className = "lead-value";
           return cell;
         }), el("td", { textContent: m.seconds.toFixed(1) })))));
+    $("differences").replaceChildren();
     if (!data.differences.length) return;
     $("differences").replaceChildren(
       el("caption", { textContent: "Paired differences ± standard error" }),
@@ -201,6 +232,7 @@
         ...metrics.map((metric) => pair(d.values[metric.key], true))))));
   }
   function plots() {
+    $("plots").replaceChildren();
     const hosts = data.metrics.map((metric) => {
       const host = el("div");
       $("plots").append(el("div", {}, el("h3", {}, metric.label, el("small", { textContent: metric.lower ? "lower is better" : "" })), host));
@@ -212,6 +244,8 @@
     const first = data.methods[0].key, last = data.methods[data.methods.length - 1].key;
     const top = (key, i) => Math.max(...data.samples[key][i].map((s) => s.reward ?? -Infinity));
     $("listing-hint").textContent = `Best reward of each prompt: ${methodOf(first).label} → ${methodOf(last).label}. Inside, a click on a reward replays that sample.`;
+    $("listing").replaceChildren();
+    $("unfold").textContent = "Open all";
     data.prompts.forEach((prompt, i) => {
       const body = el("div", { className: "columns" });
       const fold = el("details", {}, el("summary", {}, el("span", { className: "q", textContent: prompt }),
@@ -225,7 +259,7 @@
             const recorded = data.traces[m.key][i][k];
             const mark = recorded ? el("button", { type: "button", title: "Replay this sample", "aria-label": `Replay, reward ${fixed(s.reward)}`, textContent: fixed(s.reward) })
               : el("span", { className: "plain", textContent: fixed(s.reward) });
-            if (recorded) mark.addEventListener("click", () => show(i, m.key, k));
+            if (recorded) mark.addEventListener("click", () => replay(i, m.key, k));
             return el("li", { className: s.best ? "best" : "" }, mark, el("span", { className: "text", textContent: s.text.trim() || "(empty)" }));
           }))));
         }
@@ -233,13 +267,13 @@
       fold.addEventListener("toggle", () => { if (fold.open) fillIn(); });
       $("listing").append(fold);
     });
-    $("unfold").addEventListener("click", () => {
-      const folds = [...$("listing").children], open = folds.some((f) => !f.open);
-      folds.forEach((f) => { f.open = open; });
-      $("unfold").textContent = open ? "Close all" : "Open all";
-    });
   }
-  function show(prompt, method, sample) {
+  function unfoldAll() {
+    const folds = [...$("listing").children], open = folds.some((f) => !f.open);
+    folds.forEach((f) => { f.open = open; });
+    $("unfold").textContent = open ? "Close all" : "Open all";
+  }
+  function replay(prompt, method, sample) {
     state.sample = String(sample);
     $("sample").value = state.sample;
     state.sides[method === state.sides[0] ? 0 : 1] = method;
@@ -249,35 +283,44 @@
   }
 
   // ---- start -------------------------------------------------------------------------------------------------
-  function start() {
-    const wish = new URLSearchParams(location.hash.slice(1));
-    const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-    const theme = wish.get("theme") || stored.get("entrgi-theme") || (dark ? "dark" : "light");
-    setTheme(theme === "dark" ? "dark" : "light");
+  // Everything that depends on the comparison. Where to begin: {prompt, step, sample, method}, all of it optional.
+  function show(given, at = {}) {
+    pause();
+    data = given;
+    const keys = data.methods.map((m) => m.key);
+    const right = [at.method, "entrgi", keys[keys.length - 1]].find((k) => keys.includes(k));
+    state.sides = [keys.includes("none") && right !== "none" ? "none" : keys[0], right];
+    state.prompt = Math.min(data.prompts.length - 1, Math.max(0, Number(at.prompt || 1) - 1 || 0));
+    state.step = Number(at.step || 0) || 0;
+    state.sample = at.sample || "best";
     $("lead").textContent = data.lead;
     $("note").textContent = data.note;
     $("note").hidden = !data.note;
-    $("ramp-top").textContent = `${data.top} nats`;
-    const keys = data.methods.map((m) => m.key);
-    const right = [wish.get("method"), "entrgi", keys[keys.length - 1]].find((k) => keys.includes(k));
-    state.sides = [keys.includes("none") && right !== "none" ? "none" : keys[0], right];
-    $("prompt").append(...data.prompts.map((p, i) => el("option", { value: String(i), textContent: `${i + 1}. ${p.replace(/\s+/g, " ").slice(0, 90)}` })));
-    $("sample").append(el("option", { value: "best", textContent: "best sample" }),
-      ...Array.from({ length: data.samplesPerPrompt }, (_, k) => el("option", { value: String(k), textContent: `sample ${k + 1}` })));
-    $("metrics").append(...data.metrics.flatMap((m) => [el("dt", { textContent: m.label }), el("dd", { textContent: m.about })]));
-    $("setting-list").append(...data.settings.map(([name, value]) => el("div", {}, el("dt", { textContent: name }), el("dd", { textContent: value }))));
     $("footer").textContent = `${data.footer}; this page loads nothing from the network.`;
-    tables();
-    listing();
-    const drawPlots = plots();
-    state.prompt = Math.min(data.prompts.length - 1, Math.max(0, Number(wish.get("prompt") || 1) - 1 || 0));
-    state.step = Number(wish.get("step") || 0) || 0;
+    scaleTo(data.top);
+    $("prompt").replaceChildren(...data.prompts.map((p, i) => el("option", { value: String(i), textContent: `${i + 1}. ${p.replace(/\s+/g, " ").slice(0, 90)}` })));
+    $("sample").replaceChildren(el("option", { value: "best", textContent: "best sample" }),
+      ...Array.from({ length: data.samplesPerPrompt }, (_, k) => el("option", { value: String(k), textContent: `sample ${k + 1}` })));
+    $("sample").value = state.sample;
+    $("metrics").replaceChildren(...data.metrics.flatMap((m) => [el("dt", { textContent: m.label }), el("dd", { textContent: m.about })]));
+    $("setting-list").replaceChildren(...data.settings.map(([name, value]) => el("div", {}, el("dt", { textContent: name }), el("dd", { textContent: value }))));
+    drawPlots = () => {};
+    if (!running()) {
+      tables();
+      listing();
+      drawPlots = plots();
+    }
     rebuild();
     drawPlots();
-
-    $("theme").addEventListener("click", () => { setTheme(root.dataset.theme === "dark" ? "light" : "dark"); stored.set("entrgi-theme", root.dataset.theme); draw(); });
-    $("play").addEventListener("click", toggle);
+  }
+  // What holds for every comparison, once.
+  function wire(wanted) {
+    const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+    const theme = wanted || stored.get("entrgi-theme") || (dark ? "dark" : "light");
+    setTheme(theme === "dark" ? "dark" : "light");
     const step = (by) => () => { pause(); go(state.step + by); };
+    $("theme").addEventListener("click", () => { setTheme(root.dataset.theme === "dark" ? "light" : "dark"); stored.set("entrgi-theme", root.dataset.theme); if (data) draw(); });
+    $("play").addEventListener("click", toggle);
     $("back").addEventListener("click", step(-1));
     $("forward").addEventListener("click", step(1));
     $("first").addEventListener("click", step(-1e9));
@@ -288,8 +331,9 @@
     $("sample").addEventListener("change", () => { state.sample = $("sample").value; choose(state.prompt); });
     $("previous").addEventListener("click", () => choose(state.prompt - 1));
     $("next").addEventListener("click", () => choose(state.prompt + 1));
+    $("unfold").addEventListener("click", unfoldAll);
     document.addEventListener("keydown", (event) => {
-      if (event.ctrlKey || event.metaKey || event.altKey) return;
+      if (event.ctrlKey || event.metaKey || event.altKey || event.target.form || !data || running()) return;
       const at = event.target.tagName, arrows = event.key.startsWith("Arrow") || event.key === "Home" || event.key === "End";
       if (at === "SELECT" || (at === "INPUT" && arrows)) return;
       if (event.key === " " && (at === "BUTTON" || at === "SUMMARY" || at === "A")) return;
@@ -302,8 +346,17 @@
       action();
     });
     let width = innerWidth;
-    addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawCurve(); draw(); drawPlots(); } });
-    if (!wish.has("step") && !calm.matches) toggle();
+    addEventListener("resize", () => { if (data && innerWidth !== width) { width = innerWidth; drawCurve(); draw(); drawPlots(); } });
   }
-  start();
+  // A page that brings its comparison along; the address may say where to begin.
+  function begin(given) {
+    const wish = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+    wire(wish.theme);
+    show(given, { prompt: wish.prompt, step: wish.step, method: wish.method });
+    if (wish.step === undefined && !calm.matches) toggle();
+  }
+  return { $, el, calm, wire, show, append, unfoldAll, begin };
 })();
+
+const given = JSON.parse(document.getElementById("data").textContent);
+if (given.samples) report.begin(given);

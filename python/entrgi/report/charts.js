@@ -29,7 +29,8 @@ function signed(value) {
   return !Number.isFinite(value) ? "–" : (value >= 0 ? "+" : "−") + Math.abs(value).toFixed(2);
 }
 
-// series: [{label, color, values, before, after, final}], one value of each list per step. Returns {place(step)}.
+// series: [{label, color, values, before, after, final, now}], one value of each list per step; `now` instead of `final`
+// while it runs. Returns {place(step)}.
 function rewardCurve(host, series, steps, onPick) {
   const width = Math.max(280, host.clientWidth), height = width < 520 ? 170 : 200;
   const room = { left: 34, right: width < 520 ? 86 : 100, top: 10, bottom: 24 };
@@ -65,12 +66,13 @@ function rewardCurve(host, series, steps, onPick) {
     }
   }
   // Final rewards at the right edge, pushed apart where they would overlap.
-  const ends = series.filter((s) => s.final !== null).map((s) => ({ s, at: y(s.final), text: y(s.final) })).sort((a, b) => a.at - b.at);
+  const ends = series.map((s) => ({ s, value: s.final ?? s.now })).filter((e) => e.value !== null)
+    .map((e) => ({ ...e, at: y(e.value), text: y(e.value) })).sort((a, b) => a.at - b.at);
   for (let i = 1; i < ends.length; i++) ends[i].text = Math.max(ends[i].text, ends[i - 1].text + 30);
   for (const end of ends) {
-    svgNode("path", { d: `M${x(steps) + 1} ${end.at}l5 -5l5 5l-5 5z`, fill: end.s.color }, svg);
+    if (end.s.final !== null) svgNode("path", { d: `M${x(steps) + 1} ${end.at}l5 -5l5 5l-5 5z`, fill: end.s.color }, svg);
     svgNode("text", { class: "name", x: x(steps) + 16, y: end.text, style: `fill:${end.s.color}` }, svg, end.s.label);
-    svgNode("text", { x: x(steps) + 16, y: end.text + 14 }, svg, "text " + fixed(end.s.final));
+    svgNode("text", { x: x(steps) + 16, y: end.text + 14 }, svg, (end.s.final === null ? "now " : "text ") + fixed(end.value));
   }
   const pick = (event) => {
     const box = svg.getBoundingClientRect();
