@@ -85,7 +85,7 @@ def create_app(runner: Runner, served: Served, tokenizer: Any) -> Any:
             raise Refusal(404, f"the model {name!r:.80} does not exist: expected {served.model!r}", param="model")
         return _model(served, started)
 
-    @app.get("/healthz")
+    @app.api_route("/healthz", methods=["GET", "HEAD"])
     async def healthz() -> Response:
         """200 while requests can be served, else 503 and why not."""
         trouble = runner.trouble
@@ -96,7 +96,7 @@ def create_app(runner: Runner, served: Served, tokenizer: Any) -> Any:
         """Figures in Prometheus' text format."""
         return Response(metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/")
+    @app.api_route("/", methods=["GET", "HEAD"])
     async def index() -> Response:
         """The page."""
         return HTMLResponse(html, headers=page.headers())

@@ -162,13 +162,18 @@ class Comparing:
         runs = []
         for order in orders:
             result = GenerationResult(request.prompt, [Sample("", tokens, math.nan)], order.config)
-            runs.append(MethodRun(order.config.method, [result], 0.0, {}))
+            none_yet = {"top1": [math.nan], "avg": [math.nan]}
+            runs.append(MethodRun(order.config.method, [result], 0.0, none_yet))
         data = report.payload(self._comparison(request, orders, runs), self._tokenizer)
         sent.add(mask)
         empty: dict[str, list[Any]] = {"h": [], "w": [], "reward": [], "before": [], "after": []}
         trace = {"tokens": tokens, "at": [-1] * len(tokens), **empty}
         return {
             **data,
+            "note": TINY_NOTE if self._served.tiny else "",
+            "footer": "",
+            "metrics": [],
+            "differences": [],
             "samples": {run.key: [[]] for run in runs},
             "traces": {run.key: [[trace]] for run in runs},
             "strings": {str(mask): "…"},

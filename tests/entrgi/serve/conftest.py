@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ from entrgi_kernels import GuidedSampler  # noqa: E402
 from entrgi_kernels.guidance.config import GuidanceConfig  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SHORT = dict(max_new_tokens=8, steps=4, num_samples=1)
 
 
@@ -150,6 +152,17 @@ class Process:
         self.process.terminate()
         _, said = self.process.communicate(timeout=60)
         return self.process.returncode, said
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("needs a Chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="drives the browser")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")

@@ -223,6 +223,64 @@ def test_a_form_of_another_site_is_refused(server):
         assert ask(server, "/v1/chat/completions", body, headers={"content-type": kind})[0] == 400
 
 
+def test_two_methods_step_by_step_and_the_report_at_the_end(server, sampler):
+    """What the page asks for. Each step is the trace's, and texts are those of the same seed elsewhere."""
+    settings = {"max_new_tokens": 8, "steps": 4, "num_samples": 2, "seed": 5}
+    status, headers, content = ask(
+        server, "/compare", {"prompt": "Was it good?", "methods": ["none", "entrgi"], "settings": settings}
+    )
+    assert status == 200 and headers["content-type"].startswith("text/event-stream")
+    lines = [json.loads(line.removeprefix("data: ")) for line in content.splitlines() if line.startswith("data: ")]
+    start, *steps, last = lines
+    assert start["start"]["traces"]["none"][0][0]["tokens"] == [sampler.model.mask_token_id] * 8
+    report = last["report"]
+    for method in ("none", "entrgi"):
+        mine = [line["step"] for line in steps if line["step"]["method"] == method]
+        assert [step["step"] for step in mine] == list(range(4))
+        trace = report["traces"][method][0][0]
+        assert mine[-1]["tokens"] == trace["tokens"] and [step["h"] for step in mine] == trace["h"]
+        ((_, alone),) = sampler.stream(
+            ["Was it good?"], seeds=[5], method=method, **{k: settings[k] for k in settings if k != "seed"}
+        )
+        assert [sample["text"] for sample in report["samples"][method][0]] == [sample.text for sample in alone.samples]
+    known = {token for line in steps for token in line["strings"]} | set(start["start"]["strings"])
+    assert {str(token) for line in steps for token in line["step"]["tokens"]} <= known
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"methods": ["none"]}, "expected two out of"),
+        ({"methods": ["none", "none"]}, "expected two out of"),
+        ({"reward": "other"}, "expected one of tiny"),
+        ({"prompt": " "}, "empty"),
+        ({"prompt": ["a"]}, "prompt"),
+        ({"settings": {"num_samples": 5}}, "--max-samples"),
+        ({"settings": {"backend": "eager"}}, "operator"),
+        ({"file": "/etc/passwd"}, "file"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused(server, fields, said):
+    status, _, answer = ask(server, "/compare", {"prompt": "a", "methods": ["none", "aps"], **fields})
+    assert status == 400 and said in answer["error"]["message"]
+
+
+@pytest.mark.slow
+def test_a_person_watches_it_in_a_browser(server, browser):
+    """The page and the server together; what the page does in detail is tried in test_page.py."""
+    tab, wrong = browser.new_context().new_page(), []
+    tab.on("console", lambda message: message.type in ("error", "warning") and wrong.append(message.text))
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.goto(server.url + "/")
+    tab.fill("#ask", "What did you think of the soup?")
+    tab.press("#ask", "Control+Enter")
+    tab.wait_for_selector('html[data-run="done"]', state="attached", timeout=60_000)
+    texts = tab.locator(".columns li .text").all_inner_texts()
+    assert len(texts) == 8 and all(texts) and tab.locator(".tok.masked").count() == 0
+    assert "best of 4" in tab.inner_text("#outcome") and not wrong
+    tab.context.close()
+
+
 def test_health_and_metrics(server):
     assert ask(server, "/healthz")[2] == {"status": "ok"}
     before = figures(server)
