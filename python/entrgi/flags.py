@@ -102,7 +102,9 @@ def add_sampler_arguments(
         help="engine of the kernels (default: auto)",
     )
     group = parser.add_argument_group("sampling")
-    group.add_argument("-K", "--num-samples", type=int, default=4, metavar="K", help="samples per prompt (default: 4)")
+    group.add_argument(
+        "-K", "--num-samples", type=int, default=4, metavar="K", help="samples per prompt (default: %(default)s)"
+    )
     group.add_argument(
         "-L",
         "--max-new-tokens",

@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, type=kind, default=default, metavar="N", help=f"{help} (default: {default:g})")
     flags.add_sampler_arguments(parser)
     flags.add_model_arguments(parser, several=True)
+    parser.set_defaults(num_samples=1)
 
 
 _FIELDS = {

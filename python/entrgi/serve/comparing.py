@@ -68,7 +68,11 @@ class Comparing:
             "model": served.model,
             "rewards": list(served.rewards),
             "methods": {name: method.label for name, method in METHODS.items()},
-            "defaults": {name: value for name, value in served.defaults.to_dict().items() if name not in OPERATORS},
+            # One sample is no best of several.
+            "defaults": {
+                **{name: value for name, value in served.defaults.to_dict().items() if name not in OPERATORS},
+                "num_samples": max(served.defaults.num_samples, min(4, limits.num_samples)),
+            },
             "limits": {
                 "max_new_tokens": limits.max_tokens,
                 "steps": limits.steps,

@@ -132,7 +132,7 @@ def understand(request: ChatRequest, served: Served) -> Chat:
     n = 1 if request.n is None else request.n
     own = {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed, "max_new_tokens": slots}
     given.update({name: value for name, value in own.items() if value is not None})
-    given.setdefault("num_samples", max(n, 1))
+    given.setdefault("num_samples", max(n, served.defaults.num_samples))
     config = config_of(given, served)
     if not 1 <= n <= config.num_samples:
         raise Refusal(400, f"n={n}: expected from 1 to num_samples={config.num_samples}", param="n")

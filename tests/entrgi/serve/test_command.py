@@ -10,6 +10,7 @@ import pytest
 
 from entrgi import serve
 from entrgi.errors import UsageError
+from entrgi.serve.schema import ChatRequest, understand
 from entrgi_kernels.rewards.verifying import Verifier
 
 
@@ -120,6 +121,16 @@ def test_several_rewards_share_one_diffusion_model(tiny_weights):
     assert list(samplers) == ["json", "words"] == list(served.rewards)
     assert samplers["json"].model is samplers["words"].model
     assert all(isinstance(sampler.reward, Verifier) for sampler in samplers.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "n", "expected"), [([], None, 1), ([], 3, 3), (["-K", 4], None, 4), (["-K", 4], 6, 6)]
+)
+def test_the_best_of_more_samples_where_the_operator_draws_more(flags, n, expected):
+    served = serve.describe(flags_of(*flags))
+    request = ChatRequest(messages=[{"role": "user", "content": "a"}], n=n)
+    chat = understand(request, served)
+    assert (chat.order.config.num_samples, chat.n) == (expected, n or 1)
 
 
 @pytest.mark.parametrize("text", ["x", "-1", "1.5"])
