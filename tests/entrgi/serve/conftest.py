@@ -16,14 +16,10 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
-pytest.importorskip("prometheus_client")
-
-from entrgi.serve.engine import Engine, Order, Outcome  # noqa: E402
-from entrgi.serve.settings import Limits  # noqa: E402
-from entrgi_kernels import GuidedSampler  # noqa: E402
-from entrgi_kernels.guidance.config import GuidanceConfig  # noqa: E402
+from entrgi.serve.engine import Engine, Order, Outcome
+from entrgi.serve.settings import Limits
+from entrgi_kernels import GuidedSampler
+from entrgi_kernels.guidance.config import GuidanceConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
