@@ -130,7 +130,8 @@ class _Job:
         """Hand an event over, from any thread; nothing follows an outcome or an error."""
         if self.over:
             return
-        self.over = not isinstance(event, Frame)
+        if not isinstance(event, Frame):  # never set back: its client may leave at this very moment
+            self.over = True
         try:
             self._loop.call_soon_threadsafe(self._put, event)
         except RuntimeError:  # the loop is closed: nobody reads

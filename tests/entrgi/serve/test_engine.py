@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from entrgi.serve import engine as engine_module
 from entrgi.serve.engine import Accepted, Frame, Outcome, canvas_text
 from entrgi.serve.settings import Limits, Refusal
 
@@ -219,6 +220,22 @@ def test_messages_that_no_model_reads_are_refused_before_the_queue(sampler, engi
     assert isinstance(refusal, Refusal) and refusal.status == 400 and refusal.param == "messages"
     with pytest.raises(Refusal, match=said):
         raise refusal
+
+
+def test_a_frame_that_meets_its_leaving_client_does_not_bring_it_back(order):
+    async def run():
+        job = engine_module._Job(order(), [], 1.0)
+
+        class Late:
+            @property
+            def __class__(self):  # what the engine's thread asks of it, and the client leaves
+                job.over = True
+                return Frame
+
+        job.put(Late())
+        return job.over
+
+    assert asyncio.run(run())
 
 
 async def collect(engine, order):
