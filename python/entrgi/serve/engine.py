@@ -402,8 +402,10 @@ class Engine:
                 return
             refusal = refusal_of(error)
             if refusal.status >= 500:
-                logger.error("a request failed", exc_info=error)
-                self._failed += 1
+                # What is not finite may come of the request's settings, and its message names the prompt.
+                own = isinstance(error, ArithmeticError)
+                logger.error("a request failed (%s)", type(error).__name__, exc_info=None if own else error)
+                self._failed += not own
             for job in left:
                 job.put(refusal)
 

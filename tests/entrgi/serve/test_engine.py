@@ -164,6 +164,15 @@ def test_an_engine_that_fails_again_and_again_says_so(sampler, engine, together,
     assert isinstance(together(made, [order()])[0], Outcome) and made.trouble is None
 
 
+def test_settings_that_overflow_are_the_requests_own_affair(sampler, engine, together, order, caplog):
+    """The server is well, and its log does not hold the prompt."""
+    made = engine(sampler)
+    for _ in range(3):
+        (refusal,) = together(made, [order(weight="threshold(1e308, 1e308)")])
+        assert refusal.status == 500 and "nan" in refusal.message
+    assert made.trouble is None and "NonFiniteRewardError" in caplog.text and "soup" not in caplog.text
+
+
 @pytest.mark.parametrize("trace", [False, True])
 def test_frames_show_the_canvas_after_each_step(sampler, engine, order, trace):
     made = engine(sampler)
