@@ -430,8 +430,6 @@ class Engine:
             job.put(Outcome(own, len(job.ids), sampler.eos_token_id, waited, ran, len(jobs), sampler.stats.steps))
 
     def _watcher(self, jobs: list[_Job], sampler: GuidedSampler, watched: bool) -> Callable[[Progress], None]:
-        seen: dict[int, int] = {}
-
         def watch(progress: Progress) -> None:
             now = time.monotonic()
             for job in jobs:
@@ -451,11 +449,9 @@ class Engine:
                     continue
                 mine = range(place * k, (place + 1) * k)
                 traces: list[StepTrace | None] | None = None
-                if progress.traces is not None:
+                if progress.traces is not None:  # by the step's number: a sample that has ended has no more of them
                     kept = [progress.traces[row] for row in mine]
-                    new = len(kept[0]) > seen.get(index, 0)
-                    seen[index] = len(kept[0])
-                    traces = [trace[-1] if new else None for trace in kept]
+                    traces = [trace[-1] if trace and trace[-1].step == progress.step else None for trace in kept]
                 canvases = [canvas_text(sampler, rows[row]) for row in mine]
                 job.put(Frame(progress.step, canvases, traces))
 

@@ -190,6 +190,17 @@ def test_frames_show_the_canvas_after_each_step(sampler, engine, order, trace):
             assert frame.canvases[k] == canvas_text(sampler, step.tokens)
 
 
+def test_a_sample_that_ended_with_an_earlier_block_has_no_more_steps(sampler, engine, order):
+    asked = order(num_samples=4, max_new_tokens=32, steps=32, block_length=4, watched=True, trace=True)
+    _, *frames, last = asyncio.run(collect(engine(sampler), asked))
+    ends = [sample.trace[-1].step for sample in last.result.samples]
+    assert min(ends) < max(ends), "some end early, or this tests nothing"
+    for frame in frames:
+        for sample, step in zip(last.result.samples, frame.traces, strict=True):
+            own = [one for one in sample.trace if one.step == frame.step]
+            assert [step] == (own or [None])
+
+
 def test_a_slow_reader_misses_frames_and_gets_the_outcome(sampler, engine, order):
     made = engine(sampler)
 
