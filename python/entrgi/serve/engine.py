@@ -117,10 +117,8 @@ class _Abandoned(Exception):
 class _Job:
     """A request in the engine: written to by the engine's thread, read by an event loop."""
 
-    def __init__(self, order: Order, ids: list[int], timeout: float) -> None:
-        self.order, self.ids = order, ids
-        self.arrived = self.began = time.monotonic()
-        self.deadline = self.arrived + timeout
+    def __init__(self, order: Order, ids: list[int], arrived: float, timeout: float) -> None:
+        self.order, self.ids, self.arrived, self.deadline = order, ids, arrived, arrived + timeout
         self.over = False  # answered, failed, timed out or left by its client
         self._loop = asyncio.get_running_loop()
         self._events: collections.deque[Event | Exception] = collections.deque()
@@ -209,8 +207,9 @@ class Engine:
         Raises:
             Refusal: the request cannot be served, with the HTTP status that says why.
         """
+        arrived = time.monotonic()
         ids = await asyncio.get_running_loop().run_in_executor(self._admission, self._admit, order)
-        job = _Job(order, ids, self._limits.timeout)
+        job = _Job(order, ids, arrived, self._limits.timeout)
         with self._change:
             if self._draining:
                 raise Refusal(503, "the server is shutting down", retry_after=5)

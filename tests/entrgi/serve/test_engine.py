@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -113,6 +114,14 @@ def test_what_is_not_done_in_time_is_given_up(stepper, engine, order):
 
     for refusal in asyncio.run(run()):
         assert isinstance(refusal, Refusal) and refusal.status == 504 and "--timeout" in refusal.message
+
+
+def test_the_time_to_be_admitted_counts(sampler, engine, together, order, monkeypatch):
+    made = engine(sampler, Limits(timeout=0.2))
+    admit = made._admit
+    monkeypatch.setattr(made, "_admit", lambda one: (time.sleep(0.5), admit(one))[1])
+    (refusal,) = together(made, [order()])
+    assert isinstance(refusal, Refusal) and refusal.status == 504
 
 
 def test_shutting_down_finishes_what_runs_and_sends_away_what_waits(stepper, engine, order):
@@ -244,7 +253,7 @@ def test_messages_that_no_model_reads_are_refused_before_the_queue(sampler, engi
 
 def test_a_frame_that_meets_its_leaving_client_does_not_bring_it_back(order):
     async def run():
-        job = engine_module._Job(order(), [], 1.0)
+        job = engine_module._Job(order(), [], 0.0, 1.0)
 
         class Late:
             @property
