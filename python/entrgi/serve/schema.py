@@ -32,6 +32,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": (None, {"type": "text"}), "modalities": (None, ["text"]), "audio": (None,),
     "prediction": (None,), "reasoning_effort": (None,), "verbosity": (None,), "web_search_options": (None,),
 }  # fmt: skip
+_HEAVIEST = 1e12  # weight of a reward; the gradient of a heavier one is soon infinite
 
 
 class _Strict(BaseModel):
@@ -177,8 +178,9 @@ def rewards_of(given: Any, served: Served) -> tuple[tuple[str, float], ...]:
     for name, weight in wanted.items():
         if name not in served.rewards:
             raise Refusal(400, f"reward={name!r:.80}: expected one of {', '.join(served.rewards)}", param="reward")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise Refusal(400, f"reward {name!r} has weight {weight!r:.80}: expected a finite number", param="reward")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= _HEAVIEST:
+            said = f"expected a finite number, of at most {_HEAVIEST:g} in size"
+            raise Refusal(400, f"reward {name!r} has weight {weight!r:.80}: {said}", param="reward")
     if list(wanted.values()) == [1]:
         return ((next(iter(wanted)), 1.0),)
     return tuple(sorted((name, float(weight)) for name, weight in wanted.items()))
