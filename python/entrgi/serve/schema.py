@@ -157,7 +157,7 @@ def config_of(given: dict[str, Any], served: Served) -> GuidanceConfig:
         given["betas"] = tuple(given["betas"])
     slots = given.get("max_new_tokens", served.defaults.max_new_tokens)
     if "steps" not in given and isinstance(slots, int):
-        given["steps"] = min(served.defaults.steps, slots) if served.steps_given else slots
+        given["steps"] = min(slots, served.defaults.steps if served.steps_given else served.limits.steps)
     try:
         config = served.defaults.replace(**given)
     except (ValueError, TypeError) as error:
