@@ -259,7 +259,9 @@ class Answer:
         chunks = []
         for index, (number, sample) in enumerate(self._best(outcome)):
             text = _delta(index, {"content": sample.text})
-            text["guidance"] = {"sample": number, "reward": _number(sample.reward)}
+            # The candidates of "svdd" are told apart at the end: its steps were in no frame.
+            late = self._trace(sample) if self._chat.order.config.copies > 1 else {}
+            text["guidance"] = {"sample": number, "reward": _number(sample.reward), **late}
             chunks += [self._chunk([text]), self._chunk([_delta(index, {}, _reason(sample, outcome))])]
         chunks[-1]["guidance"] = self._settings(outcome)
         if self._chat.usage:

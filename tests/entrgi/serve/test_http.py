@@ -82,6 +82,14 @@ def test_guidance_goes_by_its_own_names(client):
     }  # fmt: skip
 
 
+def test_a_stream_brings_the_traces_of_candidates_beside_the_text(client):
+    guidance = {"search": "svdd", "candidates": 2, "trace": True}
+    settings = dict(model="tiny", messages=PROMPT, n=2, max_tokens=8, seed=3, extra_body={"guidance": guidance})
+    whole = [choice.guidance["trace"] for choice in client.chat.completions.create(**settings).choices]
+    chunks = list(client.chat.completions.create(**settings, stream=True))
+    assert [chunk.choices[0].guidance["trace"] for chunk in chunks if chunk.choices[0].delta.content] == whole
+
+
 def test_a_text_depends_on_seed_prompt_and_settings_alone(server):
     def text(seed):
         status, _, answer = chat(server, seed=seed)
