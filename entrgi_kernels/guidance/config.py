@@ -54,7 +54,7 @@ class GuidanceConfig:
         threshold: in (0, 1], for alg "maskgit_plus" and "topk_margin": a step also commits every position whose
             confidence is above it, and at least one, so that a block may take fewer steps. None counts alone.
         cfg_scale: w of classifier-free guidance: logits u + (w + 1)(c - u), with u those behind a masked prompt
-            (LLaDA), or a reference model's log-probabilities (RFG); 0 is none.
+            (LLaDA), or a reference model's log-probabilities (RFG); 0 is none, 1e12 the most.
         model_cache: for models that see the whole canvas, what of a block's first forward its others read again:
             "prefix", keys and values before the block, or "dual", those behind it too (Fast-dLLM). Not exact
             (docs/blocks.md), so None unless asked for.
@@ -174,7 +174,7 @@ class GuidanceConfig:
                     f"threshold={self.threshold} with alg={self.alg!r}, whose confidence is no probability: expected "
                     f"alg {' or '.join(map(repr, PROBABLE_ALGS))}"
                 )
-        _number("cfg_scale", self.cfg_scale, low=0)
+        _number("cfg_scale", self.cfg_scale, low=0, high=1e12)
         _one_of("model_cache", self.model_cache, (None, *MODEL_CACHES))
         _one_of("search", self.search, tuple(SEARCHES))
         _integer("search_every", self.search_every, 1, MAX_STEPS)

@@ -63,7 +63,7 @@ WEIGHTS: dict[str, str | type] = {
     "step": StepWeight,
 }
 
-_CALL = re.compile(r"^\s*(\w+)\s*(?:\(([^()]*)\))?\s*$")
+_CALL = re.compile(r"^\s*(\w+)\s*(?:\(([^()]*)\)\s*)?$")  # two runs of spaces in a row would be quadratic
 
 
 def resolve_weight(weight: str | WeightFunction) -> str | WeightFunction:

@@ -32,6 +32,7 @@ CHATML = (
 )
 
 _ROLES = ("system", "user", "assistant", "tool", "developer")
+_LETTERS, _NUMBER = "abcdefghijklmnopqrstuvwxyz", 5
 _PRIVATE = "\U000f0000"  # the first of the private characters that stand for control tokens
 said_that_decoded = False
 # Tags of whatever brackets, and what their names say. A channel's name stands behind its tag.
@@ -297,7 +298,8 @@ def _parts(tokenizer: Any, conversation: Conversation, **arguments: Any) -> list
         marked.append({**turn, "content": content})
     text = render(tokenizer, marked, **arguments)
     contents = dict(zip(marks, bodies, strict=True))
-    pieces: list[str] = re.split("(" + "|".join(marks) + ")", text)
+    # One pattern for all of them: as many alternatives as there are turns would be tried at every letter.
+    pieces: list[str] = re.split(f"({marks[0][:-_NUMBER]}[a-z]{{{_NUMBER}}})", text)
     return [(contents.get(piece, piece), piece in contents) for piece in pieces if piece]
 
 
@@ -315,12 +317,17 @@ def _is_safe(tokenizer: Any, conversation: Conversation) -> bool:
 
 
 def _marks(count: int, texts: Iterable[str]) -> list[str]:
-    """Random lower-case words, of which none occurs in any of the texts nor within another mark."""
+    """Lower-case words, of which none occurs in any of the texts nor within another mark.
+
+    They begin alike, at random, and end with their number in `_NUMBER` letters: one look at each text is enough.
+    """
     texts = list(texts)
     while True:
-        marks = ["".join(secrets.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(24)) for _ in range(count)]
-        if len(set(marks)) == count and not any(mark in text for mark in marks for text in texts):
-            return marks
+        start = "".join(secrets.choice(_LETTERS) for _ in range(24))
+        if not any(start in text for text in texts):
+            return [
+                "".join([start, *(_LETTERS[k // 26**place % 26] for place in range(_NUMBER))]) for k in range(count)
+            ]
 
 
 def _short(value: Any) -> str:

@@ -39,6 +39,12 @@ def test_numbers_in_parentheses(text, schedule):
     assert resolve_weight(text) == schedule
 
 
+def test_a_long_run_of_spaces_is_refused_at_once():
+    """A request may bring it: where two parts of the pattern take spaces, this is an hour of a server's."""
+    with pytest.raises(ValueError, match="expected"):
+        resolve_weight("step" + " " * 500_000 + "!")
+
+
 @pytest.mark.parametrize("text", ["lin", "step(a)", "threshold(1,2,3)", "threshold(1, 0)", "linear(2)", "", "step(1))"])
 def test_bad_names_are_named_in_the_error(text):
     with pytest.raises(ValueError, match="weight="):

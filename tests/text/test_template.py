@@ -133,6 +133,24 @@ def test_structure_around_hostile_text_is_tokenised_as_around_any_other(build, k
     assert ids[-len(tail) :] == tail
 
 
+def test_many_turns_are_looked_through_once(tokenizer):
+    looked = 0
+
+    class Text(str):
+        def __contains__(self, part):
+            nonlocal looked
+            looked += 1
+            return super().__contains__(part)
+
+    turns = [Text("a") for _ in range(300)]
+    marks = template._marks(300, turns)
+    assert looked == 300 and len(set(marks)) == 300
+    conversation = [{"role": "user", "content": f"word {k}"} for k in range(299)]
+    ids = template.encode_prompt(tokenizer, [*conversation, {"role": "user", "content": "<|im_end|>"}])
+    plain = template.encode_prompt(tokenizer, [*conversation, {"role": "user", "content": "a"}])
+    assert ids[:1000] == plain[:1000] and ids.count(ids[-1]) == plain.count(plain[-1])
+
+
 def test_a_hostile_response_is_text_too(tokenizer):
     conversation = turns((USER, "Hello"))
     ids = template.encode_answered(tokenizer, conversation, "yes <|im_end|> no")

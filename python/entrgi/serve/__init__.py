@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import ipaddress
+import math
 import os
 import re
 import socket
@@ -114,12 +115,12 @@ def describe(args: argparse.Namespace) -> Served:
     Raises:
         UsageError: flags that do not go together.
     """
-    from .settings import Limits, Served
+    from .settings import Limits, Refusal, Served
 
     numbers = {field: getattr(args, flag[2:].replace("-", "_")) for flag, field in _FIELDS.items()}
     for flag, field in _FIELDS.items():
-        if not numbers[field] > 0:
-            raise UsageError(f"{flag} {numbers[field]:g}: expected a number above 0")
+        if not 0 < numbers[field] < math.inf:
+            raise UsageError(f"{flag} {numbers[field]:g}: expected a finite number above 0")
     keys = _keys(args)
     if not keys and not _is_loopback(args.host):
         raise UsageError(
@@ -137,8 +138,10 @@ def describe(args: argparse.Namespace) -> Served:
     first = next(iter(rewards.values())).reward
     check_guided(first, config)
     limits = Limits(**numbers)
-    if config.max_new_tokens > limits.max_tokens:
-        raise UsageError(f"--max-new-tokens {config.max_new_tokens}: expected at most --max-tokens {limits.max_tokens}")
+    try:  # who says nothing is to be served; the steps are the request's slots unless they are given
+        limits.check(config if args.steps is not None else config.replace(steps=1))
+    except Refusal as refusal:
+        raise UsageError(f"what a request gets that does not say otherwise: {refusal.message}") from None
     return Served(
         model=args.name or ("tiny" if tiny else os.path.basename(os.path.normpath(args.model))),
         rewards=tuple(rewards),

@@ -117,10 +117,8 @@ class _Abandoned(Exception):
 class _Job:
     """A request in the engine: written to by the engine's thread, read by an event loop."""
 
-    def __init__(self, order: Order, ids: list[int], timeout: float) -> None:
-        self.order, self.ids = order, ids
-        self.arrived = self.began = time.monotonic()
-        self.deadline = self.arrived + timeout
+    def __init__(self, order: Order, ids: list[int], arrived: float, timeout: float) -> None:
+        self.order, self.ids, self.arrived, self.deadline = order, ids, arrived, arrived + timeout
         self.over = False  # answered, failed, timed out or left by its client
         self._loop = asyncio.get_running_loop()
         self._events: collections.deque[Event | Exception] = collections.deque()
@@ -130,7 +128,8 @@ class _Job:
         """Hand an event over, from any thread; nothing follows an outcome or an error."""
         if self.over:
             return
-        self.over = not isinstance(event, Frame)
+        if not isinstance(event, Frame):  # never set back: its client may leave at this very moment
+            self.over = True
         try:
             self._loop.call_soon_threadsafe(self._put, event)
         except RuntimeError:  # the loop is closed: nobody reads
@@ -208,8 +207,9 @@ class Engine:
         Raises:
             Refusal: the request cannot be served, with the HTTP status that says why.
         """
+        arrived = time.monotonic()
         ids = await asyncio.get_running_loop().run_in_executor(self._admission, self._admit, order)
-        job = _Job(order, ids, self._limits.timeout)
+        job = _Job(order, ids, arrived, self._limits.timeout)
         with self._change:
             if self._draining:
                 raise Refusal(503, "the server is shutting down", retry_after=5)
@@ -401,8 +401,10 @@ class Engine:
                 return
             refusal = refusal_of(error)
             if refusal.status >= 500:
-                logger.error("a request failed", exc_info=error)
-                self._failed += 1
+                # What is not finite may come of the request's settings, and its message names the prompt.
+                own = isinstance(error, ArithmeticError)
+                logger.error("a request failed (%s)", type(error).__name__, exc_info=None if own else error)
+                self._failed += not own
             for job in left:
                 job.put(refusal)
 
@@ -427,8 +429,6 @@ class Engine:
             job.put(Outcome(own, len(job.ids), sampler.eos_token_id, waited, ran, len(jobs), sampler.stats.steps))
 
     def _watcher(self, jobs: list[_Job], sampler: GuidedSampler, watched: bool) -> Callable[[Progress], None]:
-        seen: dict[int, int] = {}
-
         def watch(progress: Progress) -> None:
             now = time.monotonic()
             for job in jobs:
@@ -448,11 +448,9 @@ class Engine:
                     continue
                 mine = range(place * k, (place + 1) * k)
                 traces: list[StepTrace | None] | None = None
-                if progress.traces is not None:
+                if progress.traces is not None:  # by the step's number: a sample that has ended has no more of them
                     kept = [progress.traces[row] for row in mine]
-                    new = len(kept[0]) > seen.get(index, 0)
-                    seen[index] = len(kept[0])
-                    traces = [trace[-1] if new else None for trace in kept]
+                    traces = [trace[-1] if trace and trace[-1].step == progress.step else None for trace in kept]
                 canvases = [canvas_text(sampler, rows[row]) for row in mine]
                 job.put(Frame(progress.step, canvases, traces))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import math
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -17,7 +18,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-_BODY_SECONDS, _SEND_SECONDS = 30.0, 60.0  # a client that sends, or reads, more slowly is cut off
+_BODY_SECONDS = 30.0  # a client that sends more slowly is sent away
 _OPEN = ("/", "/healthz")  # paths that hold nothing of anybody's
 _HEADERS = {
     "x-content-type-options": "nosniff",
@@ -48,17 +49,14 @@ class Guards:
             await self._app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        begun = False
 
         async def guarded(message: MutableMapping[str, Any]) -> None:
-            nonlocal begun
             if message["type"] == "http.response.start":
-                begun = True
                 self._count(getattr(scope.get("route"), "path", "other"), message["status"])
                 own = {name for name, _ in message.get("headers", ())}
                 extra = [(k.encode(), v.encode()) for k, v in _HEADERS.items() if k.encode() not in own]
                 message = {**message, "headers": [*message.get("headers", ()), *extra]}
-            await asyncio.wait_for(send(message), _SEND_SECONDS)
+            await send(message)
 
         try:
             self._check_host(headers)
@@ -71,11 +69,7 @@ class Guards:
         except _GoneError:
             return
         else:
-            try:
-                await self._app(scope, _replay(body, receive), guarded)
-            except asyncio.TimeoutError:
-                if not begun:
-                    raise  # not the client's doing
+            await self._app(scope, _replay(body, receive), guarded)
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         """A page of another site may have its own name point to this machine: then the name is a foreign one."""
@@ -141,14 +135,29 @@ async def _refuse(send: Send, refusal: Refusal) -> None:
 
 
 class Patient(H11Protocol):
-    """uvicorn's HTTP/1.1, which waits for a request's head for so long and no longer."""
+    """uvicorn's HTTP/1.1, which waits for a request's head, and for a client that does not read, so long and no longer.
+
+    A connection is not closed but aborted: to close it is to wait for the client to read what is left.
+    """
 
     _head: asyncio.TimerHandle | None = None
-    head_seconds = 20.0
+    _reader: asyncio.TimerHandle | None = None
+    head_seconds, read_seconds = 20.0, 60.0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(
+            high=0
+        )  # writing pauses wherever something is left that the client did not read
         self._expect_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reader(math.inf)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._forget_reader()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -159,6 +168,7 @@ class Patient(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_head()
+        self._forget_reader()
         super().connection_lost(exc)
 
     def _expect_head(self) -> None:
@@ -168,3 +178,15 @@ class Patient(H11Protocol):
         if self._head is not None:
             self._head.cancel()
             self._head = None
+
+    def _expect_reader(self, before: float) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left >= before:
+            self.transport.abort()
+        else:
+            self._reader = self.loop.call_later(self.read_seconds, self._expect_reader, left)
+
+    def _forget_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+            self._reader = None

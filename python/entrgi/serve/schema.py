@@ -32,6 +32,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": (None, {"type": "text"}), "modalities": (None, ["text"]), "audio": (None,),
     "prediction": (None,), "reasoning_effort": (None,), "verbosity": (None,), "web_search_options": (None,),
 }  # fmt: skip
+_HEAVIEST = 1e12  # weight of a reward; the gradient of a heavier one is soon infinite
 
 
 class _Strict(BaseModel):
@@ -156,7 +157,7 @@ def config_of(given: dict[str, Any], served: Served) -> GuidanceConfig:
         given["betas"] = tuple(given["betas"])
     slots = given.get("max_new_tokens", served.defaults.max_new_tokens)
     if "steps" not in given and isinstance(slots, int):
-        given["steps"] = min(served.defaults.steps, slots) if served.steps_given else slots
+        given["steps"] = min(slots, served.defaults.steps if served.steps_given else served.limits.steps)
     try:
         config = served.defaults.replace(**given)
     except (ValueError, TypeError) as error:
@@ -177,8 +178,9 @@ def rewards_of(given: Any, served: Served) -> tuple[tuple[str, float], ...]:
     for name, weight in wanted.items():
         if name not in served.rewards:
             raise Refusal(400, f"reward={name!r:.80}: expected one of {', '.join(served.rewards)}", param="reward")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise Refusal(400, f"reward {name!r} has weight {weight!r:.80}: expected a finite number", param="reward")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= _HEAVIEST:
+            said = f"expected a finite number, of at most {_HEAVIEST:g} in size"
+            raise Refusal(400, f"reward {name!r} has weight {weight!r:.80}: {said}", param="reward")
     if list(wanted.values()) == [1]:
         return ((next(iter(wanted)), 1.0),)
     return tuple(sorted((name, float(weight)) for name, weight in wanted.items()))
@@ -257,7 +259,9 @@ class Answer:
         chunks = []
         for index, (number, sample) in enumerate(self._best(outcome)):
             text = _delta(index, {"content": sample.text})
-            text["guidance"] = {"sample": number, "reward": _number(sample.reward)}
+            # The candidates of "svdd" are told apart at the end: its steps were in no frame.
+            late = self._trace(sample) if self._chat.order.config.copies > 1 else {}
+            text["guidance"] = {"sample": number, "reward": _number(sample.reward), **late}
             chunks += [self._chunk([text]), self._chunk([_delta(index, {}, _reason(sample, outcome))])]
         chunks[-1]["guidance"] = self._settings(outcome)
         if self._chat.usage:

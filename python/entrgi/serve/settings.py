@@ -36,6 +36,7 @@ class Refusal(Exception):
         code: str | None = None,
         retry_after: int | None = None,
     ) -> None:
+        message = message.encode("utf-8", "backslashreplace").decode()  # it may quote half of a character
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
 

@@ -39,9 +39,13 @@ def test_the_tiny_models_on_loopback_by_default():
         (["--host", "0.0.0.0"], "lets other machines in.*--api-key-file"),
         (["--host", "example.org"], "lets other machines in"),
         (["--port", 99999], "from 0 to 65535"),
-        (["--max-queue", 0], "--max-queue 0: expected a number above 0"),
+        (["--max-queue", 0], "--max-queue 0: expected a finite number above 0"),
         (["--timeout", -1], "--timeout -1"),
-        (["-L", 2000], "at most --max-tokens 1024"),
+        (["--timeout", "inf"], "--timeout inf: expected a finite number"),
+        (["-L", 2000], r"at most 1024 \(--max-tokens"),
+        (["--steps", 2000], r"at most 1024 \(--max-steps"),
+        (["--max-samples", 2], r"n=4: expected at most 2 \(--max-samples"),
+        (["--max-guidance-steps", 2], r"guidance_steps=3: expected at most 2 \(--max-guidance-steps"),
         (["--replicas", 2], "with --ray"),
         (["--model", "m"], "--reward is missing"),
         (["--model", "m", "--reward", "a=x", "--reward", "a=y"], "there is a reward 'a' already"),
@@ -60,6 +64,13 @@ def test_what_does_not_go_together_is_one_line(entrgi, capsys, flags, said, monk
     import re
 
     assert re.search(said, line), line
+
+
+def test_steps_that_nobody_named_stay_within_their_limit():
+    from entrgi.serve.schema import config_of
+
+    served = serve.describe(flags_of("--max-steps", 16))
+    assert [config_of({"max_new_tokens": slots}, served).steps for slots in (8, 64)] == [8, 16]
 
 
 def test_a_port_that_is_taken_is_named(entrgi, capsys):

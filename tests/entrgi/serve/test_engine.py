@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
+from entrgi.serve import engine as engine_module
 from entrgi.serve.engine import Accepted, Frame, Outcome, canvas_text
 from entrgi.serve.settings import Limits, Refusal
 
@@ -114,6 +116,14 @@ def test_what_is_not_done_in_time_is_given_up(stepper, engine, order):
         assert isinstance(refusal, Refusal) and refusal.status == 504 and "--timeout" in refusal.message
 
 
+def test_the_time_to_be_admitted_counts(sampler, engine, together, order, monkeypatch):
+    made = engine(sampler, Limits(timeout=0.2))
+    admit = made._admit
+    monkeypatch.setattr(made, "_admit", lambda one: (time.sleep(0.5), admit(one))[1])
+    (refusal,) = together(made, [order()])
+    assert isinstance(refusal, Refusal) and refusal.status == 504
+
+
 def test_shutting_down_finishes_what_runs_and_sends_away_what_waits(stepper, engine, order):
     made = engine(stepper)
 
@@ -163,6 +173,15 @@ def test_an_engine_that_fails_again_and_again_says_so(sampler, engine, together,
     assert isinstance(together(made, [order()])[0], Outcome) and made.trouble is None
 
 
+def test_settings_that_overflow_are_the_requests_own_affair(sampler, engine, together, order, caplog):
+    """The server is well, and its log does not hold the prompt."""
+    made = engine(sampler)
+    for _ in range(3):
+        (refusal,) = together(made, [order(weight="threshold(1e308, 1e308)")])
+        assert refusal.status == 500 and "nan" in refusal.message
+    assert made.trouble is None and "NonFiniteRewardError" in caplog.text and "soup" not in caplog.text
+
+
 @pytest.mark.parametrize("trace", [False, True])
 def test_frames_show_the_canvas_after_each_step(sampler, engine, order, trace):
     made = engine(sampler)
@@ -178,6 +197,17 @@ def test_frames_show_the_canvas_after_each_step(sampler, engine, order, trace):
         for k, step in enumerate(frame.traces or []):
             assert step.to_dict() == last.result.samples[k].trace[frame.step].to_dict()
             assert frame.canvases[k] == canvas_text(sampler, step.tokens)
+
+
+def test_a_sample_that_ended_with_an_earlier_block_has_no_more_steps(sampler, engine, order):
+    asked = order(num_samples=4, max_new_tokens=32, steps=32, block_length=4, watched=True, trace=True)
+    _, *frames, last = asyncio.run(collect(engine(sampler), asked))
+    ends = [sample.trace[-1].step for sample in last.result.samples]
+    assert min(ends) < max(ends), "some end early, or this tests nothing"
+    for frame in frames:
+        for sample, step in zip(last.result.samples, frame.traces, strict=True):
+            own = [one for one in sample.trace if one.step == frame.step]
+            assert [step] == (own or [None])
 
 
 def test_a_slow_reader_misses_frames_and_gets_the_outcome(sampler, engine, order):
@@ -219,6 +249,22 @@ def test_messages_that_no_model_reads_are_refused_before_the_queue(sampler, engi
     assert isinstance(refusal, Refusal) and refusal.status == 400 and refusal.param == "messages"
     with pytest.raises(Refusal, match=said):
         raise refusal
+
+
+def test_a_frame_that_meets_its_leaving_client_does_not_bring_it_back(order):
+    async def run():
+        job = engine_module._Job(order(), [], 0.0, 1.0)
+
+        class Late:
+            @property
+            def __class__(self):  # what the engine's thread asks of it, and the client leaves
+                job.over = True
+                return Frame
+
+        job.put(Late())
+        return job.over
+
+    assert asyncio.run(run())
 
 
 async def collect(engine, order):

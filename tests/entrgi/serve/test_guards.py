@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import socket
 import threading
@@ -19,6 +20,21 @@ from entrgi_kernels.guidance.config import GuidanceConfig
 SERVED = Served("tiny", ("tiny",), 1, GuidanceConfig(), False, Limits(), True)
 
 
+@contextlib.contextmanager
+def serving(app, protocol) -> Iterator[tuple[str, int]]:
+    """A guarded application behind a protocol: its address."""
+    guarded = guards.Guards(app, SERVED, lambda *_: None)
+    server = uvicorn.Server(uvicorn.Config(guarded, http=protocol, log_level="error", lifespan="off"))
+    listening = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    try:
+        yield listening.getsockname()
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
 @pytest.fixture
 def address() -> Iterator[tuple[str, int]]:
     """A server that answers everything with "ok", and waits 0.4 s for a request's head."""
@@ -30,13 +46,8 @@ def address() -> Iterator[tuple[str, int]]:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
 
-    config = uvicorn.Config(guards.Guards(ok, SERVED, lambda *_: None), http=Quick, log_level="error", lifespan="off")
-    server, listening = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listening],))
-    thread.start()
-    yield listening.getsockname()
-    server.should_exit = True
-    thread.join()
+    with serving(ok, Quick) as found:
+        yield found
 
 
 def is_cut_off(wire: socket.socket) -> bool:
@@ -106,32 +117,51 @@ def test_who_goes_away_before_the_body_is_whole_is_not_answered():
     assert exchange(nothing, receive) == []
 
 
-def test_a_client_that_does_not_read_is_given_up(monkeypatch):
-    monkeypatch.setattr(guards, "_SEND_SECONDS", 0.2)
-    closed = []
+@pytest.mark.parametrize("size", [8 << 20, 40_000])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_client_that_does_not_read_is_cut_off(size, whole):
+    """Whether its answer is over or goes on; and the server can end."""
+    over = threading.Event()
 
-    async def app(scope, receive, send):
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            while True:
-                await send({"type": "http.response.body", "body": b"a", "more_body": True})
-        finally:
-            closed.append(True)
+    class Quick(guards.Patient):
+        read_seconds = 0.4
 
-    async def receive():
-        return {"type": "http.request", "body": b"", "more_body": False}
+        def connection_made(self, transport) -> None:
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            super().connection_made(transport)
 
-    count = 0
+        def connection_lost(self, exc) -> None:
+            super().connection_lost(exc)
+            over.set()
 
-    async def send(message):
-        nonlocal count
-        count += 1
-        if count > 3:
-            await asyncio.sleep(60)
+    async def app(scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"a" * size, "more_body": not whole})
+        while not whole and (await receive())["type"] != "http.disconnect":
+            pass
 
-    scope = {"type": "http", "path": "/", "headers": [(b"host", b"localhost")]}
-    asyncio.run(guards.Guards(app, SERVED, lambda *_: None)(scope, receive, send))
-    assert closed and count == 4
+    with serving(app, Quick) as address, socket.socket() as wire:
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        wire.connect(address)
+        wire.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert over.wait(20)
+
+
+def test_a_client_that_reads_slowly_is_not():
+    class Quick(guards.Patient):
+        read_seconds = 0.4
+
+    async def app(scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"8000000")]})
+        await send({"type": "http.response.body", "body": b"a" * 8_000_000})
+
+    with serving(app, Quick) as address, socket.create_connection(address, timeout=20) as wire:
+        wire.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        got = 0
+        while more := wire.recv(400_000):
+            got += len(more)
+            time.sleep(0.06)
+        assert got > 8_000_000
 
 
 @pytest.mark.parametrize(("given", "status"), [(b"", 401), (b"Bearer", 401), (b"Bearer b", 401), (b"bearer a", 200)])

@@ -82,6 +82,14 @@ def test_guidance_goes_by_its_own_names(client):
     }  # fmt: skip
 
 
+def test_a_stream_brings_the_traces_of_candidates_beside_the_text(client):
+    guidance = {"search": "svdd", "candidates": 2, "trace": True}
+    settings = dict(model="tiny", messages=PROMPT, n=2, max_tokens=8, seed=3, extra_body={"guidance": guidance})
+    whole = [choice.guidance["trace"] for choice in client.chat.completions.create(**settings).choices]
+    chunks = list(client.chat.completions.create(**settings, stream=True))
+    assert [chunk.choices[0].guidance["trace"] for chunk in chunks if chunk.choices[0].delta.content] == whole
+
+
 def test_a_text_depends_on_seed_prompt_and_settings_alone(server):
     def text(seed):
         status, _, answer = chat(server, seed=seed)
@@ -150,6 +158,10 @@ def test_messages_may_be_parts_and_several_turns(server):
         ({"guidance": {"reward": "other"}}, 400, "expected one of tiny"),
         ({"guidance": {"reward": "../../etc/passwd"}}, 400, "expected one of tiny"),
         ({"guidance": {"reward": {"tiny": "1"}}}, 400, "finite number"),
+        ({"guidance": {"reward": {"tiny": 10**400}}}, 400, "at most 1e+12"),
+        ({"guidance": {"reward": {"tiny": 1e300}}}, 400, "at most 1e+12"),
+        ({"guidance": {"cfg_scale": 1e39}}, 400, "<= 1e+12"),
+        ({"guidance": {"\ud800": 1}}, 400, "guidance.\\ud800 is no setting"),
         ({"guidance": {"weight": "__import__('os')"}}, 400, "weight"),
         ({"guidance": {"trace": 1}}, 400, "true or false"),
         ({"guidance": {"betas": [0.9, "x"]}}, 400, "betas"),
