@@ -146,9 +146,8 @@ class Patient(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        transport.set_write_buffer_limits(
-            high=0
-        )  # writing pauses wherever something is left that the client did not read
+        # Writing pauses wherever something is left that the client did not read.
+        transport.set_write_buffer_limits(high=0)
         self._expect_head()
 
     def pause_writing(self) -> None:

@@ -146,7 +146,7 @@ class Process:
     def stop(self) -> tuple[int, str]:
         """(exit code, standard error) after SIGTERM."""
         self.process.terminate()
-        _, said = self.process.communicate(timeout=60)
+        _, said = self.process.communicate(timeout=300)
         return self.process.returncode, said
 
 
