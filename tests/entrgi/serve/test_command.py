@@ -44,7 +44,7 @@ def test_the_tiny_models_on_loopback_by_default():
         (["--timeout", "inf"], "--timeout inf: expected a finite number"),
         (["-L", 2000], r"at most 1024 \(--max-tokens"),
         (["--steps", 2000], r"at most 1024 \(--max-steps"),
-        (["--max-samples", 2], r"n=4: expected at most 2 \(--max-samples"),
+        (["--max-samples", 2, "-K", 4], r"n=4: expected at most 2 \(--max-samples"),
         (["--max-guidance-steps", 2], r"guidance_steps=3: expected at most 2 \(--max-guidance-steps"),
         (["--replicas", 2], "with --ray"),
         (["--model", "m"], "--reward is missing"),
