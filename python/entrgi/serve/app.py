@@ -70,7 +70,7 @@ def create_app(runner: Runner, served: Served, tokenizer: Any) -> Any:
                 if isinstance(event, Outcome):
                     return JSONResponse(answer.whole(event))
         finally:
-            await events.aclose()
+            await events.aclose()  # type: ignore[attr-defined]
         raise AssertionError("a run ends with an outcome or an error")
 
     @app.get("/v1/models")

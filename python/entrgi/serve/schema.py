@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from entrgi_kernels import __version__
 from entrgi_kernels.guidance.config import GuidanceConfig
-from entrgi_kernels.guidance.results import Sample, StepTrace
+from entrgi_kernels.guidance.results import Sample
 
 from .engine import Frame, Order, Outcome
 from .settings import OPENAI_NAMES, OPERATORS, Refusal, Served
@@ -290,7 +290,7 @@ class Answer:
         prompt = self._prompt_tokens
         return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
-    def _trace(self, sample: Sample) -> dict[str, list[StepTrace]]:
+    def _trace(self, sample: Sample) -> dict[str, list[dict[str, Any]]]:
         return {} if sample.trace is None else {"trace": [step.to_dict() for step in sample.trace]}
 
 

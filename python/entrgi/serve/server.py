@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import logging
 import signal
 import socket
 from collections.abc import Iterator
@@ -55,8 +56,13 @@ def serve(
 
 
 def make_engine(samplers: dict[str, GuidedSampler], served: Served) -> Engine:
-    """The engine of what is served."""
+    """The engine of what is served; from here on the library's warnings name no prompt."""
+    logging.getLogger("entrgi_kernels").addFilter(_names_no_prompt)
     return Engine(samplers, served.limits, served.defaults.batch_size, served.defaults.memory_budget)
+
+
+def _names_no_prompt(record: logging.LogRecord) -> bool:
+    return record.funcName != "warn_of_missing"  # the metrics count those samples
 
 
 def with_mask(served: Served, samplers: dict[str, Any]) -> Served:

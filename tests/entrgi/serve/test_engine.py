@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 
 import pytest
@@ -180,6 +181,19 @@ def test_settings_that_overflow_are_the_requests_own_affair(sampler, engine, tog
         (refusal,) = together(made, [order(weight="threshold(1e308, 1e308)")])
         assert refusal.status == 500 and "nan" in refusal.message
     assert made.trouble is None and "NonFiniteRewardError" in caplog.text and "soup" not in caplog.text
+
+
+def test_samples_without_a_reward_put_no_prompt_in_the_log(sampler, together, order, caplog, monkeypatch):
+    from entrgi.serve import server
+    from entrgi.serve.settings import Served
+
+    monkeypatch.setattr(type(sampler), "score", lambda self, turns, texts, batch_size: [float("nan")] * len(texts))
+    library = logging.getLogger("entrgi_kernels")
+    monkeypatch.setattr(library, "filters", list(library.filters))
+    made = server.make_engine({"tiny": sampler}, Served("tiny", ("tiny",), 1, order().config, False, Limits(), True))
+    (outcome,) = together(made, [order()])
+    made.close(timeout=10)
+    assert isinstance(outcome, Outcome) and "soup" not in caplog.text
 
 
 @pytest.mark.parametrize("trace", [False, True])

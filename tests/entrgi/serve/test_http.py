@@ -229,9 +229,9 @@ def test_only_its_own_names_are_answered_without_a_key(server):
 
 
 def test_a_form_of_another_site_is_refused(server):
-    """It may send text/plain without asking; JSON it may not."""
+    """It may send text/plain without asking, or no type at all; JSON it may not."""
     body = json.dumps({"messages": PROMPT}).encode()
-    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         assert ask(server, "/v1/chat/completions", body, headers={"content-type": kind})[0] == 400
 
 
