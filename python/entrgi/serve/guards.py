@@ -61,6 +61,7 @@ class Guards:
         try:
             self._check_host(headers)
             self._check_key(scope["path"], headers)
+            _check_type(scope["method"], headers)
             body = await asyncio.wait_for(self._body(headers, receive), _BODY_SECONDS)
         except asyncio.TimeoutError:
             await _refuse(guarded, Refusal(408, f"the body was not there within {_BODY_SECONDS:g} s"))
@@ -104,6 +105,14 @@ class Guards:
                 raise too_large
             if not message.get("more_body"):
                 return b"".join(parts)
+
+
+def _check_type(method: str, headers: dict[bytes, bytes]) -> None:
+    """A page of another site may send what a form sends without asking; JSON it may not."""
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if method == "POST" and kind != b"application/json":
+        said = kind.decode("latin-1")
+        raise Refusal(415, f"Content-Type: {said[:80]!r}: expected application/json")
 
 
 class _GoneError(Exception):

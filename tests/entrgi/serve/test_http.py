@@ -232,7 +232,7 @@ def test_a_form_of_another_site_is_refused(server):
     """It may send text/plain without asking, or no type at all; JSON it may not."""
     body = json.dumps({"messages": PROMPT}).encode()
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
-        assert ask(server, "/v1/chat/completions", body, headers={"content-type": kind})[0] == 400
+        assert ask(server, "/v1/chat/completions", body, headers={"content-type": kind})[0] == 415
 
 
 def test_two_methods_step_by_step_and_the_report_at_the_end(server, sampler):
