@@ -95,12 +95,14 @@ def run(args: argparse.Namespace) -> int:
         require(module, "entrgi serve", "serve")
     if args.replicas is not None and (args.replicas < 1 or not args.ray):
         raise UsageError(f"--replicas {args.replicas}: expected 1 or more, with --ray")
+    if args.ray:
+        require("ray.serve", "--ray", "ray")
     served = describe(args)
+    listening = _bind(args.host, args.port)
     if args.ray:
         from .on_ray import serve_on_ray
 
-        return serve_on_ray(args, served)
-    listening = _bind(args.host, args.port)
+        return serve_on_ray(args, served, listening)
     from .server import serve
 
     print(f"loading {loading.TINY if served.tiny else args.model} ...", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""One process that serves: the engine, the application, and uvicorn around it."""
+"""The process that serves: the application, and uvicorn around it. Orders run on an engine here, or elsewhere."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import dataclasses
 import signal
 import socket
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import uvicorn
 
-from .app import create_app
+from .app import Runner, create_app
 from .engine import Engine
 from .guards import Patient
 from .settings import Served
@@ -20,7 +20,19 @@ from .settings import Served
 if TYPE_CHECKING:
     from entrgi_kernels import GuidedSampler
 
-_CONNECTIONS = 2048  # beyond that, 503
+CONNECTIONS = 2048  # beyond that, 503
+
+
+class Closing(Runner, Protocol):
+    """A runner that can end."""
+
+    def drain(self) -> None:
+        """Take no more requests; see :meth:`.engine.Engine.drain`."""
+        ...
+
+    def close(self, timeout: float | None = None) -> None:
+        """Drain, and wait for what works behind it."""
+        ...
 
 
 def serve(
@@ -31,9 +43,17 @@ def serve(
     Returns:
         0.
     """
-    engine = make_engine(samplers, served)
     first = next(iter(samplers.values()))
-    app = create_app(engine, with_mask(served, samplers), first.tokenizer)
+    return listen(make_engine(samplers, served), with_mask(served, first), first.tokenizer, args, listening)
+
+
+def listen(runner: Closing, served: Served, tokenizer: Any, args: argparse.Namespace, listening: socket.socket) -> int:
+    """The same around any runner, which is closed at the end.
+
+    Returns:
+        0.
+    """
+    app = create_app(runner, served, tokenizer)
     config = uvicorn.Config(
         app,
         http=Patient,
@@ -41,16 +61,16 @@ def serve(
         log_level="info" if args.access_log else "warning",
         access_log=args.access_log,
         server_header=False,
-        limit_concurrency=_CONNECTIONS,
+        limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=int(served.limits.timeout) + 1,
     )
     host, port = listening.getsockname()[:2]
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     said = f"serving {served.model} on http://{place} (a page there; OpenAI's API below /v1)"
     try:
-        _Server(config, engine, said).run([listening])
+        _Server(config, runner, said).run([listening])
     finally:
-        engine.close(timeout=5)
+        runner.close(timeout=5)
     return 0
 
 
@@ -59,24 +79,24 @@ def make_engine(samplers: dict[str, GuidedSampler], served: Served) -> Engine:
     return Engine(samplers, served.limits, served.defaults.batch_size, served.defaults.memory_budget)
 
 
-def with_mask(served: Served, samplers: dict[str, Any]) -> Served:
+def with_mask(served: Served, sampler: GuidedSampler) -> Served:
     """What is served, with what only the loaded model knows."""
-    return dataclasses.replace(served, mask_token_id=next(iter(samplers.values())).model.mask_token_id)
+    return dataclasses.replace(served, mask_token_id=sampler.model.mask_token_id)
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, which says where it listens once it does, and whose end sends away what waits."""
+    """uvicorn, which says where it listens once it does, and whose end begins with the runner's."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, said: str) -> None:
+    def __init__(self, config: uvicorn.Config, runner: Closing, said: str) -> None:
         super().__init__(config)
-        self._engine, self._said = engine, said
+        self._runner, self._said = runner, said
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         print(self._said, flush=True)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        self._engine.drain()
+        self._runner.drain()
         super().handle_exit(sig, frame)
 
     @contextlib.contextmanager
