@@ -95,8 +95,6 @@ def run(args: argparse.Namespace) -> int:
         require(module, "entrgi serve", "serve")
     if args.replicas is not None and (args.replicas < 1 or not args.ray):
         raise UsageError(f"--replicas {args.replicas}: expected 1 or more, with --ray")
-    if args.ray:
-        require("ray.serve", "--ray", "ray")
     served = describe(args)
     listening = _bind(args.host, args.port)
     if args.ray:

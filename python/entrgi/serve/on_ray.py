@@ -22,7 +22,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import UsageError
+from ..errors import UsageError, require
 from .engine import Accepted, Event, Frame, Order, Outcome
 from .settings import Refusal, Served
 
@@ -34,7 +34,13 @@ logger = logging.getLogger("entrgi.serve")
 _TRIES = 3  # of a request whose copies die
 _LOOK = 2.0  # seconds between looks at what runs
 _MODELS = "models"  # the deployment
-_LOGGING = {"log_level": "WARNING"}
+_LOGGING = {"log_level": "CRITICAL"}  # Serve's own lines: what matters of them is said here
+_VARIABLES = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # After ten seconds Serve forgets how busy a copy was, and gives a burst to the first that it hears of again. Nobody
+    # else asks these copies: what it has counted stays right.
+    "RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S": "1e9",
+}
 
 
 class Models:
@@ -166,6 +172,7 @@ class Replicas:
                 raise  # it is we who are cancelled
             raise _LostError from None
         finally:
+            item.add_done_callback(lambda over: over.cancelled() or over.exception())  # which nobody waits for any more
             item.cancel()
 
     @property
@@ -193,7 +200,7 @@ class Replicas:
                 self._running = 0
                 logger.debug("Ray does not say what runs", exc_info=error)
             if known not in (None, self._running):
-                logger.warning("%d copies of the models run; there were %d", self._running, known)
+                logger.warning("copies of the models that run: %d (before: %d)", self._running, known)
             known = self._running
 
 
@@ -208,12 +215,15 @@ def serve_on_ray(args: argparse.Namespace, served: Served, listening: socket.soc
     Raises:
         UsageError: no such cluster, models that cannot be loaded, or fewer devices than replicas.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in _VARIABLES.items():  # Ray reads them when it is imported
+        os.environ.setdefault(name, value)
+    require("ray.serve", "--ray", "ray")
     import ray
     from ray import serve
 
     from .server import listen
 
+    logging.getLogger("ray.serve").setLevel(_LOGGING["log_level"])
     address = os.environ.get("RAY_ADDRESS", "local")
     if "://" in address:
         raise UsageError(f"RAY_ADDRESS={address}: expected HOST:PORT or auto; Ray's client cannot stream")
@@ -228,19 +238,18 @@ def serve_on_ray(args: argparse.Namespace, served: Served, listening: socket.soc
         print(f"loading {args.replicas or 1} x {args.model or 'the tiny models'} ...", file=sys.stderr, flush=True)
         try:
             handle = serve.run(models(args, served, needed), name=name, route_prefix=None)
-        except RuntimeError as error:  # with the copy's own trace in its text
-            said = re.findall(r"\bUsageError: (.*)", str(error))
-            raise UsageError(said[-1]) from None if said else error
+        except RuntimeError as error:
+            trace = serve.status().applications[name].deployments[_MODELS].message
+            said = re.findall(r"\bUsageError: (.*)", trace)
+            raise UsageError(said[-1]) if said else RuntimeError(trace) from error
         tokenizer, mask = handle.about.remote().result()
         call = handle.options(stream=True).run.remote
         runner = Replicas(call, _is_death, lambda: _running(name), served.limits.timeout)
         return listen(runner, dataclasses.replace(served, mask_token_id=mask), tokenizer, args, listening)
     finally:
-        if address == "local":
-            serve.shutdown()
-        else:
+        if address != "local":
             serve.delete(name)
-        ray.shutdown()
+        ray.shutdown()  # and all of it, where it was started here
 
 
 def devices(args: argparse.Namespace, served: Served, there: dict[str, float], *, alone: bool) -> dict[str, int]:
