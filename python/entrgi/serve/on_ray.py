@@ -215,6 +215,11 @@ def serve_on_ray(args: argparse.Namespace, served: Served, listening: socket.soc
     Raises:
         UsageError: no such cluster, models that cannot be loaded, or fewer devices than replicas.
     """
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if "://" in address:
+        raise UsageError(f"RAY_ADDRESS={address}: expected HOST:PORT or auto; Ray's client cannot stream")
+    if address == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # its ports are open to other machines
     for name, value in _VARIABLES.items():  # Ray reads them when it is imported
         os.environ.setdefault(name, value)
     require("ray.serve", "--ray", "ray")
@@ -224,9 +229,6 @@ def serve_on_ray(args: argparse.Namespace, served: Served, listening: socket.soc
     from .server import listen
 
     logging.getLogger("ray.serve").setLevel(_LOGGING["log_level"])
-    address = os.environ.get("RAY_ADDRESS", "local")
-    if "://" in address:
-        raise UsageError(f"RAY_ADDRESS={address}: expected HOST:PORT or auto; Ray's client cannot stream")
     try:
         ray.init(address, include_dashboard=False, logging_level=logging.ERROR)
     except ConnectionError as error:
