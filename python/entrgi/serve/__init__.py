@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--max-samples", int, "n, or num_samples times candidates"),
         ("--max-steps", int, "denoising steps"),
         ("--max-guidance-steps", int, "Adam steps of a denoising step"),
+        ("--max-trace", int, "samples x slots x steps where a trace is asked for"),
         ("--max-queue", int, "requests that wait, of all clients"),
         ("--timeout", float, "seconds from a request's arrival to its answer"),
     ):
@@ -78,6 +79,7 @@ _FIELDS = {
     "--max-samples": "num_samples",
     "--max-steps": "steps",
     "--max-guidance-steps": "guidance_steps",
+    "--max-trace": "trace",
     "--max-queue": "queue",
     "--timeout": "timeout",
 }
@@ -97,11 +99,11 @@ def run(args: argparse.Namespace) -> int:
     if args.replicas is not None and (args.replicas < 1 or not args.ray):
         raise UsageError(f"--replicas {args.replicas}: expected 1 or more, with --ray")
     served = describe(args)
+    listening = _bind(args.host, args.port)
     if args.ray:
         from .on_ray import serve_on_ray
 
-        return serve_on_ray(args, served)
-    listening = _bind(args.host, args.port)
+        return serve_on_ray(args, served, listening)
     from .server import serve
 
     print(f"loading {loading.TINY if served.tiny else args.model} ...", file=sys.stderr, flush=True)

@@ -68,7 +68,9 @@ def create_app(runner: Runner, served: Served, tokenizer: Any) -> Any:
         try:
             async for event in events:
                 if isinstance(event, Outcome):
-                    return JSONResponse(answer.whole(event))
+                    # A trace may be long: others are answered while it is written.
+                    text = await asyncio.to_thread(_json, answer, event)
+                    return Response(text, media_type="application/json")
         finally:
             await events.aclose()  # type: ignore[attr-defined]
         raise AssertionError("a run ends with an outcome or an error")
@@ -237,6 +239,10 @@ async def _lines(objects: AsyncIterator[dict[str, Any] | None], last: str | None
         return
     finally:
         await objects.aclose()  # type: ignore[attr-defined]
+
+
+def _json(answer: Answer, outcome: Outcome) -> str:
+    return json.dumps(answer.whole(outcome), allow_nan=False)
 
 
 def _line(text: str) -> bytes:

@@ -94,9 +94,12 @@ class Comparing:
         if len(methods) != 2 or len(set(methods)) != 2 or not set(methods) <= set(METHODS):
             raise Refusal(400, f"methods={methods!r:.80}: expected two out of {', '.join(METHODS)}", param="methods")
         rewards = rewards_of(request.reward, self._served)
-        first = config_of({**request.settings, "method": methods[0]}, self._served)
+        first = config_of({**request.settings, "method": methods[0]}, self._served, trace=True)
         turns = [{"role": "user", "content": request.prompt}]
-        configs = [first, config_of({**request.settings, "seed": first.seed, "method": methods[1]}, self._served)]
+        configs = [
+            first,
+            config_of({**request.settings, "seed": first.seed, "method": methods[1]}, self._served, trace=True),
+        ]
         return [Order(turns, rewards, config, watched=True, trace=True) for config in configs]
 
     async def run(
@@ -114,7 +117,7 @@ class Comparing:
         Raises:
             Refusal: an order's.
         """
-        queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue(maxsize=8)  # who reads slowly misses frames
 
         async def read(place: int) -> None:
             events = counted(self._runner.run(orders[place]))

@@ -187,6 +187,7 @@ class Engine:
         self._admission = ThreadPoolExecutor(1, thread_name_prefix="entrgi-admission")
         self._waiting: collections.deque[_Job] = collections.deque()
         self._running: list[_Job] = []
+        self._entering = 0  # requests whose prompts are being turned into tokens
         self._change = threading.Condition()
         self._draining = self._closed = False
         self._estimates: collections.OrderedDict[Any, tuple[int, MemoryEstimate]] = collections.OrderedDict()
@@ -208,18 +209,17 @@ class Engine:
             Refusal: the request cannot be served, with the HTTP status that says why.
         """
         arrived = time.monotonic()
-        ids = await asyncio.get_running_loop().run_in_executor(self._admission, self._admit, order)
-        job = _Job(order, ids, arrived, self._limits.timeout)
         with self._change:
-            if self._draining:
-                raise Refusal(503, "the server is shutting down", retry_after=5)
-            self._forget_expired()
-            if len(self._waiting) >= self._limits.queue:
-                raise Refusal(
-                    429,
-                    f"{len(self._waiting)} requests are waiting, which is the limit (--max-queue)",
-                    retry_after=self.seconds_ahead(),
-                )
+            self._check_room()
+            self._entering += 1  # a place is kept: a full queue has no prompt turned into tokens
+        try:
+            ids = await asyncio.get_running_loop().run_in_executor(self._admission, self._admit, order)
+            job = _Job(order, ids, arrived, self._limits.timeout)
+        finally:
+            with self._change:
+                self._entering -= 1
+        with self._change:
+            self._check_room()
             self._waiting.append(job)
             self._change.notify_all()
         try:
@@ -231,6 +231,16 @@ class Engine:
             with self._change:
                 if job in self._waiting:
                     self._waiting.remove(job)
+
+    def _check_room(self) -> None:
+        """Raise Refusal where no further request can wait."""
+        if self._draining:
+            raise Refusal(503, "the server is shutting down", retry_after=5)
+        self._forget_expired()
+        count = len(self._waiting) + self._entering
+        if count >= self._limits.queue:
+            said = f"{count} requests are waiting, which is the limit (--max-queue)"
+            raise Refusal(429, said, retry_after=self.seconds_ahead())
 
     def seconds_ahead(self) -> int:
         """About how long a request would wait for the queue to move, at least one second."""
@@ -262,14 +272,15 @@ class Engine:
         for job in waiting:
             job.put(Refusal(503, "the server is shutting down", retry_after=5))
 
-    def close(self, timeout: float | None = None) -> None:
-        """Drain, and wait for the engine's thread."""
+    def close(self, timeout: float | None = None) -> bool:
+        """Drain, and wait for the engine's thread; whether it has ended."""
         self.drain()
         with self._change:
             self._closed = True
             self._change.notify_all()
         self._thread.join(timeout)
         self._admission.shutdown(wait=False)
+        return not self._thread.is_alive()
 
     def _admit(self, order: Order) -> list[int]:
         """The prompt's ids. What only the reward can judge is found when it runs."""
@@ -401,8 +412,8 @@ class Engine:
                 return
             refusal = refusal_of(error)
             if refusal.status >= 500:
-                # What is not finite may come of the request's settings, and its message names the prompt.
-                own = isinstance(error, ArithmeticError)
+                # What is not finite, or too large, may come of the request's settings; a message names the prompt.
+                own = isinstance(error, ArithmeticError) or is_out_of_memory(error)
                 logger.error("a request failed (%s)", type(error).__name__, exc_info=None if own else error)
                 self._failed += not own
             for job in left:

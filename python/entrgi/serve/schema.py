@@ -134,15 +134,20 @@ def understand(request: ChatRequest, served: Served) -> Chat:
     own = {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed, "max_new_tokens": slots}
     given.update({name: value for name, value in own.items() if value is not None})
     given.setdefault("num_samples", max(n, served.defaults.num_samples))
-    config = config_of(given, served)
+    config = config_of(given, served, trace)
     if not 1 <= n <= config.num_samples:
         raise Refusal(400, f"n={n}: expected from 1 to num_samples={config.num_samples}", param="n")
     order = Order(_conversation(request.messages), rewards, config, watched=bool(request.stream), trace=trace)
     return Chat(order, n, bool(request.stream), bool(request.stream_options and request.stream_options.include_usage))
 
 
-def config_of(given: dict[str, Any], served: Served) -> GuidanceConfig:
+def config_of(given: dict[str, Any], served: Served, trace: bool = False) -> GuidanceConfig:
     """Settings of a request: the server's where it has none, a seed of its own where it names none.
+
+    Args:
+        given: by their names.
+        served: the server.
+        trace: whether every step is to be kept.
 
     Raises:
         Refusal: a setting that is unknown, out of range, the operator's, or beyond a limit.
@@ -162,7 +167,7 @@ def config_of(given: dict[str, Any], served: Served) -> GuidanceConfig:
         config = served.defaults.replace(**given)
     except (ValueError, TypeError) as error:
         raise Refusal(400, str(error), param=str(error).partition("=")[0]) from None
-    served.limits.check(config)
+    served.limits.check(config, trace)
     return config
 
 

@@ -1,19 +1,22 @@
-"""One process that serves: the engine, the application, and uvicorn around it."""
+"""The process that serves: the application, and uvicorn around it. Orders run on an engine here, or elsewhere."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import logging
+import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import uvicorn
 
-from .app import create_app
+from .app import Runner, create_app
 from .engine import Engine
 from .guards import Patient
 from .settings import Served
@@ -21,7 +24,19 @@ from .settings import Served
 if TYPE_CHECKING:
     from entrgi_kernels import GuidedSampler
 
-_CONNECTIONS = 2048  # beyond that, 503
+CONNECTIONS = 2048  # beyond that, 503
+
+
+class Closing(Runner, Protocol):
+    """A runner that can end."""
+
+    def drain(self) -> None:
+        """Take no more requests; see :meth:`.engine.Engine.drain`."""
+        ...
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Drain, and wait for what works behind it; whether that has ended."""
+        ...
 
 
 def serve(
@@ -32,9 +47,19 @@ def serve(
     Returns:
         0.
     """
-    engine = make_engine(samplers, served)
     first = next(iter(samplers.values()))
-    app = create_app(engine, with_mask(served, samplers), first.tokenizer)
+    # The page's texts are decoded by the event loop, with a tokenizer that the engine's thread does not use.
+    tokenizer = copy.deepcopy(first.tokenizer)
+    return listen(make_engine(samplers, served), with_mask(served, first), tokenizer, args, listening)
+
+
+def listen(runner: Closing, served: Served, tokenizer: Any, args: argparse.Namespace, listening: socket.socket) -> int:
+    """The same around any runner, which is closed at the end.
+
+    Returns:
+        0.
+    """
+    app = create_app(runner, served, tokenizer)
     config = uvicorn.Config(
         app,
         http=Patient,
@@ -42,16 +67,19 @@ def serve(
         log_level="info" if args.access_log else "warning",
         access_log=args.access_log,
         server_header=False,
-        limit_concurrency=_CONNECTIONS,
+        limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=int(served.limits.timeout) + 1,
     )
     host, port = listening.getsockname()[:2]
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     said = f"serving {served.model} on http://{place} (a page there; OpenAI's API below /v1)"
     try:
-        _Server(config, engine, said).run([listening])
+        _Server(config, runner, said).run([listening])
     finally:
-        engine.close(timeout=5)
+        stopped = runner.close(timeout=5)
+    if not stopped:  # told to stop at once: a thread inside of torch cannot be ended, and Python would wait for it
+        print("stopped within a batch", file=sys.stderr, flush=True)
+        os._exit(130)
     return 0
 
 
@@ -65,25 +93,25 @@ def _names_no_prompt(record: logging.LogRecord) -> bool:
     return record.funcName != "warn_of_missing"  # the metrics count those samples
 
 
-def with_mask(served: Served, samplers: dict[str, Any]) -> Served:
+def with_mask(served: Served, sampler: GuidedSampler) -> Served:
     """What is served, with what only the loaded model knows."""
-    return dataclasses.replace(served, mask_token_id=next(iter(samplers.values())).model.mask_token_id)
+    return dataclasses.replace(served, mask_token_id=sampler.model.mask_token_id)
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, which says where it listens once it does, and whose end sends away what waits."""
+    """uvicorn, which says where it listens once it does, and whose end begins with the runner's."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, said: str) -> None:
+    def __init__(self, config: uvicorn.Config, runner: Closing, said: str) -> None:
         super().__init__(config)
-        self._engine, self._said = engine, said
+        self._runner, self._said = runner, said
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         print(self._said, flush=True)
 
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        self._engine.drain()
-        super().handle_exit(sig, frame)
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._runner.drain()
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

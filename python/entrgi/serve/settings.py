@@ -65,27 +65,31 @@ class Limits:
         num_samples: trajectories of a request; candidates of "svdd" count.
         steps: denoising steps.
         guidance_steps: Adam steps of a denoising step.
+        trace: slots of all samples and steps of a request that keeps its trace: about 50 bytes each.
         queue: requests that wait.
         timeout: seconds from a request's arrival to its answer.
     """
 
-    body: int = 1 << 20
+    body: int = 1 << 18
     prompt_tokens: int = 4096
     max_tokens: int = 1024
     num_samples: int = 16
     steps: int = 1024
     guidance_steps: int = 16
+    trace: int = 500_000
     queue: int = 256
     timeout: float = 600.0
 
-    def check(self, config: GuidanceConfig) -> None:
-        """Raise Refusal (400) for settings beyond a limit."""
+    def check(self, config: GuidanceConfig, trace: bool = False) -> None:
+        """Raise Refusal (400) for settings beyond a limit; `trace` says whether every step is kept."""
         rows = config.num_samples * config.copies
+        kept = config.num_samples * config.max_new_tokens * min(config.steps, config.max_new_tokens) if trace else 0
         for value, limit, param, flag in (
             (config.max_new_tokens, self.max_tokens, "max_tokens", "--max-tokens"),
             (rows, self.num_samples, "n", "--max-samples"),
             (config.steps, self.steps, "steps", "--max-steps"),
             (config.guidance_steps, self.guidance_steps, "guidance_steps", "--max-guidance-steps"),
+            (kept, self.trace, "trace of samples x slots x steps", "--max-trace"),
         ):
             if value > limit:
                 said = f"{config.num_samples} samples of {config.copies} candidates" if config.copies > 1 else value

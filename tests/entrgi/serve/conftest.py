@@ -180,4 +180,17 @@ def start() -> Iterator[Callable[..., Process]]:
 @pytest.fixture(scope="session")
 def server(start, tiny_weights) -> Process:
     """One that many tests ask."""
-    return start("-L", 8, "--max-tokens", 64, "--max-body", 20000, "--max-prompt-tokens", 200, "--max-samples", 4)
+    return start(
+        "-L",
+        8,
+        "--max-tokens",
+        64,
+        "--max-body",
+        20000,
+        "--max-prompt-tokens",
+        200,
+        "--max-samples",
+        4,
+        "--max-trace",
+        4000,
+    )

@@ -85,6 +85,23 @@ def test_beyond_the_queue_a_request_is_sent_away_and_told_when_to_come_back(step
     assert all(isinstance(events[-1], Outcome) for events in asyncio.run(run()))
 
 
+def test_a_full_queue_turns_no_prompt_into_tokens(stepper, engine, order, monkeypatch):
+    made = engine(stepper, Limits(queue=1))
+    asked, admit = [], made._admit
+    monkeypatch.setattr(made, "_admit", lambda one: (asked.append(one), admit(one))[1])
+
+    async def run():
+        orders = [order(seed=seed) for seed in range(8)]
+        got = await asyncio.wait_for(
+            asyncio.gather(*(collect(made, one) for one in orders), return_exceptions=True), 60
+        )
+        return [one for one in got if isinstance(one, Refusal)]
+
+    stepper.go()
+    refused = asyncio.run(run())
+    assert len(refused) == 7 == 8 - len(asked) and {one.status for one in refused} == {429}
+
+
 def test_a_batch_whose_clients_have_all_gone_stops(stepper, engine, together, order):
     made = engine(stepper)
 

@@ -88,7 +88,12 @@ def exchange(app, receive, served=SERVED, send_delay=0.0, headers=()):
         await asyncio.sleep(send_delay)
         sent.append(message)
 
-    scope = {"type": "http", "method": "GET", "path": "/v1/chat/completions", "headers": [(b"host", b"localhost"), *headers]}
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/v1/chat/completions",
+        "headers": [(b"host", b"localhost"), *headers],
+    }
     counted = []
     asyncio.run(guards.Guards(app, served, lambda *seen: counted.append(seen))(scope, receive, send))
     assert [status for _, status in counted] == [m["status"] for m in sent if m["type"] == "http.response.start"]

@@ -164,6 +164,7 @@ def test_messages_may_be_parts_and_several_turns(server):
         ({"guidance": {"\ud800": 1}}, 400, "guidance.\\ud800 is no setting"),
         ({"guidance": {"weight": "__import__('os')"}}, 400, "weight"),
         ({"guidance": {"trace": 1}}, 400, "true or false"),
+        ({"max_tokens": 64, "guidance": {"trace": True}}, 400, "expected at most 4000 (--max-trace"),
         ({"guidance": {"betas": [0.9, "x"]}}, 400, "betas"),
     ],
 )  # fmt: skip
