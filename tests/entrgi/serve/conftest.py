@@ -150,7 +150,7 @@ class Process:
         return self.process.returncode, said
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: while its driver is there, no other event loop can run
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("needs a Chromium")
