@@ -76,10 +76,12 @@ def listen(runner: Closing, served: Served, tokenizer: Any, args: argparse.Names
     try:
         _Server(config, runner, said).run([listening])
     finally:
-        stopped = runner.close(timeout=5)
-    if not stopped:  # told to stop at once: a thread inside of torch cannot be ended, and Python would wait for it
-        print("stopped within a batch", file=sys.stderr, flush=True)
-        os._exit(130)
+        stopped = False
+        with contextlib.suppress(KeyboardInterrupt):
+            stopped = runner.close(timeout=5)
+        if not stopped:  # told to stop at once: a thread inside of torch cannot be ended from outside
+            print("stopped within a batch", file=sys.stderr, flush=True)
+            os._exit(130)
     return 0
 
 

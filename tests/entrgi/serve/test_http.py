@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import http.client
 import json
+import signal
 import socket
 import time
 import urllib.parse
@@ -360,3 +362,18 @@ def test_keys_are_asked_for_everywhere_but_at_the_door(start, tiny_weights, tmp_
         status, _, answer = running.result()
     assert (code, status) == (0, 200) and answer["choices"][0]["message"]["content"]
     assert "Traceback" not in said
+
+
+def test_told_twice_it_stops_at_once(start, tiny_weights):
+    server = start("-L", 8)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        body = {"messages": PROMPT, "max_tokens": 1000, "n": 16}
+        running = pool.submit(ask, server, "/v1/chat/completions", body)
+        while "entrgi_requests_open 1.0" not in ask(server, "/metrics")[2]:
+            time.sleep(0.02)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(timeout=60) in (0, 130)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            assert running.result()[0] >= 500
