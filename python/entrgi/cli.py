@@ -66,7 +66,7 @@ def _run(arguments: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     try:
-        args = _parse(arguments)
+        args = parse(arguments)
     except ImportError as error:
         print(f"entrgi: error: cannot load this command: {error} (`entrgi env` shows what is here)", file=sys.stderr)
         return EXIT_FAILURE
@@ -95,7 +95,8 @@ def _is_the_machines(error: Exception) -> bool:
     return isinstance(error, kinds) and not isinstance(error, BrokenPipeError)
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """A subcommand's flags; `run` is its function. Only its own module is imported."""
     parser = argparse.ArgumentParser(
         prog="entrgi", description="Reward guidance for discrete diffusion language models (EntRGi)."
     )

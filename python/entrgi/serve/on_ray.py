@@ -123,7 +123,8 @@ class Replicas:
         self._running = 1
         self._draining = False
         self._closed = threading.Event()
-        threading.Thread(target=self._look, name="entrgi-replicas", daemon=True).start()
+        self._looker = threading.Thread(target=self._look, name="entrgi-replicas", daemon=True)
+        self._looker.start()
 
     async def run(self, order: Order) -> AsyncIterator[Event]:
         """See :meth:`.engine.Engine.run`; every event comes once, however often the order runs."""
@@ -190,7 +191,8 @@ class Replicas:
         """Drain, and look no more."""
         self.drain()
         self._closed.set()
-        return True
+        self._looker.join(timeout)
+        return not self._looker.is_alive()
 
     def _look(self) -> None:
         known = None
@@ -216,7 +218,7 @@ def serve_on_ray(args: argparse.Namespace, served: Served, listening: socket.soc
     Raises:
         UsageError: no such cluster, models that cannot be loaded, or fewer devices than replicas.
     """
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address = os.environ.get("RAY_ADDRESS") or "local"
     if "://" in address:
         raise UsageError(f"RAY_ADDRESS={address}: expected HOST:PORT or auto; Ray's client cannot stream")
     if address == "local":
@@ -227,32 +229,39 @@ def serve_on_ray(args: argparse.Namespace, served: Served, listening: socket.soc
     import ray
     from ray import serve
 
-    from .server import listen
-
     logging.getLogger("ray.serve").setLevel(_LOGGING["log_level"])
     try:
         ray.init(address, include_dashboard=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise UsageError(f"RAY_ADDRESS={address}: {error}") from None
-    name = f"entrgi-{served.model}"
     try:
         needed = devices(args, served, ray.cluster_resources(), alone=address == "local")
         serve.start(proxy_location="Disabled", logging_config=_LOGGING)
-        print(f"loading {args.replicas or 1} x {args.model or 'the tiny models'} ...", file=sys.stderr, flush=True)
+        return _serve(models(args, served, needed), args, served, listening)
+    finally:
+        ray.shutdown()  # and all of it, where it was started here
+
+
+def _serve(application: Application, args: argparse.Namespace, served: Served, listening: socket.socket) -> int:
+    from ray import serve
+
+    from .server import listen
+
+    name = f"entrgi-{served.model}"
+    print(f"loading {args.replicas or 1} x {args.model or 'the tiny models'} ...", file=sys.stderr, flush=True)
+    try:
         try:
-            handle = serve.run(models(args, served, needed), name=name, route_prefix=None)
+            handle = serve.run(application, name=name, route_prefix=None)
         except RuntimeError as error:
             trace = serve.status().applications[name].deployments[_MODELS].message
             said = re.findall(r"\bUsageError: (.*)", trace)
             raise UsageError(said[-1]) if said else RuntimeError(trace) from error
         tokenizer, mask = handle.about.remote().result()
-        call = handle.options(stream=True).run.remote
-        runner = Replicas(call, _is_death, lambda: _running(name), served.limits.timeout)
-        return listen(runner, dataclasses.replace(served, mask_token_id=mask), tokenizer, args, listening)
+        known = dataclasses.replace(served, mask_token_id=mask)
+        return listen(_runner(handle, served, name), known, tokenizer, args, listening)
     finally:
-        if address != "local":
+        if os.environ.get("RAY_ADDRESS"):  # a cluster that goes on
             serve.delete(name)
-        ray.shutdown()  # and all of it, where it was started here
 
 
 def devices(args: argparse.Namespace, served: Served, there: dict[str, float], *, alone: bool) -> dict[str, int]:
@@ -310,3 +319,61 @@ def _running(name: str) -> int:
     from ray import serve
 
     return serve.status().applications[name].deployments[_MODELS].replica_states.get("RUNNING", 0)
+
+
+def _runner(handle: Any, served: Served, name: str) -> Replicas:
+    """Runs orders on the models of an application, whose deployment's handle is given."""
+    call = handle.options(stream=True).run.remote
+    return Replicas(call, _is_death, lambda: _running(name), served.limits.timeout)
+
+
+class Front:
+    """The front as a deployment; see :func:`app_builder`."""
+
+    async def __init__(self, handle: Any, served: Served) -> None:
+        from ray import serve
+
+        from .app import create_app
+
+        tokenizer, mask = await handle.about.remote()
+        runner = _runner(handle, served, serve.get_replica_context().app_name)
+        self.front = create_app(runner, dataclasses.replace(served, mask_token_id=mask), tokenizer)
+
+
+async def _front(scope: Any, receive: Any, send: Any) -> None:
+    """The application of the :class:`Front` that runs in this process."""
+    from ray import serve
+
+    await serve.get_replica_context().servable_object.front(scope, receive, send)
+
+
+def app_builder(given: dict[str, Any]) -> Application:
+    """Front and models as one application, for ``serve run`` and Serve's configuration files.
+
+    Args:
+        given: flags of ``entrgi serve`` without their dashes; a list where a flag comes several times.
+
+    Raises:
+        UsageError: no API keys, or flags that do not go together.
+    """
+    from fastapi import FastAPI
+    from ray import serve
+
+    from ..cli import parse
+    from . import describe
+    from .server import CONNECTIONS
+
+    pairs = [(flag, one) for flag, value in given.items() for one in (value if isinstance(value, list) else [value])]
+    args = parse(["serve", "--ray", *[f"--{flag}={one}" for flag, one in pairs]])
+    served = describe(args)
+    if not served.keys:
+        raise UsageError("Serve's proxies decide who gets in: expected API keys, by api-key-file or ENTRGI_API_KEY")
+    needed = devices(args, served, {"GPU": 1}, alone=False)  # Ray may not run yet
+    outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # it stands before the guards: it answers nothing
+    outer.mount("/", _front)
+    front = serve.deployment(
+        name="front",
+        max_ongoing_requests=CONNECTIONS,
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _VARIABLES}},
+    )
+    return front(serve.ingress(outer)(Front)).bind(models(args, served, needed), served)
