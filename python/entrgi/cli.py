@@ -31,7 +31,7 @@ COMMANDS = {
     "plot": Command("entrgi.train.plot", "reward curves of training runs in one picture"),
     "evaluate": Command("entrgi.evaluate", "a grid of methods, models, temperatures, seeds and datasets; resumable"),
     "report": Command("entrgi.report.command", "tables and pictures of evaluations, as HTML, Markdown or LaTeX"),
-    "serve": Command("entrgi.serve", "an OpenAI-compatible server, with a page that shows guidance at work"),
+    "serve": Command("entrgi.serve.command", "an OpenAI-compatible server, with a page that shows guidance at work"),
     "tiny train": Command("entrgi.tiny.train", "train the built-in tiny models again (about twenty minutes on a CPU)"),
     "check": Command("entrgi.check", "are the kernels right on this machine, and how fast: for a GPU, run this first"),
     "env": Command("entrgi.env", "what this machine has: versions, devices, backends and why the rest are missing"),

@@ -55,7 +55,7 @@ class Models:
     """
 
     def __init__(self, args: argparse.Namespace, served: Served) -> None:
-        from . import load
+        from .offer import load
         from .server import make_engine
 
         samplers = load(args, served)
@@ -360,7 +360,7 @@ def app_builder(given: dict[str, Any]) -> Application:
     from ray import serve
 
     from ..cli import parse
-    from . import describe
+    from .offer import describe
     from .server import CONNECTIONS
 
     pairs = [(flag, one) for flag, value in given.items() for one in (value if isinstance(value, list) else [value])]

@@ -8,21 +8,21 @@ import sys
 
 import pytest
 
-from entrgi import serve
 from entrgi.errors import UsageError
+from entrgi.serve import command, offer
 from entrgi.serve.schema import ChatRequest, understand
 from entrgi_kernels.rewards.verifying import Verifier
 
 
 def flags_of(*arguments: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    serve.add_arguments(parser)
+    command.add_arguments(parser)
     return parser.parse_args([str(argument) for argument in arguments])
 
 
 def test_the_tiny_models_on_loopback_by_default():
     args = flags_of()
-    served = serve.describe(args)
+    served = offer.describe(args)
     assert (args.host, served.model, served.rewards, served.tiny, served.keys) == (
         "127.0.0.1",
         "tiny",
@@ -58,7 +58,7 @@ def test_the_tiny_models_on_loopback_by_default():
     ],
 )
 def test_what_does_not_go_together_is_one_line(entrgi, capsys, flags, said, monkeypatch):
-    monkeypatch.setattr(serve, "load", lambda args, served: pytest.fail("models were loaded"))
+    monkeypatch.setattr(command, "load", lambda args, served: pytest.fail("models were loaded"))
     assert entrgi("serve", *flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
     import re
@@ -69,7 +69,7 @@ def test_what_does_not_go_together_is_one_line(entrgi, capsys, flags, said, monk
 def test_steps_that_nobody_named_stay_within_their_limit():
     from entrgi.serve.schema import config_of
 
-    served = serve.describe(flags_of("--max-steps", 16))
+    served = offer.describe(flags_of("--max-steps", 16))
     assert [config_of({"max_new_tokens": slots}, served).steps for slots in (8, 64)] == [8, 16]
 
 
@@ -90,8 +90,8 @@ def test_a_file_of_keys_is_read_with_care(entrgi, capsys, tmp_path, content, sai
 
 
 def test_keys_open_other_addresses(monkeypatch):
-    monkeypatch.setenv(serve.KEY_VARIABLE, "secret")
-    served = serve.describe(flags_of("--host", "0.0.0.0"))
+    monkeypatch.setenv(offer.KEY_VARIABLE, "secret")
+    served = offer.describe(flags_of("--host", "0.0.0.0"))
     assert served.keys == ("secret",) and served.hosts == ()
 
 
@@ -108,27 +108,27 @@ def test_rewards_have_names_and_their_own_flags():
         "--reward-kind", "near=similarity", "--target", "near=soup",
     )  # fmt: skip
     found = {
-        name: (own.reward, own.reward_kind, own.question, own.target) for name, own in serve.reward_flags(args).items()
+        name: (own.reward, own.reward_kind, own.question, own.target) for name, own in offer.reward_flags(args).items()
     }
     assert found == {
         "good": ("org/classifier", "classifier", None, None),
         "polite": ("org/lm", "judge", "Is it polite = kind?", None),
         "near": ("org/near", "similarity", None, "soup"),
     }
-    served = serve.describe(args)
+    served = offer.describe(args)
     assert served.model == "model" and served.rewards == ("good", "polite", "near") and not served.tiny
 
 
 def test_one_reward_needs_no_name_in_its_flags():
     args = flags_of("--model", "m", "--reward", "org/lm", "--reward-kind", "judge", "--question", "Polite?")
-    (own,) = serve.reward_flags(args).values()
+    (own,) = offer.reward_flags(args).values()
     assert (own.reward, own.reward_kind, own.question) == ("org/lm", "judge", "Polite?")
 
 
 def test_several_rewards_share_one_diffusion_model(tiny_weights):
     args = flags_of("--method", "none", "--reward", "verifier:json", "--reward", "words=verifier:length=1-9")
-    served = serve.describe(args)
-    samplers = serve.load(args, served)
+    served = offer.describe(args)
+    samplers = offer.load(args, served)
     assert list(samplers) == ["json", "words"] == list(served.rewards)
     assert samplers["json"].model is samplers["words"].model
     assert all(isinstance(sampler.reward, Verifier) for sampler in samplers.values())
@@ -138,7 +138,7 @@ def test_several_rewards_share_one_diffusion_model(tiny_weights):
     ("flags", "n", "expected"), [([], None, 1), ([], 3, 3), (["-K", 4], None, 4), (["-K", 4], 6, 6)]
 )
 def test_the_best_of_more_samples_where_the_operator_draws_more(flags, n, expected):
-    served = serve.describe(flags_of(*flags))
+    served = offer.describe(flags_of(*flags))
     request = ChatRequest(messages=[{"role": "user", "content": "a"}], n=n)
     chat = understand(request, served)
     assert (chat.order.config.num_samples, chat.n) == (expected, n or 1)
@@ -151,4 +151,4 @@ def test_a_memory_budget_is_bytes_or_a_share(text):
             flags_of("--memory-budget", text)
     else:
         with pytest.raises(UsageError, match="memory_budget"):
-            serve.describe(flags_of(f"--memory-budget={text}"))
+            offer.describe(flags_of(f"--memory-budget={text}"))
