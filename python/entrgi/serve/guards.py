@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import math
@@ -19,6 +20,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _BODY_SECONDS = 30.0  # a client that sends more slowly is sent away
+_DISCARD_SECONDS = 1.0  # for the rest of a body that was refused
 _OPEN = ("/", "/healthz")  # paths that hold nothing of anybody's
 _HEADERS = {
     "x-content-type-options": "nosniff",
@@ -58,14 +60,29 @@ class Guards:
                 message = {**message, "headers": [*message.get("headers", ()), *extra]}
             await send(message)
 
+        whole = False
+
+        async def read() -> MutableMapping[str, Any]:
+            nonlocal whole
+            message = await receive()
+            whole = message["type"] != "http.request" or not message.get("more_body")
+            return message
+
+        async def discard() -> None:
+            while not whole:
+                await read()
+
         try:
             self._check_host(headers)
             self._check_key(scope["path"], headers)
             _check_type(scope["method"], headers)
-            body = await asyncio.wait_for(self._body(headers, receive), _BODY_SECONDS)
+            body = await asyncio.wait_for(self._body(headers, read), _BODY_SECONDS)
         except asyncio.TimeoutError:
             await _refuse(guarded, Refusal(408, f"the body was not there within {_BODY_SECONDS:g} s"))
         except Refusal as refusal:
+            # Closed with something unread, the connection is reset, and the client may never see the answer.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(discard(), _DISCARD_SECONDS)
             await _refuse(guarded, refusal)
         except _GoneError:
             return

@@ -179,3 +179,19 @@ def test_keys(given, status):
 
     sent = exchange(app, receive, dataclasses.replace(SERVED, keys=("a",)), headers=[(b"authorization", given)])
     assert sent[0]["status"] == status
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_what_is_left_of_a_refused_body_is_read_before_the_answer(more):
+    """A connection that is closed with something unread is reset, and the answer may be lost."""
+    served = dataclasses.replace(SERVED, limits=Limits(body=5))
+    parts = [b"a" * 6, b"b", b"c"] if more else [b"a" * 6]
+    left = list(parts)
+
+    async def receive():
+        if not left:
+            raise AssertionError("there is no more")
+        return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
+
+    start, _ = exchange(nothing, receive, served)
+    assert start["status"] == 413 and not left
