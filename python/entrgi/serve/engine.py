@@ -411,7 +411,7 @@ class Engine:
                     self._run_all([job])
                 return
             refusal = refusal_of(error)
-            if refusal.status >= 500:
+            if refusal.status >= 500 or isinstance(error, ArithmeticError):
                 # What is not finite, or too large, may come of the request's settings; a message names the prompt.
                 own = isinstance(error, ArithmeticError) or is_out_of_memory(error)
                 logger.error("a request failed (%s)", type(error).__name__, exc_info=None if own else error)
@@ -489,8 +489,9 @@ def refusal_of(error: Exception) -> Refusal:
         return error
     if is_out_of_memory(error):
         return Refusal(503, "out of memory: ask for fewer samples or tokens, or try again later", retry_after=5)
-    if isinstance(error, ArithmeticError):  # logits or rewards that are not finite: the message says where
-        return Refusal(500, str(error))
+    if isinstance(error, ArithmeticError):
+        # Logits or rewards that are not finite, by the request's settings or the models; tried again they would be so.
+        return Refusal(422, str(error))
     if isinstance(error, (ValueError, TypeError, BackendUnavailableError)):
         return Refusal(400, str(error))
     return Refusal(500, f"the server failed ({type(error).__name__}); its log says more")
