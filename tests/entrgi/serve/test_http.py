@@ -356,7 +356,7 @@ def test_keys_are_asked_for_everywhere_but_at_the_door(start, tiny_weights, tmp_
         headers = {"Authorization": "Bearer first-key"}
         body = {"messages": PROMPT, "max_tokens": 100, "n": 2}
         running = pool.submit(ask, server, "/v1/chat/completions", body, headers=headers)
-        while ask(server, "/metrics", headers=headers)[2].find("entrgi_requests_open 1.0") < 0:
+        while not running.done() and "entrgi_requests_open 1.0" not in ask(server, "/metrics", headers=headers)[2]:
             time.sleep(0.02)
         code, said = server.stop()
         status, _, answer = running.result()
@@ -369,7 +369,7 @@ def test_told_twice_it_stops_at_once(start, tiny_weights):
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         body = {"messages": PROMPT, "max_tokens": 1000, "n": 16}
         running = pool.submit(ask, server, "/v1/chat/completions", body)
-        while "entrgi_requests_open 1.0" not in ask(server, "/metrics")[2]:
+        while not running.done() and "entrgi_requests_open 1.0" not in ask(server, "/metrics")[2]:
             time.sleep(0.02)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
