@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("entrgi.serve")
 
-_LINGER = 0.01  # seconds that a first request waits for others of a burst
+# A burst comes one by one: the first of it waits for as long as others follow within so many seconds, at most so long.
+_LINGER, _BURST = 0.01, 0.25
 _FRAMES = 64  # that are kept for a slow reader; the oldest go first
 _SUMS = 8  # weighted sums of rewards that are kept ready
 _ESTIMATES = 64
@@ -120,6 +121,7 @@ class _Job:
     def __init__(self, order: Order, ids: list[int], arrived: float, timeout: float) -> None:
         self.order, self.ids, self.arrived, self.deadline = order, ids, arrived, arrived + timeout
         self.over = False  # answered, failed, timed out or left by its client
+        self.shown = -1  # the last step that a frame was of
         self._loop = asyncio.get_running_loop()
         self._events: collections.deque[Event | Exception] = collections.deque()
         self._wake = asyncio.Event()
@@ -327,10 +329,11 @@ class Engine:
         """The oldest request and those of its shape that fit beside it; none when closed."""
         while True:
             with self._change:
+                idle = not self._waiting
                 while not self._waiting and not self._closed:
                     self._change.wait()
-                if len(self._waiting) == 1:
-                    self._change.wait(_LINGER)
+                if idle:
+                    self._linger()
                 self._forget_expired()
                 if not self._waiting:
                     if self._closed:
@@ -346,6 +349,13 @@ class Engine:
                 self._running = jobs
             if jobs:
                 return jobs
+
+    def _linger(self) -> None:
+        """Wait while a burst goes on; the lock is held by the caller."""
+        end, count = time.monotonic() + _BURST, 0
+        while (self._entering or count < len(self._waiting)) and time.monotonic() < end:
+            count = len(self._waiting)
+            self._change.wait_for(lambda: self._closed, _LINGER)
 
     def _room(self, jobs: Sequence[_Job]) -> int:
         """How many of the first requests are denoised together."""
@@ -406,7 +416,7 @@ class Engine:
         except Exception as error:
             left = [job for job in jobs if not job.over]
             if len(jobs) > 1 and left:
-                logger.info("a batch of %d failed (%s): its requests run alone", len(jobs), error)
+                logger.info("a batch of %d failed (%s): its requests run alone", len(jobs), type(error).__name__)
                 for job in left:
                     self._run_all([job])
                 return
@@ -457,6 +467,10 @@ class Engine:
                 job = jobs[index]
                 if job.over or not job.order.watched:
                     continue
+                # A batch that is halved, or run again, begins anew: no step is shown twice, nor some of the samples.
+                if progress.step <= job.shown or k < job.order.config.num_samples:
+                    continue
+                job.shown = progress.step
                 mine = range(place * k, (place + 1) * k)
                 traces: list[StepTrace | None] | None = None
                 if progress.traces is not None:  # by the step's number: a sample that has ended has no more of them

@@ -7,6 +7,7 @@ import logging
 import time
 
 import pytest
+import torch
 
 from entrgi.serve import engine as engine_module
 from entrgi.serve.engine import Accepted, Frame, Outcome, canvas_text
@@ -47,6 +48,13 @@ def test_only_requests_of_one_shape_share_a_batch(stepper, engine, together, ord
     for place, outcome in enumerate(outcomes):
         assert outcome.result.config.seed == place // len(PROMPTS)
         assert bool(outcome.result.samples[0].trace) == (place // len(PROMPTS) == 4)
+
+
+def test_a_burst_is_one_batch(stepper, engine, together, order):
+    """Its requests come one by one: the first does not run alone, nor with the second alone."""
+    stepper.go()
+    outcomes = together(engine(stepper, batch_size=16), [order(seed=seed) for seed in range(12)])
+    assert [len(batch) for batch in stepper.batches] == [12] and {outcome.together for outcome in outcomes} == {12}
 
 
 def test_a_batch_keeps_within_the_memory_budget(stepper, engine, together, order):
@@ -239,6 +247,41 @@ def test_a_sample_that_ended_with_an_earlier_block_has_no_more_steps(sampler, en
         for sample, step in zip(last.result.samples, frame.traces, strict=True):
             own = [one for one in sample.trace if one.step == frame.step]
             assert [step] == (own or [None])
+
+
+def test_no_step_is_shown_twice_where_a_batch_fails_and_runs_again(sampler, engine, order, monkeypatch):
+    stream = sampler.stream
+
+    def failing(prompts, watch, **options):
+        def fails(progress):
+            watch(progress)
+            if len(prompts) > 1 and progress.step == 2:
+                raise RuntimeError("some kernel failed")
+
+        return stream(prompts, watch=fails, **options)
+
+    monkeypatch.setattr(sampler, "stream", failing)
+    made = engine(sampler)
+
+    async def run():
+        return await asyncio.gather(*(collect(made, order(prompt, watched=True)) for prompt in PROMPTS[:2]))
+
+    for events in asyncio.run(run()):
+        assert [event.step for event in events[1:-1]] == list(range(4)) and events[-1].together == 1
+
+
+def test_samples_that_memory_tears_apart_are_in_no_frame(sampler, engine, order, monkeypatch):
+    """A canvas of some of the samples would be taken for that of others."""
+    denoise = sampler.denoise
+
+    def small(canvas, *arguments, **options):
+        if len(canvas.tokens) > 1:
+            raise torch.OutOfMemoryError
+        return denoise(canvas, *arguments, **options)
+
+    monkeypatch.setattr(sampler, "denoise", small)
+    first, last = asyncio.run(collect(engine(sampler), order(num_samples=2, watched=True)))
+    assert isinstance(first, Accepted) and len(last.result.samples) == 2
 
 
 def test_a_slow_reader_misses_frames_and_gets_the_outcome(sampler, engine, order):
