@@ -38,19 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--replicas", type=int, metavar="N", help="with --ray: copies of the models (default: 1)")
     group.add_argument("--traceback", action="store_true", help="show where an error came from")
     group = parser.add_argument_group("limits of a request")
-    for flag, kind, help in (
-        ("--max-body", int, "bytes"),
-        ("--max-prompt-tokens", int, "tokens of the messages"),
-        ("--max-tokens", int, "response slots"),
-        ("--max-samples", int, "n, or num_samples times candidates"),
-        ("--max-steps", int, "denoising steps"),
-        ("--max-guidance-steps", int, "Adam steps of a denoising step"),
-        ("--max-trace", int, "samples x slots x steps where a trace is asked for"),
-        ("--max-queue", int, "requests that wait, of all clients"),
-        ("--timeout", float, "seconds from a request's arrival to its answer"),
-    ):
-        default = getattr(Limits(), LIMITS[flag])
-        group.add_argument(flag, type=kind, default=default, metavar="N", help=f"{help} (default: {default:g})")
+    for flag, (field, counted) in LIMITS.items():
+        default = getattr(Limits(), field)
+        group.add_argument(
+            flag, type=type(default), default=default, metavar="N", help=f"{counted} (default: {default:g})"
+        )
     flags.add_sampler_arguments(parser)
     flags.add_model_arguments(parser, several=True)
     parser.set_defaults(num_samples=1)

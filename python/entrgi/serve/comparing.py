@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import math
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from entrgi_kernels.guidance.config import GuidanceConfig
 from entrgi_kernels.guidance.results import GenerationResult, Sample
 from entrgi_kernels.names import METHODS
 
@@ -198,14 +196,13 @@ class Comparing:
         return {**data, "footer": "Written by entrgi serve"}
 
     def _comparison(self, request: CompareRequest, orders: list[Order], runs: list[MethodRun]) -> Comparison:
-        served, config = self._served, orders[0].config
-        ours = [field.name for field in dataclasses.fields(GuidanceConfig) if field.name not in ("method", *OPERATORS)]
+        served, settings = self._served, orders[0].config.to_dict()
         about = {
             "prompts": 1,
             "model": served.model,
             "reward": orders[0].rewards[0][0],
             "tiny": served.tiny,
             **versions(),
-            **{name: value for name, value in config.to_dict().items() if name in ours},
+            **{name: value for name, value in settings.items() if name not in ("method", *OPERATORS)},
         }
         return Comparison([request.prompt], runs, about)

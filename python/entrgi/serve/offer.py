@@ -23,17 +23,17 @@ KEY_VARIABLE = "ENTRGI_API_KEY"
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.*)", re.DOTALL)
 # Flags of a reward that may be given for each of several, as NAME=VALUE.
 _OF_A_REWARD = ("reward_kind", "question", "target")
-# The limits that have a flag, by its name.
+# Each flag of a limit: its field of `Limits`, and what it counts.
 LIMITS = {
-    "--max-body": "body",
-    "--max-prompt-tokens": "prompt_tokens",
-    "--max-tokens": "max_tokens",
-    "--max-samples": "num_samples",
-    "--max-steps": "steps",
-    "--max-guidance-steps": "guidance_steps",
-    "--max-trace": "trace",
-    "--max-queue": "queue",
-    "--timeout": "timeout",
+    "--max-body": ("body", "bytes"),
+    "--max-prompt-tokens": ("prompt_tokens", "tokens of the messages"),
+    "--max-tokens": ("max_tokens", "response slots"),
+    "--max-samples": ("num_samples", "n, or num_samples times candidates"),
+    "--max-steps": ("steps", "denoising steps"),
+    "--max-guidance-steps": ("guidance_steps", "Adam steps of a denoising step"),
+    "--max-trace": ("trace", "samples x slots x steps where a trace is asked for"),
+    "--max-queue": ("queue", "requests that wait, of all clients"),
+    "--timeout": ("timeout", "seconds from a request's arrival to its answer"),
 }
 
 
@@ -43,8 +43,8 @@ def describe(args: argparse.Namespace) -> Served:
     Raises:
         UsageError: flags that do not go together.
     """
-    numbers = {field: getattr(args, flag[2:].replace("-", "_")) for flag, field in LIMITS.items()}
-    for flag, field in LIMITS.items():
+    numbers = {field: getattr(args, flag[2:].replace("-", "_")) for flag, (field, _) in LIMITS.items()}
+    for flag, (field, _) in LIMITS.items():
         if not 0 < numbers[field] < math.inf:
             raise UsageError(f"{flag} {numbers[field]:g}: expected a finite number above 0")
     keys = _keys(args)
