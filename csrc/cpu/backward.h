@@ -301,7 +301,7 @@ template <typename A>
 static void pack_table_plain(const TableJob& job) {
   pack_rows_any<A>(job.grad, 0, 0, job.n, job.d, (A*)job.packed, job.n);
 }
-static int64_t table_units_any(const TableJob& job) { return ceil_div(job.v, TABLE_BLOCK); }
+INLINE int64_t table_units_any(const TableJob& job) { return ceil_div(job.v, TABLE_BLOCK); }
 template <typename A>
 static int64_t table_scratch_plain(const TableJob& job) {
   return (TABLE_BLOCK * round_up(job.d, panel_width<A>) + TABLE_BLOCK * TABLE_DEPTH) * (int64_t)sizeof(A) + 128;

@@ -51,5 +51,5 @@ PYBIND11_MODULE(_C, m) {
         if (!entrgi::set_isa(name.c_str())) throw std::invalid_argument("this machine cannot run '" + name + "'");
       },
       pybind11::arg("name"),
-      "Force an instruction set ('baseline', 'avx2', 'avx512', 'amx'), or '' for the best; for tests. Raises ValueError.");
+      "Force an instruction set ('baseline', 'avx2', 'avx512', 'avx512_bf16', 'amx'), or '' for the best; for tests. Raises ValueError.");
 }

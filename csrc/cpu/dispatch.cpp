@@ -26,23 +26,30 @@ bool tiles_granted() {
 #endif
 }
 
+bool cpu_has_avx512_bf16() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
+#else
+  return false;
+#endif
+}
+
 bool cpu_has_amx_bf16() {
 #if defined(__x86_64__)
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   const bool tile = d & (1u << 24), bf16_tiles = d & (1u << 22);
-  if (!tile || !bf16_tiles) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
-  return a & (1u << 5);  // AVX512_BF16
+  return tile && bf16_tiles;
 #else
   return false;
 #endif
 }
 
 struct Found {
-  const Kernels* tables[4];
-  const char* supported[4];
-  const char* compiled[4];
+  const Kernels* tables[5];
+  const char* supported[5];
+  const char* compiled[5];
   int supported_count = 0, compiled_count = 0;
 
   void add(const Kernels* table, bool runs) {
@@ -61,7 +68,9 @@ struct Found {
     avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
-    add(kernels_amx(), avx512 && cpu_has_amx_bf16() && tiles_granted());
+    const bool bf16 = avx512 && cpu_has_avx512_bf16();
+    add(kernels_amx(), bf16 && cpu_has_amx_bf16() && tiles_granted());
+    add(kernels_avx512_bf16(), bf16);
     add(kernels_avx512(), avx512);
     add(kernels_avx2(), avx2);
     add(kernels_baseline(), true);

@@ -6,7 +6,7 @@ namespace entrgi {
 
 const Kernels& kernels();
 
-// Force an instruction set ("baseline", "avx2", "avx512", "amx"), or "" for the best one. Returns false, and changes
+// Force an instruction set ("baseline", "avx2", "avx512", "avx512_bf16", "amx"), or "" for the best one. Returns false, and changes
 // nothing, when the name is unknown or this machine cannot run it.
 bool set_isa(const char* name);
 

@@ -1,4 +1,4 @@
-// Kernels for AVX-512 with bf16, and AMX tiles for products with a bf16 table.
+// AVX-512's kernels with products with a bf16 table in AMX tiles.
 #include <math.h>
 #include <stdint.h>
 
@@ -10,13 +10,16 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")
 #define ENTRGI_AMX
+#define ENTRGI_BF16
 #define ENTRGI_LEVEL 3
 #define ENTRGI_ISA amx
-#define ENTRGI_ISA_NAME "amx"
 #include "kernels.h"
 #pragma GCC pop_options
 
-const entrgi::Kernels* entrgi::kernels_amx() { return &entrgi::amx::table; }
+const entrgi::Kernels* entrgi::kernels_amx() {
+  static const Kernels table = amx::with_tiles("amx");
+  return &table;
+}
 #else
 const entrgi::Kernels* entrgi::kernels_amx() { return nullptr; }
 #endif

@@ -2,8 +2,9 @@
 //
 // The including unit has already included <math.h>, <immintrin.h> (on x86) and types.h, set the target by pragma, and
 // defined ENTRGI_ISA (a namespace), ENTRGI_ISA_NAME and ENTRGI_LEVEL (0: vectors of 16 bytes and no intrinsics, 2: AVX2, 3:
-// AVX-512; the compiler's own macros do not follow the pragma before GCC 13). Nothing that lives outside namespace entrgi::ENTRGI_ISA may be
-// defined from here on: an inline function compiled for AVX-512 could otherwise be the copy that the linker keeps.
+// AVX-512; the compiler's own macros do not follow the pragma before GCC 13). With ENTRGI_BF16 it gets products with bf16 tables
+// alone (and with ENTRGI_AMX in AMX tiles), the rest being AVX-512's. Nothing that lives outside namespace entrgi::ENTRGI_ISA may
+// be defined from here on: an inline function compiled for AVX-512 could otherwise be the copy that the linker keeps.
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors only cross functions that are always inlined
@@ -18,10 +19,10 @@ namespace ENTRGI_ISA {
 #include "filter.h"
 #include "gemm.h"
 #include "backward.h"
-#if defined(ENTRGI_AMX)
-#include "amx.h"
-#endif
 
+#if defined(ENTRGI_BF16)
+#include "bf16.h"
+#else
 #define ENTRGI_BY_LOGITS(dtype, call)                       \
   switch (dtype) {                                          \
     case Dtype::f64: { typedef double T; return call; }     \
@@ -53,48 +54,31 @@ static void entropy_backward(const EntropyBackwardJob& j, int64_t b, int64_t e) 
   ENTRGI_BY_LOGITS(j.logits.dtype, entropy_backward_rows<T>(j, b, e))
 }
 
-#if defined(ENTRGI_AMX)
-// bf16 tables go through the tiles; everything else through the register-tiled kernels.
-#define ENTRGI_AMX_OR(job, call) \
-  if (amx_serves(job)) return call;
-#else
-#define ENTRGI_AMX_OR(job, call)
-#endif
-
 static void forward_padding(const ForwardJob& j, int64_t* rows, int64_t* columns) {
-  ENTRGI_AMX_OR(j, amx_forward_padding(j, rows, columns))
   ENTRGI_BY_ACC(j.logits.dtype, forward_padding_plain<A>(j, rows, columns))
 }
 static int64_t forward_scratch(const ForwardJob& j) {
-  ENTRGI_AMX_OR(j, amx_forward_scratch(j))
   ENTRGI_BY_ACC(j.logits.dtype, forward_scratch_plain<A>(j))
 }
 static void forward_unit(const ForwardJob& j, int64_t u, void* s) {
-  ENTRGI_AMX_OR(j, amx_forward_unit(j, u, s))
   ENTRGI_BY_LOGITS(j.logits.dtype, forward_unit_plain<T>(j, u, s))
 }
 static void forward_combine(const ForwardJob& j, int64_t b, int64_t e) {
-  ENTRGI_AMX_OR(j, amx_forward_combine(j, b, e))
   ENTRGI_BY_ACC(j.logits.dtype, forward_combine_plain<A>(j, b, e))
 }
 static int64_t gradient_pack_size(const BackwardJob& j) {
-  ENTRGI_AMX_OR(j, amx_gradient_pack_size(j))
   ENTRGI_BY_ACC(j.logits.dtype, gradient_pack_size_plain<A>(j))
 }
 static void pack_gradient(const BackwardJob& j) {
-  ENTRGI_AMX_OR(j, amx_pack_gradient(j))
   ENTRGI_BY_ACC(j.logits.dtype, pack_gradient_plain<A>(j))
 }
 static int64_t backward_units(const BackwardJob& j) {
-  ENTRGI_AMX_OR(j, amx_backward_units(j))
   return backward_units_any(j);
 }
 static int64_t backward_scratch(const BackwardJob& j) {
-  ENTRGI_AMX_OR(j, amx_backward_scratch(j))
   ENTRGI_BY_ACC(j.logits.dtype, backward_scratch_plain<A>(j))
 }
 static void backward_unit(const BackwardJob& j, int64_t u, void* s) {
-  ENTRGI_AMX_OR(j, amx_backward_unit(j, u, s))
   ENTRGI_BY_LOGITS(j.logits.dtype, backward_unit_plain<T>(j, u, s))
 }
 static int64_t table_pack_size(const TableJob& j) {
@@ -119,6 +103,7 @@ static const Kernels table = {
     backward_units,   backward_scratch, backward_unit, table_pack_size, pack_table,       table_units,
     table_scratch,    table_unit,
 };
+#endif
 
 }  // namespace ENTRGI_ISA
 }  // namespace entrgi

@@ -151,7 +151,7 @@ struct Kernels {
 const Kernels* kernels_baseline();
 const Kernels* kernels_avx2();    // null where not compiled in
 const Kernels* kernels_avx512();
+// AVX-512's, but for products with a bf16 table: by dot products of pairs, or in AMX tiles.
+const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_amx();
-
-// Matrix products in AMX tiles; only the amx unit sets them (null elsewhere).
 }  // namespace entrgi

@@ -46,7 +46,7 @@ def build_info() -> dict[str, object]:
 
 
 def set_isa(name: str) -> None:
-    """Force an instruction set ("baseline", "avx2", "avx512", "amx"), "" for the best one. For tests and measurements.
+    """Force an instruction set ("baseline", "avx2", "avx512", "avx512_bf16", "amx"), "" for the best one. For tests and measurements.
 
     Raises:
         ValueError: this machine cannot run it.

@@ -1,5 +1,5 @@
-// Products with a bfloat16 table in AMX tiles: 16 x 32 bf16 operands, float accumulators.
-// Included inside namespace entrgi::ENTRGI_ISA, after the plain kernels, whose epilogues it uses.
+// Products with a bfloat16 table: 16 x 32 bf16 operands, float accumulators, multiplied by `tiles` of tiles_amx.h or
+// tiles_dot.h. Included inside namespace entrgi::ENTRGI_ISA, after the plain kernels, whose epilogues it uses.
 //
 // forward   p enters as bf16 terms as it is produced: one under 16-bit logits, which it rounds as torch's product would;
 //           three under float logits, which hold all its 24 bits. E is interleaved in pairs of rows (what a B operand
@@ -9,89 +9,35 @@
 //           the gradient meet them; grad is packed once.
 // Both prefetch what the next step reads while the tiles work: at few rows the table's bytes are what takes the time.
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-INLINE void tiles_begin() {
-  static const TileConfig config;
-  asm volatile("ldtilecfg %0" ::"m"(config));
-}
-INLINE void tiles_end() { asm volatile("tilerelease" ::: "memory"); }
-// GCC's tile loads do not tell the compiler that they read memory.
-#define ENTRGI_FENCE asm volatile("" ::: "memory")
-
 // What the accumulators are before the first product.
 enum class Start { keep, clear, load };
 
-// C[16 R, 16 S] (+)= A B over `depth` steps of 32; tiles of A at a + i * a_tile + k * a_step (rows a_row bytes apart),
-// tiles of B (64-byte rows) at b + j * b_tile + k * b_step. C: rows ldc floats apart.
-template <int R, int S>
-static void tiles(const char* a, int64_t a_tile, int64_t a_step, int64_t a_row, const char* b, int64_t b_tile,
-                  int64_t b_step, int64_t depth, float* c, int64_t ldc, Start start, bool write, Prefetcher* prefetch) {
-  const int64_t row = ldc * 4;
-  ENTRGI_FENCE;
-  if (start == Start::load) {
-    _tile_loadd(0, c, row);
-    if (S > 1) _tile_loadd(1, c + 16, row);
-    if (R > 1) _tile_loadd(2, c + 16 * ldc, row);
-    if (R > 1 && S > 1) _tile_loadd(3, c + 16 * ldc + 16, row);
-  } else if (start == Start::clear) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t k = 0; k < depth; k++) {
-    _tile_loadd(4, a, a_row);
-    _tile_loadd(6, b, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (S > 1) {
-      _tile_loadd(7, b + b_tile, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if (R > 1) {
-      _tile_loadd(5, a + a_tile, a_row);
-      _tile_dpbf16ps(2, 5, 6);
-      if (S > 1) _tile_dpbf16ps(3, 5, 7);
-    }
-    prefetch->step();
-    a += a_step;
-    b += b_step;
-  }
-  if (write) {
-    _tile_stored(0, c, row);
-    if (S > 1) _tile_stored(1, c + 16, row);
-    if (R > 1) _tile_stored(2, c + 16 * ldc, row);
-    if (R > 1 && S > 1) _tile_stored(3, c + 16 * ldc + 16, row);
-  }
-  ENTRGI_FENCE;
-}
+#if defined(ENTRGI_AMX)
+#include "tiles_amx.h"
+#else
+#include "tiles_dot.h"
+#endif
 
 // --- forward ----------------------------------------------------------------------------------------------------------
-INLINE bool amx_serves(const ForwardJob& job) {
-  return job.embedding.dtype == Dtype::bf16 && job.logits.dtype != Dtype::f64;
-}
-INLINE int64_t amx_terms(const ForwardJob& job) { return job.logits.dtype == Dtype::f32 ? 3 : 1; }
-INLINE int64_t amx_forward_block(const ForwardJob& job) {
+INLINE int64_t tiled_terms(const ForwardJob& job) { return job.logits.dtype == Dtype::f32 ? 3 : 1; }
+INLINE int64_t tiled_forward_block(const ForwardJob& job) {
   const int64_t columns = ceil_div(round_up(job.d, 32), job.groups), bytes = (job.n < 128 ? 256 : 768) << 10;
   const int64_t fit = bytes / (columns * 2) / 32 * 32;
   return fit < 32 ? 32 : fit > 512 ? 512 : fit;
 }
-static void amx_forward_padding(const ForwardJob& job, int64_t* rows, int64_t* columns) {
+static void tiled_forward_padding(const ForwardJob& job, int64_t* rows, int64_t* columns) {
   *rows = round_up(job.n, 16);
   *columns = round_up(job.d, 32);
 }
 // A panel's bytes; 64 more than its tiles, so that writing a row of E does not hit one L1 set over and over.
-INLINE int64_t amx_panel(int64_t block) { return block / 32 * 2048 + 64; }
-static int64_t amx_forward_scratch(const ForwardJob& job) {
-  const int64_t block = amx_forward_block(job), rows = round_up(job.n < FORWARD_ROWS ? job.n : FORWARD_ROWS, 16);
-  return round_up(job.d, 32) / 32 * amx_panel(block) + amx_terms(job) * rows * block * 2 + 128;
+INLINE int64_t tiled_panel(int64_t block) { return block / 32 * 2048 + 64; }
+static int64_t tiled_forward_scratch(const ForwardJob& job) {
+  const int64_t block = tiled_forward_block(job), rows = round_up(job.n < FORWARD_ROWS ? job.n : FORWARD_ROWS, 16);
+  return round_up(job.d, 32) / 32 * tiled_panel(block) + tiled_terms(job) * rows * block * 2 + 128;
 }
 
 // Rows of E in pairs, into panels of 32 columns: [panel][k / 32][even lanes, odd lanes][16 pairs][64 bytes]
-static void amx_pack(const bf16* x, int64_t stride, int64_t depth, int64_t columns, char* out, int64_t panel) {
+static void tiled_pack(const bf16* x, int64_t stride, int64_t depth, int64_t columns, char* out, int64_t panel) {
   const int64_t padded = round_up(depth, 32);
   for (int64_t k = 0; k < padded; k += 2) {
     const bf16 *even = x + k * stride, *odd = even + stride;
@@ -109,7 +55,7 @@ static void amx_pack(const bf16* x, int64_t stride, int64_t depth, int64_t colum
 // One row of p as TERMS bf16 numbers that add up to it, into A tiles [term][k / 32][16 rows][64 bytes], terms `term` bytes
 // apart; zero beyond `count`.
 template <typename T, int TERMS>
-INLINE void amx_probability_row(const T* x, int64_t count, float top, float factor, Scale<float> scale, char* out,
+INLINE void tiled_probability_row(const T* x, int64_t count, float top, float factor, Scale<float> scale, char* out,
                                 int64_t term) {
   const vf s = set1(top), f = set1(factor);
   for (int64_t i = 0; i < count; i += 32, out += 1024) {
@@ -131,11 +77,11 @@ INLINE void amx_probability_row(const T* x, int64_t count, float top, float fact
 }
 
 template <typename T>
-static void amx_forward(const ForwardJob& job, int64_t unit, void* scratch) {
+static void tiled_forward(const ForwardJob& job, int64_t unit, void* scratch) {
   const int64_t split = unit / job.groups, group = unit % job.groups;
-  const int64_t block = amx_forward_block(job), columns = round_up(job.d, 32), n_padded = round_up(job.n, 16);
-  constexpr int TERMS = __is_same(T, float) ? 3 : 1;  // amx_terms
-  const int64_t panel = amx_panel(block), term = block / 32 * 1024, tile_row = TERMS * term;  // bytes of 16 rows of p
+  const int64_t block = tiled_forward_block(job), columns = round_up(job.d, 32), n_padded = round_up(job.n, 16);
+  constexpr int TERMS = __is_same(T, float) ? 3 : 1;  // tiled_terms
+  const int64_t panel = tiled_panel(block), term = block / 32 * 1024, tile_row = TERMS * term;  // bytes of 16 rows of p
   int64_t v0, v1, d0, d1;
   part_of(job.v, 512, job.splits, split, &v0, &v1);
   part_of(job.d, 32, job.groups, group, &d0, &d1);
@@ -151,11 +97,11 @@ static void amx_forward(const ForwardJob& job, int64_t unit, void* scratch) {
   for (int64_t v = v0; v < v1; v += block) {
     const int64_t depth = v1 - v < block ? v1 - v : block, steps = ceil_div(depth, 32);
     const int64_t after = v + block, next = after >= v1 ? 0 : v1 - after < block ? v1 - after : block;
-    amx_pack(table + v * job.embedding.stride, job.embedding.stride, depth, d1 - d0, packed, panel);
+    tiled_pack(table + v * job.embedding.stride, job.embedding.stride, depth, d1 - d0, packed, panel);
     for (int64_t n0 = 0; n0 < job.n; n0 += FORWARD_ROWS) {
       const int64_t rows = job.n - n0 < FORWARD_ROWS ? job.n - n0 : FORWARD_ROWS, row_tiles = ceil_div(rows, 16);
       for (int64_t r = 0; r < rows; r++)
-        amx_probability_row<T, TERMS>(
+        tiled_probability_row<T, TERMS>(
             logits + (n0 + r) * job.logits.stride + v, depth, ((const float*)job.maximum)[n0 + r],
             1.0f / ((const float*)job.total)[n0 + r], scale, p + r / 16 * tile_row + r % 16 * 64, term);
       Prefetcher ahead;
@@ -180,37 +126,34 @@ static void amx_forward(const ForwardJob& job, int64_t unit, void* scratch) {
   }
   tiles_end();
 }
-static void amx_forward_unit(const ForwardJob& job, int64_t unit, void* scratch) {
+static void tiled_forward_unit(const ForwardJob& job, int64_t unit, void* scratch) {
   switch (job.logits.dtype) {
-    case Dtype::f32: return amx_forward<float>(job, unit, scratch);
-    case Dtype::bf16: return amx_forward<bf16>(job, unit, scratch);
-    case Dtype::f16: return amx_forward<f16>(job, unit, scratch);
+    case Dtype::f32: return tiled_forward<float>(job, unit, scratch);
+    case Dtype::bf16: return tiled_forward<bf16>(job, unit, scratch);
+    case Dtype::f16: return tiled_forward<f16>(job, unit, scratch);
     case Dtype::f64: return;
   }
 }
 
-struct LaneOrder {  // column -> place in the accumulator, see amx_pack
+struct LaneOrder {  // column -> place in the accumulator, see tiled_pack
   int64_t operator()(int64_t d) const { return (d & ~31ll) + ((d & 4) << 2) + ((d & 24) >> 1) + (d & 3); }
 };
-static void amx_forward_combine(const ForwardJob& job, int64_t begin, int64_t end) {
+static void tiled_forward_combine(const ForwardJob& job, int64_t begin, int64_t end) {
   combine_any<float>(job, begin, end, round_up(job.n, 16), round_up(job.d, 32), LaneOrder());
 }
 
 // --- backward ---------------------------------------------------------------------------------------------------------
-INLINE bool amx_serves(const BackwardJob& job) {
-  return job.embedding.dtype == Dtype::bf16 && job.logits.dtype != Dtype::f64;
-}
 // A gradient that is not bf16 goes in as the sum of bf16 terms: two hold the 11 bits of float16, three the 24 of float.
-INLINE int64_t amx_terms(const BackwardJob& job) {
+INLINE int64_t tiled_terms(const BackwardJob& job) {
   return job.grad.dtype == Dtype::bf16 ? 1 : job.grad.dtype == Dtype::f16 ? 2 : 3;
 }
-static int64_t amx_gradient_pack_size(const BackwardJob& job) {
-  return amx_terms(job) * round_up(job.n, 16) * round_up(job.d, 32) * 2;
+static int64_t tiled_gradient_pack_size(const BackwardJob& job) {
+  return tiled_terms(job) * round_up(job.n, 16) * round_up(job.d, 32) * 2;
 }
 
 // [tile of n][term][d / 32][16 pairs of d][16 n x 2]
 template <typename T>
-static void amx_pack_rows(const T* x, int64_t stride, int64_t n, int64_t d, int64_t terms, uint16_t* out) {
+static void tiled_pack_rows(const T* x, int64_t stride, int64_t n, int64_t d, int64_t terms, uint16_t* out) {
   const int64_t columns = round_up(d, 32), tile = columns * 16;
   __builtin_memset(out, 0, (size_t)(terms * round_up(n, 16) * columns * 2));
   for (int64_t r = 0; r < n; r++)
@@ -225,27 +168,27 @@ static void amx_pack_rows(const T* x, int64_t stride, int64_t n, int64_t d, int6
       }
     }
 }
-static void amx_pack_gradient(const BackwardJob& job) {
+static void tiled_pack_gradient(const BackwardJob& job) {
   const void* x = job.grad.data;
-  const int64_t s = job.grad.stride, terms = amx_terms(job);
+  const int64_t s = job.grad.stride, terms = tiled_terms(job);
   uint16_t* out = (uint16_t*)job.packed;
   switch (job.grad.dtype) {
-    case Dtype::f64: return amx_pack_rows((const double*)x, s, job.n, job.d, terms, out);
-    case Dtype::f32: return amx_pack_rows((const float*)x, s, job.n, job.d, terms, out);
-    case Dtype::bf16: return amx_pack_rows((const bf16*)x, s, job.n, job.d, terms, out);
-    case Dtype::f16: return amx_pack_rows((const f16*)x, s, job.n, job.d, terms, out);
+    case Dtype::f64: return tiled_pack_rows((const double*)x, s, job.n, job.d, terms, out);
+    case Dtype::f32: return tiled_pack_rows((const float*)x, s, job.n, job.d, terms, out);
+    case Dtype::bf16: return tiled_pack_rows((const bf16*)x, s, job.n, job.d, terms, out);
+    case Dtype::f16: return tiled_pack_rows((const f16*)x, s, job.n, job.d, terms, out);
   }
 }
 // Steps of 32 columns that are taken at a time where rows of E meet several tiles of the gradient: both then stay in L1.
-constexpr int64_t AMX_DEPTH = 11;
-static int64_t amx_backward_units(const BackwardJob& job) { return backward_units_any(job); }
-static int64_t amx_backward_scratch(const BackwardJob& job) {
+constexpr int64_t TILED_DEPTH = 11;
+static int64_t tiled_backward_units(const BackwardJob& job) { return backward_units_any(job); }
+static int64_t tiled_backward_scratch(const BackwardJob& job) {
   const int64_t block = backward_block(job), rows = round_up(job.n < BACKWARD_ROWS ? job.n : BACKWARD_ROWS, 16);
   return (2 * block * rows + 64) * 4 + block * round_up(job.d, 32) * 2 + 128;
 }
 
 // 32 rows of E, `columns` of each, as tiles [2][columns / 32][16 rows][64 bytes], zero beyond the last.
-static void amx_tile_rows(const bf16* x, int64_t stride, int64_t rows, int64_t columns, char* out) {
+static void tiled_tile_rows(const bf16* x, int64_t stride, int64_t rows, int64_t columns, char* out) {
   const int64_t steps = ceil_div(columns, 32);
   for (int64_t r = 0; r < 32; r++) {
     char* to = out + r / 16 * steps * 1024 + r % 16 * 64;
@@ -258,13 +201,13 @@ static void amx_tile_rows(const bf16* x, int64_t stride, int64_t rows, int64_t c
 }
 
 template <typename T>
-static void amx_backward(const BackwardJob& job, int64_t unit, void* scratch) {
+static void tiled_backward(const BackwardJob& job, int64_t unit, void* scratch) {
   const int64_t block = backward_block(job), v0 = unit * block, count = job.v - v0 < block ? job.v - v0 : block;
   const int64_t most = job.n < BACKWARD_ROWS ? job.n : BACKWARD_ROWS, ldg = round_up(most, 16);
-  const int64_t columns = round_up(job.d, 32), steps = columns / 32, terms = amx_terms(job), tile = columns * 32;
+  const int64_t columns = round_up(job.d, 32), steps = columns / 32, terms = tiled_terms(job), tile = columns * 32;
   float* gt = (float*)scratch;   // [block][ldg]
   float* g = gt + block * ldg;   // [ldg][block]
-  char* packed = (char*)(g + ldg * block + 64);  // amx_tile_rows
+  char* packed = (char*)(g + ldg * block + 64);  // tiled_tile_rows
   const bf16* table = (const bf16*)job.embedding.data + v0 * job.embedding.stride;
   tiles_begin();
   for (int64_t n0 = 0; n0 < job.n; n0 += BACKWARD_ROWS) {
@@ -279,14 +222,14 @@ static void amx_backward(const BackwardJob& job, int64_t unit, void* scratch) {
     for (int64_t r = 0; r < count; r += 32) {
       const int64_t height = count - r < 32 ? count - r : 32;
       // Few tiles of the gradient read E where it lies, unless it lacks a part of a tile.
-      const bool packs = ldg > 64 || height < 32 || columns != job.d;
-      const int64_t chunk = ldg > 64 ? AMX_DEPTH : steps;
+      const bool packs = !TILED_IN_PLACE || ldg > 64 || height < 32 || columns != job.d;
+      const int64_t chunk = ldg > 64 ? TILED_DEPTH : steps;
       for (int64_t k = 0; k < steps; k += chunk) {
         const int64_t depth = steps - k < chunk ? steps - k : chunk, left = job.d - 32 * k;
         const bf16* rows_of_e = table + r * job.embedding.stride + 32 * k;
         char* whole = packed + (r / 32 * steps + k) * 2048;
         if (packs && n0 == 0)
-          amx_tile_rows(rows_of_e, job.embedding.stride, height, left < 32 * depth ? left : 32 * depth, whole);
+          tiled_tile_rows(rows_of_e, job.embedding.stride, height, left < 32 * depth ? left : 32 * depth, whole);
         const char* a = packs ? whole : (const char*)rows_of_e;
         const int64_t a_row = packs ? 64 : job.embedding.stride * 2, a_step = packs ? 1024 : 64;
         const int64_t a_tile = packs ? depth * 1024 : 16 * a_row;
@@ -308,11 +251,54 @@ static void amx_backward(const BackwardJob& job, int64_t unit, void* scratch) {
   }
   tiles_end();
 }
-static void amx_backward_unit(const BackwardJob& job, int64_t unit, void* scratch) {
+static void tiled_backward_unit(const BackwardJob& job, int64_t unit, void* scratch) {
   switch (job.logits.dtype) {
-    case Dtype::f32: return amx_backward<float>(job, unit, scratch);
-    case Dtype::bf16: return amx_backward<bf16>(job, unit, scratch);
-    case Dtype::f16: return amx_backward<f16>(job, unit, scratch);
+    case Dtype::f32: return tiled_backward<float>(job, unit, scratch);
+    case Dtype::bf16: return tiled_backward<bf16>(job, unit, scratch);
+    case Dtype::f16: return tiled_backward<f16>(job, unit, scratch);
     case Dtype::f64: return;
   }
+}
+
+// --- the unit's table --------------------------------------------------------------------------------------------------
+// Jobs that the tiles do not serve, and all that is no product, are those of AVX-512.
+template <typename Job>
+INLINE bool tiled_serves(const Job& job) {
+  return job.embedding.dtype == Dtype::bf16 && job.logits.dtype != Dtype::f64 && tiled_terms(job) <= TILED_TERMS &&
+         job.n >= TILED_ROWS;
+}
+#define ENTRGI_TILED_OR_PLAIN(name, ...) \
+  return tiled_serves(job) ? tiled_##name(__VA_ARGS__) : kernels_avx512()->name(__VA_ARGS__)
+
+static void forward_padding(const ForwardJob& job, int64_t* rows, int64_t* columns) {
+  ENTRGI_TILED_OR_PLAIN(forward_padding, job, rows, columns);
+}
+static int64_t forward_scratch(const ForwardJob& job) { ENTRGI_TILED_OR_PLAIN(forward_scratch, job); }
+static void forward_unit(const ForwardJob& job, int64_t unit, void* scratch) {
+  ENTRGI_TILED_OR_PLAIN(forward_unit, job, unit, scratch);
+}
+static void forward_combine(const ForwardJob& job, int64_t begin, int64_t end) {
+  ENTRGI_TILED_OR_PLAIN(forward_combine, job, begin, end);
+}
+static int64_t gradient_pack_size(const BackwardJob& job) { ENTRGI_TILED_OR_PLAIN(gradient_pack_size, job); }
+static void pack_gradient(const BackwardJob& job) { ENTRGI_TILED_OR_PLAIN(pack_gradient, job); }
+static int64_t backward_units(const BackwardJob& job) { ENTRGI_TILED_OR_PLAIN(backward_units, job); }
+static int64_t backward_scratch(const BackwardJob& job) { ENTRGI_TILED_OR_PLAIN(backward_scratch, job); }
+static void backward_unit(const BackwardJob& job, int64_t unit, void* scratch) {
+  ENTRGI_TILED_OR_PLAIN(backward_unit, job, unit, scratch);
+}
+
+static Kernels with_tiles(const char* name) {
+  Kernels table = *kernels_avx512();
+  table.name = name;
+  table.forward_padding = forward_padding;
+  table.forward_scratch = forward_scratch;
+  table.forward_unit = forward_unit;
+  table.forward_combine = forward_combine;
+  table.gradient_pack_size = gradient_pack_size;
+  table.pack_gradient = pack_gradient;
+  table.backward_units = backward_units;
+  table.backward_scratch = backward_scratch;
+  table.backward_unit = backward_unit;
+  return table;
 }
