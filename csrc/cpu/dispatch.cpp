@@ -18,7 +18,9 @@ namespace {
 // The operating system must grant a process the tile registers before their first use; asking twice is harmless, and
 // oneDNN asks for itself.
 bool tiles_granted() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(ENTRGI_SOFTWARE_TILES)
+  return true;
+#elif defined(__x86_64__) && defined(__linux__)
   constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, request, tile_data) == 0;
 #else
@@ -36,7 +38,9 @@ bool cpu_has_avx512_bf16() {
 }
 
 bool cpu_has_amx_bf16() {
-#if defined(__x86_64__)
+#if defined(ENTRGI_SOFTWARE_TILES)
+  return true;
+#elif defined(__x86_64__)
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   const bool tile = d & (1u << 24), bf16_tiles = d & (1u << 22);

@@ -5,6 +5,11 @@ constexpr int64_t TILED_TERMS = 3, TILED_ROWS = 1;
 // Rows of E may be read where they lie.
 constexpr bool TILED_IN_PLACE = true;
 
+#if defined(ENTRGI_SOFTWARE_TILES)
+#include "software_tiles.h"
+INLINE void tiles_begin() {}
+INLINE void tiles_end() {}
+#else
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -15,6 +20,7 @@ INLINE void tiles_begin() {
   asm volatile("ldtilecfg %0" ::"m"(config));
 }
 INLINE void tiles_end() { asm volatile("tilerelease" ::: "memory"); }
+#endif
 // GCC's tile loads do not tell the compiler that they read memory.
 #define ENTRGI_FENCE asm volatile("" ::: "memory")
 
