@@ -1,7 +1,8 @@
 // Tiles of bf16.h by AVX-512's dot products of bf16 pairs (vdpbf16ps), for processors without AMX.
 
-// A second or third term would cost as much as products in float, or more; few.h reads the table for few rows.
-constexpr int64_t TILED_TERMS = 1, TILED_ROWS = FEW + 1;
+// A second or third term would cost as much as products in float, or more. Up to twelve rows few.h takes no longer (on a Zen 5 core
+// the two products take 26 and 29 ms at 16 rows, V = 151,936 and D = 1024, few.h 31 and 36; at 8 rows 24 and 28, few.h 19 and 21).
+constexpr int64_t TILED_TERMS = 1, TILED_ROWS = 13;
 // Rows of E are copied into whole tiles first: their 64 bytes are then at distances that the compiler knows.
 constexpr bool TILED_IN_PLACE = false;
 
