@@ -222,7 +222,7 @@ static void tiled_backward(const BackwardJob& job, int64_t unit, void* scratch) 
     for (int64_t r = 0; r < count; r += 32) {
       const int64_t height = count - r < 32 ? count - r : 32;
       // Few tiles of the gradient read E where it lies, unless it lacks a part of a tile.
-      const bool packs = !TILED_IN_PLACE || ldg > 64 || height < 32 || columns != job.d;
+      const bool packs = ldg > 64 || height < 32 || columns != job.d;
       const int64_t chunk = ldg > 64 ? TILED_DEPTH : steps;
       for (int64_t k = 0; k < steps; k += chunk) {
         const int64_t depth = steps - k < chunk ? steps - k : chunk, left = job.d - 32 * k;

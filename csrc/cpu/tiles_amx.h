@@ -2,8 +2,6 @@
 
 // Products take up to so many terms of a number that is no bf16, and so few rows of p or the gradient.
 constexpr int64_t TILED_TERMS = 3, TILED_ROWS = 1;
-// Rows of E may be read where they lie.
-constexpr bool TILED_IN_PLACE = true;
 
 #if defined(ENTRGI_SOFTWARE_TILES)
 #include "software_tiles.h"
