@@ -38,8 +38,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     forward_kernel(const __grid_constant__ CUtensorMap logits_map, const __grid_constant__ CUtensorMap table_map,
                    const __grid_constant__ ForwardJob job) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ unsigned char raw_shared[];
-  Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw_shared) + 1023) & ~uintptr_t{1023});
+  Shared& shared = shared_memory<Shared>();
   const int group = threadIdx.x / WARP_GROUP, thread = threadIdx.x % WARP_GROUP;
   const int slice_rank = static_cast<int>(cluster_rank<SLICES>());
   const int n = static_cast<int>(job.logits.rows), v = static_cast<int>(job.logits.columns);
@@ -140,7 +139,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       }
     } else {
       // All tiles have come and been read once both warp groups are here: their memory takes the sums.
-      asm volatile("bar.sync 1, %0;" ::"n"(2 * WARP_GROUP) : "memory");
+      synchronize_threads<1, 2 * WARP_GROUP>();
       float(*const staged)[COLUMNS] = reinterpret_cast<float(*)[COLUMNS]>(&shared);
       static_assert(sizeof(float) * ROWS * COLUMNS <= sizeof(shared.logits) + sizeof(shared.table));
 #pragma unroll

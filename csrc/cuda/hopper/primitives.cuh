@@ -13,6 +13,13 @@ namespace entrgi::cuda::hopper {
 constexpr int WARP_GROUP = 128;
 constexpr float LOG2E = 1.4426950408889634f;
 
+// A block's dynamic shared memory, which the launch gives S and 1,024 bytes: the copy engine's swizzles repeat after so many.
+template <typename S>
+DEVICE S& shared_memory() {
+  extern __shared__ unsigned char raw_shared[];
+  return *reinterpret_cast<S*>((reinterpret_cast<uintptr_t>(raw_shared) + 1023) & ~uintptr_t{1023});
+}
+
 DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
 // --- barriers ---------------------------------------------------------------------------------------------------------
@@ -49,6 +56,11 @@ DEVICE void wait(uint64_t* barrier, uint32_t parity) {
       "over:\n}" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
+}
+// Waits until THREADS threads of the block, whole warps, are here. BARRIER is 1 to 15.
+template <int BARRIER, int THREADS>
+DEVICE void synchronize_threads() {
+  asm volatile("bar.sync %0, %1;" ::"n"(BARRIER), "n"(THREADS) : "memory");
 }
 template <int CLUSTER>
 DEVICE void synchronize_cluster() {

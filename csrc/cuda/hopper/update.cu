@@ -70,7 +70,7 @@ struct Fetched {
   Eight<M> exp_avg, exp_avg_sq;
 };
 
-DEVICE void finishers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(32 * FINISHERS) : "memory"); }
+DEVICE void finishers_meet() { synchronize_threads<1, 32 * FINISHERS>(); }
 
 // Softmax gradient and Adam of this block's tiles, as their sums come: eight neighbouring entries a lane, so many rows at once.
 template <int CLUSTER, typename M, bool READS, bool WRITES>
@@ -158,8 +158,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     update_kernel(const __grid_constant__ CUtensorMap grad_map, const __grid_constant__ CUtensorMap table_map,
                   const __grid_constant__ UpdateJob job) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ unsigned char raw_shared[];
-  Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw_shared) + 1023) & ~uintptr_t{1023});
+  Shared& shared = shared_memory<Shared>();
   const int group = threadIdx.x / WARP_GROUP, thread = threadIdx.x % WARP_GROUP;
   const uint32_t rank = cluster_rank<CLUSTER>();
   const int n = static_cast<int>(job.logits.rows), v = static_cast<int>(job.logits.columns);
