@@ -1,0 +1,27 @@
+// What the tests call, by ctypes: a launcher under a seed's schedule. "" where it ran, else what broke.
+#include "jobs.h"
+#include "machine.h"
+
+namespace hopper = entrgi::cuda::hopper;
+
+namespace {
+
+template <typename Launch>
+const char* run(uint64_t seed, int mutant, Launch&& launch) {
+  emulation::set_seed(seed);
+  emulation::mutant = mutant;
+  const cudaError_t error = launch();
+  return error == cudaSuccess ? "" : error == cudaErrorLaunchFailure ? emulation::launch_error() : "the launch was refused";
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* forward(const hopper::ForwardJob* job, uint64_t seed, int mutant) {
+  return run(seed, mutant, [&] { return hopper::launch_forward(*job, nullptr); });
+}
+const char* update(const hopper::UpdateJob* job, int multiprocessors, uint64_t seed, int mutant) {
+  return run(seed, mutant, [&] { return hopper::launch_update(*job, multiprocessors, nullptr); });
+}
+}
