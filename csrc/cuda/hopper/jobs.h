@@ -3,6 +3,11 @@
 #include <cuda_runtime_api.h>
 #include <stdint.h>
 
+#ifdef ENTRGI_HOPPER_CANDIDATES
+#include <string>
+#include <vector>
+#endif
+
 namespace entrgi::cuda::hopper {
 
 // A matrix of bfloat16 with dense rows: base and distance of rows are multiples of 16 bytes.
@@ -34,6 +39,11 @@ struct UpdateJob {
 // Each enqueues its work on the stream and returns without waiting. Compute capability 9.0 only.
 cudaError_t launch_forward(const ForwardJob& job, cudaStream_t stream);
 cudaError_t launch_update(const UpdateJob& job, int multiprocessors, cudaStream_t stream);
+#ifdef ENTRGI_HOPPER_CANDIDATES
+// The update with other tiles, by their place in the list of names (candidates.cu).
+std::vector<std::string> update_candidates();
+cudaError_t launch_update_candidate(int64_t candidate, const UpdateJob& job, int multiprocessors, cudaStream_t stream);
+#endif
 
 // Whether this build holds machine code for compute capability 9.0 (sm_90a), which nothing else can stand in for.
 bool compiled();

@@ -54,10 +54,10 @@ void forward_product_(const Tensor& logits, const Tensor& table, const Tensor& m
   check(hopper::launch_forward(job, c10::cuda::getCurrentCUDAStream().stream()));
 }
 
-void guidance_update_(const Tensor& logits, const Tensor& grad, const Tensor& table, const Tensor& delta, const Tensor& lse,
-                      const std::optional<Tensor>& exp_avg, const std::optional<Tensor>& exp_avg_sq, bool reads, bool writes,
-                      double temperature, double step_size, double root_correction, double beta1, double beta2, double eps) {
-  const c10::cuda::CUDAGuard guard(logits.device());
+hopper::UpdateJob update_job(const Tensor& logits, const Tensor& grad, const Tensor& table, const Tensor& delta,
+                             const Tensor& lse, const std::optional<Tensor>& exp_avg, const std::optional<Tensor>& exp_avg_sq,
+                             bool reads, bool writes, double temperature, double step_size, double root_correction,
+                             double beta1, double beta2, double eps) {
   hopper::UpdateJob job;
   job.logits = matrix(logits, at::kBFloat16, "logits");
   job.grad = matrix(grad, at::kBFloat16, "grad");
@@ -83,10 +83,35 @@ void guidance_update_(const Tensor& logits, const Tensor& grad, const Tensor& ta
   job.beta1 = static_cast<float>(beta1);
   job.beta2 = static_cast<float>(beta2);
   job.eps = static_cast<float>(eps);
-  int multiprocessors = 0;
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, guard.current_device().index()));
-  check(hopper::launch_update(job, multiprocessors, c10::cuda::getCurrentCUDAStream().stream()));
+  return job;
 }
+
+int multiprocessors(const c10::cuda::CUDAGuard& guard) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, guard.current_device().index()));
+  return count;
+}
+
+void guidance_update_(const Tensor& logits, const Tensor& grad, const Tensor& table, const Tensor& delta, const Tensor& lse,
+                      const std::optional<Tensor>& exp_avg, const std::optional<Tensor>& exp_avg_sq, bool reads, bool writes,
+                      double temperature, double step_size, double root_correction, double beta1, double beta2, double eps) {
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const hopper::UpdateJob job = update_job(logits, grad, table, delta, lse, exp_avg, exp_avg_sq, reads, writes, temperature,
+                                           step_size, root_correction, beta1, beta2, eps);
+  check(hopper::launch_update(job, multiprocessors(guard), c10::cuda::getCurrentCUDAStream().stream()));
+}
+
+#ifdef ENTRGI_HOPPER_CANDIDATES
+void update_candidate_(int64_t candidate, const Tensor& logits, const Tensor& grad, const Tensor& table, const Tensor& delta,
+                       const Tensor& lse, const std::optional<Tensor>& exp_avg, const std::optional<Tensor>& exp_avg_sq,
+                       bool reads, bool writes, double temperature, double step_size, double root_correction, double beta1,
+                       double beta2, double eps) {
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const hopper::UpdateJob job = update_job(logits, grad, table, delta, lse, exp_avg, exp_avg_sq, reads, writes, temperature,
+                                           step_size, root_correction, beta1, beta2, eps);
+  check(hopper::launch_update_candidate(candidate, job, multiprocessors(guard), c10::cuda::getCurrentCUDAStream().stream()));
+}
+#endif
 
 bool compiled() { return hopper::compiled(); }
 
@@ -101,9 +126,19 @@ TORCH_LIBRARY_FRAGMENT(entrgi_cuda, m) {
       "hopper_update_(Tensor(a!) logits, Tensor grad, Tensor table, Tensor delta, Tensor lse, Tensor(b!)? exp_avg, "
       "Tensor(c!)? exp_avg_sq, bool reads, bool writes, float temperature, float step_size, float root_correction, "
       "float beta1, float beta2, float eps) -> ()");
+#ifdef ENTRGI_HOPPER_CANDIDATES
+  m.def("hopper_update_candidates() -> str[]", &hopper::update_candidates);
+  m.def(
+      "hopper_update_candidate_(int candidate, Tensor(a!) logits, Tensor grad, Tensor table, Tensor delta, Tensor lse, "
+      "Tensor(b!)? exp_avg, Tensor(c!)? exp_avg_sq, bool reads, bool writes, float temperature, float step_size, "
+      "float root_correction, float beta1, float beta2, float eps) -> ()");
+#endif
 }
 
 TORCH_LIBRARY_IMPL(entrgi_cuda, CUDA, m) {
   m.impl("hopper_forward_", &forward_product_);
   m.impl("hopper_update_", &guidance_update_);
+#ifdef ENTRGI_HOPPER_CANDIDATES
+  m.impl("hopper_update_candidate_", &update_candidate_);
+#endif
 }

@@ -12,12 +12,12 @@ namespace entrgi::cuda::hopper {
 namespace {
 
 constexpr int ROWS = 128, HALF_ROWS = ROWS / 2, DEPTH = 64;
-constexpr int THREADS = 4 * WARP_GROUP;
+constexpr int THREADS = 4 * WARP_GROUP, LAUNCHED = 65536 / THREADS;  // registers a thread has at first
 constexpr int GRAD_BYTES = ROWS * DEPTH * 2;
 
 // A block's tile, and how it is worked through. FINISHERS_: warps that finish tiles, the third group's four and up to three of
 // the fourth, whose last one brings the operands. AHEAD_: turns that loads of 16-bit moments are ahead of their use.
-// MULTIPLYING_, FINISHING_: registers a thread, of the 512 that four groups share.
+// MULTIPLYING_, FINISHING_: registers a thread, of the 512 that four groups share; finishing ones get more only of what others have given.
 template <int COLUMNS_, int STAGES_, int FINISHERS_, int AHEAD_, int MULTIPLYING_, int FINISHING_>
 struct Tile {
   static constexpr int COLUMNS = COLUMNS_, STAGES = STAGES_, FINISHERS = FINISHERS_, AHEAD = AHEAD_;
@@ -25,11 +25,12 @@ struct Tile {
   static constexpr int TABLE_BYTES = COLUMNS * DEPTH * 2;
   // The fourth group only brings operands, and gives its registers to those who finish.
   static constexpr bool APART = FINISHERS == 4;
+  static constexpr int BRINGING = APART ? 40 : FINISHING;
   // Lanes a row, of eight entries each; where the finishers do not make whole rows, lanes a piece of a row.
   static constexpr int LANES = 32 * FINISHERS % (COLUMNS / 8) == 0 ? COLUMNS / 8 : 8;
   static constexpr int PIECES = COLUMNS / 8 / LANES, AT_ONCE = 32 * FINISHERS / LANES, TURNS = ROWS * PIECES / AT_ONCE;
   static_assert(32 * FINISHERS % LANES == 0 && ROWS * PIECES % AT_ONCE == 0 && TURNS % 2 == 0 && LANES % 8 == 0);
-  static_assert(FINISHERS >= 4 && FINISHERS < 8 && 2 * MULTIPLYING + FINISHING + (APART ? 24 : FINISHING) <= 512);
+  static_assert(FINISHERS >= 4 && FINISHERS < 8 && 2 * MULTIPLYING + FINISHING + BRINGING <= 4 * LAUNCHED);
 
   struct Shared {
     alignas(1024) unsigned char grad[STAGES][GRAD_BYTES];
@@ -197,7 +198,8 @@ __global__ void __launch_bounds__(THREADS, 1)
   synchronize_cluster<CLUSTER>();
 
   if (group < 2) {  // multiplies
-    more_registers<T::MULTIPLYING>();
+    if (T::MULTIPLYING > LAUNCHED) more_registers<T::MULTIPLYING>();
+    else if (T::MULTIPLYING < LAUNCHED) fewer_registers<T::MULTIPLYING>();
     float sums[COLUMNS / 2];
     int slot = 0, phase = 0, turn = 0;
     const int warp = thread / 32, lane = thread % 32;
@@ -241,10 +243,11 @@ __global__ void __launch_bounds__(THREADS, 1)
       }
       arrive(&shared.summed[group]);
     }
+  } else if (T::APART && group == 2) {
+    more_registers<T::FINISHING>();
+    finish_tiles<T, CLUSTER, M, READS, WRITES>(shared, job, thread, rank, row_tiles, tiles, clusters, first_tile);
   } else {
-    if (T::APART && group == 3) fewer_registers<24>();
-    else if (T::FINISHING > 65536 / THREADS) more_registers<T::FINISHING>();
-    else fewer_registers<T::FINISHING>();
+    fewer_registers<T::BRINGING>();
     const int other = threadIdx.x - 2 * WARP_GROUP;
     if (other == 2 * WARP_GROUP - 32) {  // brings the operands
       prefetch_map(&grad_map);
@@ -266,7 +269,7 @@ __global__ void __launch_bounds__(THREADS, 1)
           if (++slot == STAGES) slot = 0, phase ^= 1;
         }
       }
-    } else if (other < 32 * FINISHERS) {
+    } else if (!T::APART && other < 32 * FINISHERS) {
       finish_tiles<T, CLUSTER, M, READS, WRITES>(shared, job, other, rank, row_tiles, tiles, clusters, first_tile);
     }
     __syncwarp();

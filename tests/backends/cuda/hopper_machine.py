@@ -16,8 +16,11 @@ from cuda_tree import SOURCES
 
 HERE = Path(__file__).parent
 # _FORTIFY_SOURCE takes a jump from one stack to another for an error.
-FLAGS = ["-std=c++20", "-fPIC", "-U_FORTIFY_SOURCE", "-D__CUDA_ARCH_FEAT_SM90_ALL", "-Wno-unknown-pragmas"]
-KERNELS = ("forward.cu", "update.cu")
+FLAGS = [
+    "-std=c++20", "-fPIC", "-U_FORTIFY_SOURCE", "-D__CUDA_ARCH_FEAT_SM90_ALL", "-DENTRGI_HOPPER_CANDIDATES",
+    "-Wno-unknown-pragmas", "-I.",
+]  # fmt: skip
+UNITS = {"machine.cpp": "-O3", "harness.cpp": "-O1", "forward.cu": "-O1", "update.cu": "-O1", "candidates.cu": "-O1"}
 
 
 class Matrix(ctypes.Structure):
@@ -56,7 +59,7 @@ class Edit:
 
 
 def planted(source: str, faults: Sequence[Sequence[Edit]], first: int) -> str:
-    """A source that has the edits of `faults[i]` where emulation::mutant is `first + i`, so that one build has them all."""
+    """A source that has the edits of `faults[i]` where emulation::mutant is `first + i`: one build has them all."""
     for number, edits in enumerate(faults, first):
         for edit in edits:
             whole = edit.after + edit.statement
@@ -66,11 +69,11 @@ def planted(source: str, faults: Sequence[Sequence[Edit]], first: int) -> str:
     return source
 
 
-def build(folder: Path, faults: dict[str, Sequence[Sequence[Edit]]], flags: Sequence[str] = ()) -> ctypes.CDLL | str:
+def build(folder: Path, faults: dict[str, Sequence[Sequence[Edit]]]) -> ctypes.CDLL | str:
     """The library of launchers under the emulation, or why it cannot be built here.
 
     Args:
-        folder: to build in. faults: of each kernel's file, numbered from 1 on over all of them. flags: more of them.
+        folder: to build in. faults: of each file, numbered from 1 on over all of them.
     """
     if sys.platform != "linux":
         return "the emulation switches stacks as Linux does"
@@ -80,32 +83,27 @@ def build(folder: Path, faults: dict[str, Sequence[Sequence[Edit]]], flags: Sequ
     probe = subprocess.run([compiler, "-std=c++20", "-fsyntax-only", "-x", "c++", os.devnull], capture_output=True)
     if probe.returncode != 0:
         return f"{compiler} does not know C++20"
-    first = 1
-    for path in (SOURCES / "hopper").iterdir():
-        if path.name in KERNELS or path.suffix == ".h":
-            text = path.read_text(encoding="utf-8")
-            (folder / path.name).write_text(text, encoding="utf-8")
-    for name in KERNELS:
-        text = planted((folder / name).read_text(encoding="utf-8"), faults.get(name, ()), first)
-        (folder / name).write_text(text, encoding="utf-8")
-        first += len(faults.get(name, ()))
-    # The real primitives are not there: the kernels find the emulation's, and its cuda.h.
-    for path in (HERE / "emulation" / "hopper").iterdir():
+    # The emulation's primitives.cuh lies in place of the real one, and its cuda.h where CUDA's would be found.
+    for path in [*(SOURCES / "hopper").iterdir(), *(HERE / "emulation" / "hopper").iterdir()]:
         shutil.copy(path, folder)
-    units = [("machine.cpp", "-O3"), ("harness.cpp", "-O1"), *((name, "-O1") for name in KERNELS)]
+    first = 1
+    for name, some in faults.items():
+        text = planted((folder / name).read_text(encoding="utf-8"), some, first)
+        (folder / name).write_text(text, encoding="utf-8")
+        first += len(some)
     running = []
-    for name, level in units:
-        command = [compiler, *FLAGS, *flags, level, f"-I{folder}", "-x", "c++", "-c", name, "-o", f"{name}.o"]
+    for name, level in UNITS.items():
+        command = [compiler, *FLAGS, level, "-x", "c++", "-c", name, "-o", f"{name}.o"]
         running.append((command, subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder)))
     for command, process in running:
         errors = process.communicate()[1]
         assert process.returncode == 0, f"{' '.join(command)}\n{errors}"
-    library = folder / "hopper_emulated.so"
-    subprocess.run(
-        [compiler, "-shared", *(f"{name}.o" for name, _ in units), "-o", str(library)], check=True, cwd=folder
-    )
-    handle = ctypes.CDLL(str(library))
+    objects = [f"{name}.o" for name in UNITS]
+    subprocess.run([compiler, "-shared", *objects, "-o", "hopper.so"], check=True, cwd=folder)
+    handle = ctypes.CDLL(str(folder / "hopper.so"))
     handle.forward.argtypes = [ctypes.POINTER(ForwardJob), ctypes.c_uint64, ctypes.c_int]
-    handle.update.argtypes = [ctypes.POINTER(UpdateJob), ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
-    handle.forward.restype = handle.update.restype = ctypes.c_char_p
+    handle.update.argtypes = [ctypes.POINTER(UpdateJob), ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
+    handle.candidate_name.argtypes = [ctypes.c_size_t]
+    for function in (handle.forward, handle.update, handle.candidate_name):
+        function.restype = ctypes.c_char_p
     return handle

@@ -38,7 +38,7 @@ FAULTS: dict[str, dict[str, list[Edit]]] = {
             Edit("synchronize_cluster<SLICES>();", after="arrive at it or read its sums.\n  ")
         ],
     },
-    "update.cu": {
+    "update.cuh": {
         "reads a tile before it came": [Edit("wait(&shared.full[slot], phase);")],
         "overwrites a tile in use": [Edit("wait(&shared.empty[slot], phase ^ 1);")],
         "frees a tile too early": [Edit("finish_products<1>();", "finish_products<2>();")],
@@ -65,7 +65,7 @@ FAULTS: dict[str, dict[str, list[Edit]]] = {
         ],
         "finishes before the first half is there": [Edit("wait(&shared.summed[0], phase);")],
         "finishes before the second half is there": [Edit("wait(&shared.summed[1], phase);")],
-        "overwrites rows that are being read": [Edit("finishers_meet();", after="ROWS_AT_ONCE * i + own_row);\n    ")],
+        "overwrites rows that are being read": [Edit("finishers_meet();", after="AT_ONCE * i + own);\n    ")],
         "reads rows before they are there": [Edit("finishers_meet();", after="}\n    ")],
         "ends while its neighbour arrives at it": [
             Edit("synchronize_cluster<CLUSTER>();", after="__syncwarp();\n  }\n  ")
@@ -127,7 +127,16 @@ MOMENTS = {"none": (False, False), "reads": (True, False), "writes": (False, Tru
 
 
 def update(
-    hopper: ctypes.CDLL, n: int, v: int, d: int, moments: str, wide: bool, seed: int, fault: int = 0, sms: int = 2
+    hopper: ctypes.CDLL,
+    n: int,
+    v: int,
+    d: int,
+    moments: str,
+    wide: bool,
+    seed: int,
+    fault: int = 0,
+    sms: int = 2,
+    candidate: int = -1,
 ) -> str:
     """What is wrong with one run, "" for nothing: integers as operands, Adam in float64 beside it."""
     torch.manual_seed(seed)
@@ -143,7 +152,7 @@ def update(
         *map(Matrix.of, (x, grad, table, m, s)), delta.data_ptr(), lse.data_ptr(), reads, writes, wide,
         inverse, step, root, beta1, beta2, eps,
     )  # fmt: skip
-    if problem := hopper.update(job, sms, seed, fault).decode():
+    if problem := hopper.update(job, candidate, sms, seed, fault).decode():
         return problem
     p = (before[0] * inverse - lse.double()[:, None]).exp()
     g = p * (grad.double() @ table.double().T - delta.double()[:, None]) * inverse
@@ -190,15 +199,29 @@ def test_update(hopper, shape):
         assert update(hopper, *shape, seed, sms=2 + seed % 3) == ""
 
 
+@pytest.mark.parametrize("candidate", range(8))
+def test_candidates_of_the_update(hopper, candidate):
+    """Tiles that only `benchmarks.tools.tune` runs."""
+    assert hopper.candidate_name(candidate) and not hopper.candidate_name(8), "a candidate that is not tried here"
+    for seed in range(3):
+        for shape in ((100, 584, 136, "both"), (300, 776, 328, "both"), (257, 392, 72, "none")):
+            assert update(hopper, *shape, False, seed, sms=2 + seed, candidate=candidate) == ""
+
+
+def test_who_waits_is_told(hopper):
+    problem = forward(hopper, 64, 1096, 256, 1, 2, 0, NUMBERS["forward.cu", "never frees a tile"])
+    assert problem.startswith(
+        "nothing can go on: 1 threads (from 256) of block 0 wait for &shared.empty[s] no. 1, parity 0"
+    )
+
+
 @pytest.mark.parametrize("name", FAULTS["forward.cu"])
 def test_faults_in_the_forward_product_are_seen(hopper, name):
     found = [forward(hopper, 64, 1096, 256, 1, 2, seed, NUMBERS["forward.cu", name]) for seed in range(6)]
     assert any(found)
-    print(name, found)
 
 
-@pytest.mark.parametrize("name", FAULTS["update.cu"])
+@pytest.mark.parametrize("name", FAULTS["update.cuh"])
 def test_faults_in_the_update_are_seen(hopper, name):
-    found = [update(hopper, 600, 1160, 264, "both", False, seed, NUMBERS["update.cu", name]) for seed in range(6)]
+    found = [update(hopper, 600, 1160, 264, "both", False, seed, NUMBERS["update.cuh", name]) for seed in range(6)]
     assert any(found)
-    print(name, found)

@@ -21,7 +21,15 @@ extern "C" {
 const char* forward(const hopper::ForwardJob* job, uint64_t seed, int mutant) {
   return run(seed, mutant, [&] { return hopper::launch_forward(*job, nullptr); });
 }
-const char* update(const hopper::UpdateJob* job, int multiprocessors, uint64_t seed, int mutant) {
-  return run(seed, mutant, [&] { return hopper::launch_update(*job, multiprocessors, nullptr); });
+// candidate: of candidates.cu; -1 for the tile that serves.
+const char* update(const hopper::UpdateJob* job, int candidate, int multiprocessors, uint64_t seed, int mutant) {
+  return run(seed, mutant, [&] {
+    return candidate < 0 ? hopper::launch_update(*job, multiprocessors, nullptr)
+                         : hopper::launch_update_candidate(candidate, *job, multiprocessors, nullptr);
+  });
+}
+const char* candidate_name(size_t candidate) {
+  static const std::vector<std::string> names = hopper::update_candidates();
+  return candidate < names.size() ? names[candidate].c_str() : nullptr;
 }
 }
