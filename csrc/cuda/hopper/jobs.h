@@ -22,7 +22,7 @@ struct ForwardJob {
   const float *maximum = nullptr, *logsum = nullptr;  // [n]
   float* soft = nullptr;                              // [n][d], of the first part
   float* parts = nullptr;                             // [parts_count - 1][n][d], of the others
-  int32_t parts_count = 1;
+  int32_t parts_count = 1;                            // none of them is empty
   int32_t slices = 1;        // 1, 2, 4 or 8, whose sums are added before they are written
   int32_t slice_length = 0;  // a multiple of 64
   float inverse = 1;                                  // 1 / temperature

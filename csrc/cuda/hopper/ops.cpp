@@ -41,8 +41,9 @@ void forward_product_(const Tensor& logits, const Tensor& table, const Tensor& m
   const int64_t n = logits.size(0), v = logits.size(1), d = table.size(1);
   TORCH_CHECK_VALUE(table.size(0) == v && count >= 1 && count <= 1024 && slices >= 1 && slice_length > 0 &&
                         slice_length % 64 == 0 && slice_length < INT32_MAX / 2 && count * slices * slice_length >= v &&
-                        count * slices * slice_length < INT32_MAX,
-                    "entrgi_cuda: ", count, " times ", slices, " slices of ", slice_length, " do not make a vocabulary of ", v);
+                        count * slices * slice_length < INT32_MAX && (count - 1) * slices * slice_length < v,
+                    "entrgi_cuda: ", count, " times ", slices, " slices of ", slice_length, " do not make a vocabulary of ", v,
+                    " with something in each part");
   job.maximum = floats(maximum, n, "maximum");
   job.logsum = floats(logsum, n, "logsum");
   job.soft = floats(soft, n * d, "soft");

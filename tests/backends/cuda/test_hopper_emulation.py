@@ -187,9 +187,9 @@ def test_forward(hopper, shape):
 
 # (N, V, D, moments, float32 moments)
 UPDATE = [
-    (64, 384, 64, "none", False), (100, 584, 136, "both", False), (128, 200, 256, "both", True), (5, 776, 8, "reads", False),
-    (256, 400, 64, "both", False), (200, 1160, 136, "both", True), (300, 200, 200, "writes", False), (257, 584, 72, "none", True),
-    (129, 392, 264, "reads", True),
+    (64, 384, 64, "none", False), (100, 584, 136, "both", False), (128, 200, 256, "both", True),
+    (5, 776, 8, "reads", False), (256, 400, 64, "both", False), (200, 1160, 136, "both", True),
+    (300, 200, 200, "writes", False), (257, 584, 72, "none", True), (129, 392, 264, "reads", True),
 ]  # fmt: skip
 
 
