@@ -1,4 +1,4 @@
-// Tiles of the update that wait to be measured against `Present`; built where ENTRGI_HOPPER_CANDIDATES is set (setup.py), for
+// Tiles of the update that wait to be measured against the one that serves; built where ENTRGI_HOPPER_CANDIDATES is set (setup.py), for
 // `python -m benchmarks.tools.tune --family update`. Of moments they have two kinds: none, and bfloat16 read and written.
 //
 // Not here: 128 x 256, whose sums leave no room to be handed over but half by half, while products stand still; clusters of
@@ -14,7 +14,7 @@ struct Candidate {
   cudaError_t (*run)(const UpdateJob&, int, cudaStream_t);
 };
 
-template <typename T, int CLUSTER>
+template <Tile T, int CLUSTER>
 cudaError_t run(const UpdateJob& job, int multiprocessors, cudaStream_t stream) {
   if (job.logits.rows == 0) return cudaSuccess;
   if (job.reads != job.writes || job.wide_moments) return cudaErrorInvalidValue;
@@ -22,22 +22,30 @@ cudaError_t run(const UpdateJob& job, int multiprocessors, cudaStream_t stream) 
                    : launch<T, CLUSTER, __nv_bfloat16, false, false>(job, multiprocessors, stream);
 }
 
-template <typename T, int CLUSTER>
-Candidate candidate() {
-  const std::string sizes = std::to_string(ROWS) + " x " + std::to_string(T::COLUMNS) + ", " + std::to_string(T::STAGES);
-  const std::string warps = std::to_string(T::FINISHERS) + " finishing warps " + std::to_string(T::AHEAD) + " ahead";
-  return {sizes + " stages, " + warps + (CLUSTER == 1 ? ", alone" : ", pairs"), run<T, CLUSTER>};
+// Blocks in pairs and alone.
+template <Tile T>
+void both(std::vector<Candidate>& all) {
+  const auto text = [](int number) { return std::to_string(number); };
+  std::string name = text(ROWS) + " x " + text(T.columns) + ", " + text(T.stages) + " stages of " + text(T.depth);
+  if (T.prefetch) name += ", prefetched " + text(T.prefetch);
+  name += ", " + text(T.finishers) + " finishing warps " + text(T.ahead) + " ahead";
+  all.push_back({name + ", pairs", run<T, 2>});
+  all.push_back({name + ", alone", run<T, 1>});
 }
 
-// The first is `Present`.
 const std::vector<Candidate>& candidates() {
-  static const std::vector<Candidate> all = {
-      candidate<Tile<192, 3, 6, 4, 136, 120>, 2>(),  candidate<Tile<192, 3, 6, 4, 136, 120>, 1>(),
-      candidate<Tile<192, 3, 4, 6, 136, 200>, 2>(),  candidate<Tile<192, 3, 4, 6, 136, 200>, 1>(),
-      candidate<Tile<192, 3, 4, 12, 128, 216>, 1>(), candidate<Tile<128, 4, 4, 8, 104, 240>, 2>(),
-      candidate<Tile<128, 4, 4, 8, 104, 240>, 1>(),  candidate<Tile<128, 5, 4, 8, 104, 240>, 1>(),
-  };
-  return all;
+  static const std::vector<Candidate> found = [] {
+    std::vector<Candidate> all;
+    both<Tile{}>(all);  // the first is what serves
+    both<Tile{.prefetch = 4, .multiplying = 128, .finishing = 128}>(all);
+    both<Tile{.stages = 6, .depth = 32}>(all);
+    both<Tile{.finishers = 4, .ahead = 6, .finishing = 200}>(all);
+    both<Tile{.finishers = 4, .ahead = 12, .multiplying = 128, .finishing = 216}>(all);
+    both<Tile{.columns = 128, .stages = 4, .finishers = 4, .ahead = 8, .multiplying = 104, .finishing = 240}>(all);
+    both<Tile{.columns = 128, .stages = 5, .finishers = 4, .ahead = 8, .multiplying = 104, .finishing = 240}>(all);
+    return all;
+  }();
+  return found;
 }
 
 }  // namespace

@@ -109,6 +109,10 @@ DEVICE void copy_tile_to(void* to, const CUtensorMap* map, int column, int row, 
       "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
       : "memory");
 }
+// Brings the map's box into the second-level cache alone.
+DEVICE void prefetch_tile(const CUtensorMap* map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
+}
 DEVICE void prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // --- registers --------------------------------------------------------------------------------------------------------

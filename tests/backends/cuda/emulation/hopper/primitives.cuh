@@ -47,6 +47,7 @@ inline void copy_tile(void* to, const CUtensorMap* map, int column, int row, uin
 inline void copy_tile_to(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier, uint16_t blocks) {
   emulation::copy(to, *map, column, row, barrier, blocks);
 }
+inline void prefetch_tile(const CUtensorMap*, int, int) {}
 inline void prefetch_map(const CUtensorMap*) {}
 
 template <int COUNT>
