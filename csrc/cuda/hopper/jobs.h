@@ -40,6 +40,8 @@ struct UpdateJob {
 cudaError_t launch_forward(const ForwardJob& job, cudaStream_t stream);
 cudaError_t launch_update(const UpdateJob& job, int multiprocessors, cudaStream_t stream);
 #ifdef ENTRGI_HOPPER_CANDIDATES
+// The forward product with blocks in pairs; of one slice.
+cudaError_t launch_forward_candidate(const ForwardJob& job, cudaStream_t stream);
 // The update with other tiles, by their place in the list of names (candidates.cu).
 std::vector<std::string> update_candidates();
 cudaError_t launch_update_candidate(int64_t candidate, const UpdateJob& job, int multiprocessors, cudaStream_t stream);

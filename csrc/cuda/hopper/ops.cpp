@@ -31,6 +31,7 @@ float* floats(const Tensor& t, int64_t least, const char* name) {
   return t.data_ptr<float>();
 }
 
+template <cudaError_t (*LAUNCH)(const hopper::ForwardJob&, cudaStream_t)>
 void forward_product_(const Tensor& logits, const Tensor& table, const Tensor& maximum, const Tensor& logsum,
                       const Tensor& soft, const Tensor& parts, int64_t count, int64_t slices, int64_t slice_length,
                       double temperature) {
@@ -52,7 +53,7 @@ void forward_product_(const Tensor& logits, const Tensor& table, const Tensor& m
   job.slices = static_cast<int32_t>(slices);
   job.slice_length = static_cast<int32_t>(slice_length);
   job.inverse = static_cast<float>(1 / temperature);
-  check(hopper::launch_forward(job, c10::cuda::getCurrentCUDAStream().stream()));
+  check(LAUNCH(job, c10::cuda::getCurrentCUDAStream().stream()));
 }
 
 hopper::UpdateJob update_job(const Tensor& logits, const Tensor& grad, const Tensor& table, const Tensor& delta,
@@ -128,6 +129,9 @@ TORCH_LIBRARY_FRAGMENT(entrgi_cuda, m) {
       "Tensor(c!)? exp_avg_sq, bool reads, bool writes, float temperature, float step_size, float root_correction, "
       "float beta1, float beta2, float eps) -> ()");
 #ifdef ENTRGI_HOPPER_CANDIDATES
+  m.def(
+      "hopper_forward_candidate_(Tensor logits, Tensor table, Tensor maximum, Tensor logsum, Tensor(a!) soft, Tensor(b!) parts, "
+      "int count, int slices, int slice_length, float temperature) -> ()");
   m.def("hopper_update_candidates() -> str[]", &hopper::update_candidates);
   m.def(
       "hopper_update_candidate_(int candidate, Tensor(a!) logits, Tensor grad, Tensor table, Tensor delta, Tensor lse, "
@@ -137,9 +141,10 @@ TORCH_LIBRARY_FRAGMENT(entrgi_cuda, m) {
 }
 
 TORCH_LIBRARY_IMPL(entrgi_cuda, CUDA, m) {
-  m.impl("hopper_forward_", &forward_product_);
+  m.impl("hopper_forward_", &forward_product_<hopper::launch_forward>);
   m.impl("hopper_update_", &guidance_update_);
 #ifdef ENTRGI_HOPPER_CANDIDATES
+  m.impl("hopper_forward_candidate_", &forward_product_<hopper::launch_forward_candidate>);
   m.impl("hopper_update_candidate_", &update_candidate_);
 #endif
 }

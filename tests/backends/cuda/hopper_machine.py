@@ -101,7 +101,7 @@ def build(folder: Path, faults: dict[str, Sequence[Sequence[Edit]]]) -> ctypes.C
     objects = [f"{name}.o" for name in UNITS]
     subprocess.run([compiler, "-shared", *objects, "-o", "hopper.so"], check=True, cwd=folder)
     handle = ctypes.CDLL(str(folder / "hopper.so"))
-    handle.forward.argtypes = [ctypes.POINTER(ForwardJob), ctypes.c_uint64, ctypes.c_int]
+    handle.forward.argtypes = [ctypes.POINTER(ForwardJob), ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
     handle.update.argtypes = [ctypes.POINTER(UpdateJob), ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
     handle.candidate_name.argtypes = [ctypes.c_size_t]
     for function in (handle.forward, handle.update, handle.candidate_name):

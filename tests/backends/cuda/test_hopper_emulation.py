@@ -21,6 +21,12 @@ FAULTS: dict[str, dict[str, list[Edit]]] = {
         ],
         "frees a tile too early": [Edit("finish_products<DEPTH / 16>();", "finish_products<2 * DEPTH / 16>();")],
         "never frees a tile": [Edit("if (thread == 0) arrive(&shared.empty[before]);")],
+        "frees a tile for its own block only": [
+            Edit(
+                "arrive_at(&shared.empty[before], thread);",
+                "if (thread == rank) arrive_at(&shared.empty[before], thread);",
+            )
+        ],
         "every thread frees a tile": [
             Edit("if (thread == 0) arrive(&shared.empty[before]);", "arrive(&shared.empty[before]);")
         ],
@@ -35,7 +41,7 @@ FAULTS: dict[str, dict[str, list[Edit]]] = {
             Edit("synchronize_cluster<SLICES>();", after="\n      }\n      "),
         ],
         "ends while its sums are read": [
-            Edit("synchronize_cluster<SLICES>();", after="arrive at it or read its sums.\n  ")
+            Edit("synchronize_cluster<CLUSTER>();", after="arrive at it or read its sums.\n  ")
         ],
     },
     "update.cuh": {
@@ -96,8 +102,9 @@ def integers(*shape: int, most: int = 4) -> torch.Tensor:
 
 
 def forward(
-    hopper: ctypes.CDLL, n: int, v: int, d: int, parts: int, slices: int, seed: int, fault: int = 0, exact: bool = True
-) -> str:
+    hopper: ctypes.CDLL, n: int, v: int, d: int, parts: int, slices: int, seed: int, fault: int = 0, exact: bool = True,
+    pairs: bool = False,
+) -> str:  # fmt: skip
     """What is wrong with one run, "" for nothing.
 
     Probabilities are powers of two where the sums are to be exact, else of Gaussian logits at temperature 0.7.
@@ -115,7 +122,7 @@ def forward(
         Matrix.of(x), Matrix.of(table), maximum.data_ptr(), logsum.data_ptr(), out[0].data_ptr(), out[1:].data_ptr(),
         parts, slices, length, inverse,
     )  # fmt: skip
-    if problem := hopper.forward(job, seed, fault).decode():
+    if problem := hopper.forward(job, pairs, seed, fault).decode():
         return problem
     p = ((x.double() - maximum[:, None]) * inverse - logsum[:, None]).exp()
     ours, truth, magnitude = out.double().sum(0), p @ table.double(), p @ table.double().abs()
@@ -185,6 +192,13 @@ def test_forward(hopper, shape):
     assert forward(hopper, *shape, 5, exact=False) == ""
 
 
+@pytest.mark.parametrize("shape", [shape for shape in FORWARD if shape[-1] == 1], ids=str)
+def test_pairs_of_the_forward_product(hopper, shape):
+    """What only `benchmarks.tools.tune` runs."""
+    for seed in range(4):
+        assert forward(hopper, *shape, seed, pairs=True) == ""
+
+
 # (N, V, D, moments, float32 moments)
 UPDATE = [
     (64, 384, 64, "none", False), (100, 584, 136, "both", False), (128, 200, 256, "both", True),
@@ -217,7 +231,9 @@ def test_who_waits_is_told(hopper):
 
 @pytest.mark.parametrize("name", FAULTS["forward.cu"])
 def test_faults_in_the_forward_product_are_seen(hopper, name):
-    found = [forward(hopper, 64, 1096, 256, 1, 2, seed, NUMBERS["forward.cu", name]) for seed in range(6)]
+    pairs = "own block" in name
+    shape = (200, 1096, 256, 1, 1) if pairs else (64, 1096, 256, 1, 2)
+    found = [forward(hopper, *shape, seed, NUMBERS["forward.cu", name], pairs=pairs) for seed in range(6)]
     assert any(found)
 
 

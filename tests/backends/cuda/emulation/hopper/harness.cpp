@@ -18,8 +18,10 @@ const char* run(uint64_t seed, int mutant, Launch&& launch) {
 
 extern "C" {
 
-const char* forward(const hopper::ForwardJob* job, uint64_t seed, int mutant) {
-  return run(seed, mutant, [&] { return hopper::launch_forward(*job, nullptr); });
+const char* forward(const hopper::ForwardJob* job, int pairs, uint64_t seed, int mutant) {
+  return run(seed, mutant, [&] {
+    return pairs ? hopper::launch_forward_candidate(*job, nullptr) : hopper::launch_forward(*job, nullptr);
+  });
 }
 // candidate: of candidates.cu; -1 for the tile that serves.
 const char* update(const hopper::UpdateJob* job, int candidate, int multiprocessors, uint64_t seed, int mutant) {
