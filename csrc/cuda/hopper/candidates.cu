@@ -1,5 +1,5 @@
-// Tiles of the update that wait to be measured against the one that serves; built where ENTRGI_HOPPER_CANDIDATES is set (setup.py), for
-// `python -m benchmarks.tools.tune --family update`. Of moments they have two kinds: none, and bfloat16 read and written.
+// Tiles of the update that wait to be measured against the one that serves, by `python -m benchmarks.tools.tune --family update`.
+// Built where ENTRGI_HOPPER_CANDIDATES is set (setup.py). Of moments they have two kinds: none, and bfloat16 read and written.
 //
 // Not here: 128 x 256, whose sums leave no room to be handed over but half by half, while products stand still; clusters of
 // 2 x 2, which spare the cache what is not scarce, and leave multiprocessors of a GPC without a cluster.

@@ -43,8 +43,8 @@ void forward_product_(const Tensor& logits, const Tensor& table, const Tensor& m
   TORCH_CHECK_VALUE(table.size(0) == v && count >= 1 && count <= 1024 && slices >= 1 && slice_length > 0 &&
                         slice_length % 64 == 0 && slice_length < INT32_MAX / 2 && count * slices * slice_length >= v &&
                         count * slices * slice_length < INT32_MAX && (count - 1) * slices * slice_length < v,
-                    "entrgi_cuda: ", count, " times ", slices, " slices of ", slice_length, " do not make a vocabulary of ", v,
-                    " with something in each part");
+                    "entrgi_cuda: ", count, " times ", slices, " slices of ", slice_length, " do not make a vocabulary of ",
+                    v, " with something in each part");
   job.maximum = floats(maximum, n, "maximum");
   job.logsum = floats(logsum, n, "logsum");
   job.soft = floats(soft, n * d, "soft");

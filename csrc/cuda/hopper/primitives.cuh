@@ -13,7 +13,7 @@ namespace entrgi::cuda::hopper {
 constexpr int WARP_GROUP = 128;
 constexpr float LOG2E = 1.4426950408889634f;
 
-// A block's dynamic shared memory, which the launch gives S and 1,024 bytes: the copy engine's swizzles repeat after so many.
+// A block's dynamic shared memory. The launch gives S and 1,024 bytes: the copy engine's swizzles repeat after so many.
 template <typename S>
 DEVICE S& shared_memory() {
   extern __shared__ unsigned char raw_shared[];
@@ -111,7 +111,8 @@ DEVICE void copy_tile_to(void* to, const CUtensorMap* map, int column, int row, 
 }
 // Brings the map's box into the second-level cache alone.
 DEVICE void prefetch_tile(const CUtensorMap* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row)
+               : "memory");
 }
 DEVICE void prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 

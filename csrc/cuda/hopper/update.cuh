@@ -47,7 +47,8 @@ struct Plan {
   };
 
   static_assert(T.finishers >= 4 && T.finishers < 8 && 2 * T.multiplying + T.finishing + BRINGING <= 4 * LAUNCHED);
-  static_assert(LANES % 8 == 0 && 32 * T.finishers % LANES == 0 && ROWS * PIECES % AT_ONCE == 0 && TURNS % (2 * T.ahead) == 0);
+  static_assert(LANES % 8 == 0 && 32 * T.finishers % LANES == 0 && ROWS * PIECES % AT_ONCE == 0);
+  static_assert(TURNS % (2 * T.ahead) == 0);
   static_assert(sizeof(Shared) + 1024 <= 227 << 10);
 };
 
@@ -95,8 +96,8 @@ struct Fetched {
 
 // Softmax gradient and Adam of this block's tiles, as their sums come: eight neighbouring entries a lane, so many rows at once.
 template <Tile T, int CLUSTER, typename M, bool READS, bool WRITES>
-DEVICE void finish_tiles(typename Plan<T>::Shared& shared, const UpdateJob& job, int thread, uint32_t rank, int row_tiles, int tiles,
-                         int clusters, int first_tile) {
+DEVICE void finish_tiles(typename Plan<T>::Shared& shared, const UpdateJob& job, int thread, uint32_t rank, int row_tiles,
+                         int tiles, int clusters, int first_tile) {
   const int n = static_cast<int>(job.logits.rows), v = static_cast<int>(job.logits.columns);
   constexpr int LANES = Plan<T>::LANES, PIECES = Plan<T>::PIECES, AT_ONCE = Plan<T>::AT_ONCE, TURNS = Plan<T>::TURNS;
   constexpr int AHEAD = sizeof(M) == 2 || !READS ? T.ahead : T.ahead / 2;

@@ -2,14 +2,14 @@
 //
 // Every CUDA thread is a fiber, which runs until it waits. Copies and products are agents of their own: a copy lands, and a
 // product reads shared memory and registers, when the scheduler picks it, some time between its start and what waits for it.
-// The scheduler picks at random, or by random priorities that change often or hardly ever (the seed's remainder by 3), so that
-// some agents are late as long as nothing waits for them. Where none can go on, the error tells who waits for which barrier.
+// The scheduler picks at random, or by random priorities that change often or hardly ever (the seed's remainder by 3): some
+// agents are then late as long as nothing waits for them. Where none can go on, the error tells who waits for which barrier.
 //
-// Faults that are told, beside wrong sums: a barrier that is used before it is initialised or after it was overwritten, arrivals
-// and bytes beyond what a phase takes, a copy into what running products may still read, products of what is still being copied,
-// sums written while products run, a missing fence, memory out of bounds or not aligned, a block that ends while others write
-// into it. Shared memory starts as NaN, and sums are NaN until their products are waited for. Not modelled: time, bank
-// conflicts, the order of plain memory accesses, divergence at instructions that a whole warp has to meet at.
+// Faults that are told, beside wrong sums: a barrier used before it is initialised or after it was overwritten; arrivals and
+// bytes beyond what a phase takes; a copy into what running products may still read; products of what is still being copied;
+// sums written while products run; a missing fence of registers; memory out of bounds or not aligned; a block that ends while
+// others write into it. Shared memory starts as NaN, and sums are NaN until their products are waited for. Not modelled: time,
+// bank conflicts, the order of plain memory accesses, divergence at instructions that a whole warp has to meet at.
 #include "machine.h"
 
 #include <setjmp.h>
@@ -140,7 +140,9 @@ uint64_t draw() {  // splitmix64
   va_start(arguments, format);
   vsnprintf(text, sizeof(text), format, arguments);
   va_end(arguments);
-  if (machine.current) snprintf(place, sizeof(place), "block %u, thread %d: ", machine.current->block->index, machine.current->index);
+  if (const Thread* thread = machine.current) {
+    snprintf(place, sizeof(place), "block %u, thread %d: ", thread->block->index, thread->index);
+  }
   machine.error = std::string(place) + text;
   _longjmp(machine.failed, 1);
 }
@@ -175,7 +177,9 @@ void maybe_yield() {
   if (draw() % 16 == 0) leave();
 }
 void meet(Meeting& meeting, int threads, const char* what) {
-  if (meeting.here > 0 && meeting.expected != threads) fail("%s of %d threads, others count %d", what, threads, meeting.expected);
+  if (meeting.here > 0 && meeting.expected != threads) {
+    fail("%s of %d threads, others count %d", what, threads, meeting.expected);
+  }
   meeting.expected = threads;
   if (++meeting.here == threads) {
     meeting.here = 0, meeting.turn++;
@@ -489,9 +493,9 @@ void wait(uint64_t* word, uint32_t parity) {
   for (;;) {
     Barrier& barrier = barrier_at(here(), shared_address(word));
     if ((barrier.phase & 1) != parity) return;
-    park(barrier.waiting, barrier.name + ", parity " + std::to_string(parity) + " (phase " + std::to_string(barrier.phase) +
-                              " lacks " + std::to_string(barrier.pending) + " arrivals and " + std::to_string(barrier.bytes) +
-                              " bytes)");
+    const auto text = [](int64_t number) { return std::to_string(number); };
+    park(barrier.waiting, barrier.name + ", parity " + text(parity) + " (phase " + text(barrier.phase) + " lacks " +
+                              text(barrier.pending) + " arrivals and " + text(barrier.bytes) + " bytes)");
   }
 }
 void copy(void* to, const Map& map, int column, int row, uint64_t* word, unsigned blocks) {
@@ -501,7 +505,9 @@ void copy(void* to, const Map& map, int column, int row, uint64_t* word, unsigne
     if (!(blocks >> rank & 1)) continue;
     Block& block = peer(rank);
     barrier_at(block, barrier);
-    if (read_by_products(block, at, at + bytes)) fail("a copy begins into what running products read, block %u", block.index);
+    if (read_by_products(block, at, at + bytes)) {
+      fail("a copy begins into what running products read, block %u", block.index);
+    }
     const int half = map.box_rows / 2;  // it comes in pieces
     if (half) machine.landings.push_back({map, column, row, 0, half, &block, at, barrier, draw()});
     machine.landings.push_back({map, column, row, half, map.box_rows, &block, at, barrier, draw()});
@@ -532,8 +538,10 @@ void product(float* sums, int count, const Operand& a, const uint32_t* left, con
     }
   }
   Product& p = g.products[thread.products++];
-  if (p.a.address != a.address || p.b.address != b.address || p.add != add || p.count != count || b.address % 16 || a.address % 16)
-    fail("threads of a warp group ask for different products, or for tiles off 16 bytes");
+  if (p.a.address != a.address || p.b.address != b.address || p.add != add || p.count != count) {
+    fail("threads of a warp group ask for different products");
+  }
+  if (b.address % 16 || a.address % 16) fail("a product's tile is not on 16 bytes");
   p.left[thread.index % GROUP] = left;
   if (thread.sums == nullptr) {
     memcpy(g.sums[thread.index % GROUP], sums, count * sizeof(float));
@@ -548,7 +556,8 @@ void commit_products() { self().commits.push_back(self().products); }
 void finish_products(int pending) {
   Thread& thread = self();
   WarpGroup& g = group();
-  const int groups = static_cast<int>(thread.commits.size()), target = groups > pending ? thread.commits[groups - 1 - pending] : 0;
+  const int groups = static_cast<int>(thread.commits.size());
+  const int target = groups > pending ? thread.commits[groups - 1 - pending] : 0;
   while (g.done < target) park(g.waiting, "products");
   g.retired = std::max(g.retired, target);
   thread.fenced = false;
