@@ -1,7 +1,7 @@
 """Measure candidate configurations of the Triton kernels on this GPU: `python -m benchmarks.tools.tune`.
 
     python -m benchmarks.tools.tune --family backward forward statistics --minutes 8
-    python -m benchmarks.tools.tune --family update --minutes 2   # compiled CUDA: benchmarks/tools/update_candidates.py
+    python -m benchmarks.tools.tune --family hopper --minutes 2   # compiled CUDA: benchmarks/tools/hopper_candidates.py
 
 For every family and row count the candidates are compiled first, on all cores at once (one that spills or wants more
 shared memory than there is is dropped, with its reason), then checked against the table's present choice, timed by
@@ -30,12 +30,12 @@ import torch
 
 from benchmarks.harness import measure
 from benchmarks.harness.inputs import CANONICAL, Shape
-from benchmarks.tools import update_candidates
+from benchmarks.tools import hopper_candidates
 
 # Family, shape, and the entry of the table that is tried.
 Job = tuple[str, Shape, Any]
 FAMILIES = ("statistics", "forward", "backward", "collect")
-COMPILED = "update"  # only where it is asked for: few builds hold its candidates
+COMPILED = "hopper"  # only where it is asked for: few builds hold its candidates
 SPACES: dict[str, dict[str, Sequence[Any]]] = {
     # 16, 32 or 64 entries a thread (collect: 32 at most); longer slices cost fewer endings, shorter ones end together.
     "statistics": {
@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             shutil.copy(path, Path(out) / path.name)
 
     if COMPILED in chosen.family:
-        found = update_candidates.tune(shapes, end, keep)
+        found = hopper_candidates.tune(shapes, end, keep)
         if isinstance(found, str):
             print(found, file=sys.stderr)
             return 2

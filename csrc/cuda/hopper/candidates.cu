@@ -1,4 +1,4 @@
-// Tiles of the update that wait to be measured against the one that serves, by `python -m benchmarks.tools.tune --family update`.
+// Tiles of the update that wait to be measured against the one that serves, by `python -m benchmarks.tools.tune --family hopper`.
 // Built where ENTRGI_HOPPER_CANDIDATES is set (setup.py). Of moments they have two kinds: none, and bfloat16 read and written.
 //
 // Not here: 128 x 256, whose sums leave no room to be handed over but half by half, while products stand still; clusters of

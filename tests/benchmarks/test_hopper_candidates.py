@@ -1,4 +1,4 @@
-"""The family `update` of benchmarks.tools.tune: its gate, on stand-ins for the operators."""
+"""The family `hopper` of benchmarks.tools.tune: its gate, on stand-ins for the operators."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.harness.inputs import Shape
-from benchmarks.tools import tables, tune, update_candidates
+from benchmarks.tools import hopper_candidates, tables, tune
 
 SHAPE = Shape(5, 16, 203)
 
@@ -33,19 +33,37 @@ def blind(logits, *arguments):
 
 def test_wrong_candidates_have_no_time():
     updates = {"serves": update, "off": lambda *a: update(*a, off=1), "blind": blind, "equal": update}
-    rows = update_candidates.at_shape(updates, SHAPE, "cpu")
-    assert [(row["family"], row["tile"]) for row in rows] == [(k, n) for k in update_candidates.KINDS for n in updates]
+    rows = hopper_candidates.updates_at(updates, SHAPE, "cpu")
+    assert [(row["family"], row["tile"]) for row in rows] == [(k, n) for k in hopper_candidates.KINDS for n in updates]
     for row in rows:
         assert row["same"] == (row["tile"] in ("serves", "equal"))
         assert (row["ms"] is None) == (row["share of gemm"] is None) == (not row["same"])
         assert row["gemm ms"] > 0
-    lines = update_candidates.advice(rows)
+    lines = hopper_candidates.advice(rows)
     assert len(lines) == 2 and all("WRONG: off; WRONG: blind" in line and SHAPE.label in line for line in lines)
     page = tables.page("tune-x", rows)
     assert page is not None and "The fastest of 8 candidates" in page
 
 
+def forward(logits, table, maximum, logsum, soft, parts, count, slices, length, temperature, *, off=0):
+    """The operator's formula; `off`: added to the last sum."""
+    p = ((logits.float() - maximum[:, None]) / temperature - logsum[:, None]).exp()
+    for part, out in enumerate([soft, *parts]):
+        own = slice(part * length, (part + 1) * length)
+        out.copy_(p[:, own] @ table[own].float())
+    soft[-1, -1] += off
+
+
+def test_wrong_forward_products_have_no_time():
+    forwards = {"alone": forward, "off": lambda *a: forward(*a, off=0.125)}
+    rows = hopper_candidates.forwards_at(forwards, Shape(3, 16, 203), (2, 128), "cpu")
+    assert [(row["tile"], row["same"], row["ms"] is None) for row in rows] == [
+        ("alone", True, False),
+        ("off", False, True),
+    ]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so(capsys):
-    assert tune.main(["--family", "update"]) == 2
+    assert tune.main(["--family", "hopper"]) == 2
     assert "needs a CUDA GPU" in capsys.readouterr().err

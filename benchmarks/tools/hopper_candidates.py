@@ -1,12 +1,13 @@
-"""Candidates of Hopper's update (csrc/cuda/hopper/candidates.cu), the family `update` of `benchmarks.tools.tune`.
+"""Candidates of Hopper's products (csrc/cuda/hopper/candidates.cu), the family `hopper` of `benchmarks.tools.tune`.
 
-At every shape each candidate has to give exact sums of integers, and on peaked logits what the update that serves
-gives; then all are timed, interleaved, beside cuBLAS's product. The extension holds them where it was built with
+At every shape each candidate has to give exact sums of integers, and of the update on peaked logits what the one that
+serves gives; then all are timed, interleaved, beside cuBLAS's product. The extension holds them where it was built with
 ENTRGI_HOPPER_CANDIDATES=1, as `benchmarks/tools/gpu/bundle` builds it.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -17,26 +18,27 @@ import torch
 from benchmarks.harness import measure
 from benchmarks.harness.inputs import Shape, embedding_table, peaked_logits
 
-# Of the operator hopper_update_: tensors and numbers in its order.
-Update = Callable[..., None]
+# Of the operators hopper_update_ and hopper_forward_: tensors and numbers in their order.
+Update = Forward = Callable[..., None]
 KINDS = {"update": True, "update without moments": False}
+FORWARD = "forward product"
 PRODUCT = "cuBLAS's product"
 ROUNDS = 11
 
 
-def available() -> dict[str, Update] | str:
-    """The update that serves, then its candidates by name; or why there are none."""
+def available() -> tuple[dict[str, Update], dict[str, Forward]] | str:
+    """The update and the forward product that serve, each with its candidates by name; or why there are none."""
     from entrgi_kernels.backends.triton import hopper
 
     if not hopper.ready(torch.device("cuda", torch.cuda.current_device())):
-        return "the update's candidates need compute capability 9.0 and an extension built for it"
+        return "Hopper's candidates need compute capability 9.0 and an extension built for it"
     ops = torch.ops.entrgi_cuda
     if not hasattr(ops, "hopper_update_candidates"):
-        return "the extension was built without ENTRGI_HOPPER_CANDIDATES=1: it has no candidates of the update"
-    found: dict[str, Update] = {"serves": ops.hopper_update_}
+        return "the extension was built without ENTRGI_HOPPER_CANDIDATES=1: it has no candidates"
+    updates: dict[str, Update] = {"serves": ops.hopper_update_}
     for number, name in enumerate(ops.hopper_update_candidates()):
-        found[name] = lambda *arguments, number=number: ops.hopper_update_candidate_(number, *arguments)
-    return found
+        updates[name] = lambda *arguments, number=number: ops.hopper_update_candidate_(number, *arguments)
+    return updates, {"alone": ops.hopper_forward_, "pairs": ops.hopper_forward_candidate_}
 
 
 def exact(update: Update, shape: Shape, moments: bool, device: str) -> bool:
@@ -89,45 +91,82 @@ def _same(result: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) 
     return True
 
 
-def at_shape(updates: Mapping[str, Update], shape: Shape, device: str = "cuda") -> list[dict[str, Any]]:
-    """A row for each candidate and kind of moments; milliseconds are None where it is not right."""
+def _timed(
+    family: str, shape: Shape, runs: Mapping[str, Callable[[], Any] | None], product: Callable[[], Any], device: str
+) -> list[dict[str, Any]]:
+    """A row for each of `runs` (None: it is not right, and has no time), all timed in turn with cuBLAS's product."""
     from benchmarks.suites.kernels import timed
 
-    rows: list[dict[str, Any]] = []
     scratch = torch.empty(256 << 20 if device == "cuda" else 16, dtype=torch.uint8, device=device)
     common = {"device": measure.device_name(device), **measure.versions(), "revision": measure.revision()}
+    good = {PRODUCT: product} | {name: run for name, run in runs.items() if run is not None}
+    seconds: dict[str, list[float]] = {name: [] for name in good}
+    for turn in range(ROUNDS):
+        names = list(good)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            seconds[name] += timed(good[name], scratch, 1)
+    ms = {name: 1e3 * statistics.median(some) for name, some in seconds.items()}
+    rows = []
+    for name in runs:
+        row = {"family": family, "shape": shape.label, "tile": name, "same": name in ms, "ms": ms.get(name)}
+        row |= {"gemm ms": ms[PRODUCT], "share of gemm": ms[PRODUCT] / ms[name] if name in ms else None}
+        rows.append(row | common)
+    return rows
+
+
+def updates_at(updates: Mapping[str, Update], shape: Shape, device: str = "cuda") -> list[dict[str, Any]]:
+    """A row for each update and kind of moments; milliseconds are None where it is not right."""
+    rows: list[dict[str, Any]] = []
     for kind, moments in KINDS.items():
         right = {name: exact(update, shape, moments, device) for name, update in updates.items()}
         problem = Problem(shape, moments, device)
         expected = problem.result(next(iter(updates.values())))
         right = {name: good and _same(problem.result(updates[name]), expected) for name, good in right.items()}
         del expected
-        runs: dict[str, Callable[[], Any]] = {PRODUCT: lambda p=problem: p.grad @ p.table.T}
-        runs |= {
-            name: lambda update=update, p=problem: update(*p.arguments)
-            for name, update in updates.items()
-            if right[name]
+        runs = {
+            name: (lambda update=updates[name], p=problem: update(*p.arguments)) if good else None
+            for name, good in right.items()
         }
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(ROUNDS):
-            names = list(runs)
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                seconds[name] += timed(runs[name], scratch, 1)
-        product = 1e3 * statistics.median(seconds[PRODUCT])
-        for name, good in right.items():
-            ms = 1e3 * statistics.median(seconds[name]) if good else None
-            row = {"family": kind, "shape": shape.label, "tile": name, "same": good, "ms": ms, "gemm ms": product}
-            rows.append(row | {"share of gemm": ms and product / ms, **common})
+        rows += _timed(kind, shape, runs, lambda p=problem: p.grad @ p.table.T, device)
         del problem, runs
         if device == "cuda":
             torch.cuda.empty_cache()
     return rows
 
 
+def forwards_at(
+    forwards: Mapping[str, Forward], shape: Shape, plan: tuple[int, int], device: str = "cuda"
+) -> list[dict[str, Any]]:
+    """A row for each forward product; milliseconds are None where sums are not exact.
+
+    Args:
+        plan: parts of the vocabulary and entries a part.
+    """
+    parts, length = plan
+    generator = torch.Generator(device).manual_seed(shape.n)
+    logits = torch.randint(-3, 1, (shape.n, shape.v), generator=generator, device=device).bfloat16()
+    table = torch.randint(-4, 5, (shape.v, shape.d), generator=generator, device=device).bfloat16()
+    rows = torch.zeros(shape.n, device=device)
+    out = torch.empty(parts, shape.n, shape.d, device=device)
+    # Powers of two, whose sums with integers have fewer than 24 bits.
+    truth = torch.cat([block.float().exp2() @ table.float() for block in logits.split(256)])
+    temperature = 1 / math.log(2)
+
+    def run(forward: Forward) -> None:
+        forward(logits, table, rows, rows, out[0], out[1:], parts, 1, length, temperature)
+
+    runs: dict[str, Callable[[], Any] | None] = {}
+    for name, forward in forwards.items():
+        out.fill_(math.nan)
+        run(forward)
+        runs[name] = (lambda forward=forward: run(forward)) if torch.equal(out.sum(0), truth) else None
+    return _timed(FORWARD, shape, runs, lambda: logits @ table, device)
+
+
 def advice(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each kind of moments of one shape: the fastest, what serves, the product, and who was wrong."""
+    """A line for each family of one shape: its members, fastest first, the product, and who was wrong."""
     lines = []
-    for kind in KINDS:
+    for kind in dict.fromkeys(row["family"] for row in rows):
         own = [row for row in rows if row["family"] == kind]
         good = sorted((row for row in own if row["same"]), key=lambda row: row["ms"])
         times = ", ".join(f"{row['tile']} {row['ms']:.3f}" for row in good)
@@ -144,15 +183,22 @@ def tune(
     Args:
         keep: is given all rows so far after each shape.
     """
-    updates = available()
-    if isinstance(updates, str):
-        return updates
+    from entrgi_kernels.backends.triton import hopper
+
+    found = available()
+    if isinstance(found, str):
+        return found
+    updates, forwards = found
+    sms = torch.cuda.get_device_properties("cuda").multi_processor_count
     rows: list[dict[str, Any]] = []
     for shape in shapes:
         if time.monotonic() > deadline:
             print(f"no time left for {shape.label}", flush=True)
             continue
-        made = at_shape(updates, shape)
+        made = updates_at(updates, shape)
+        if shape.n > 128:  # else there is no pair of rows' tiles
+            length = hopper.plan(shape.n, shape.v, shape.d, 64, sms)[2]
+            made += forwards_at(forwards, shape, (-(-shape.v // length), length))
         print("\n".join(advice(made)), flush=True)
         rows += made
         keep(rows)
