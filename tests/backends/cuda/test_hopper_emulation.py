@@ -20,6 +20,7 @@ FAULTS: dict[str, dict[str, list[Edit]]] = {
             )
         ],
         "frees a tile too early": [Edit("finish_products<DEPTH / 16>();", "finish_products<2 * DEPTH / 16>();")],
+        "keeps registers that others wait for": [Edit("fewer_registers<24>();")],
         "never frees a tile": [Edit("if (thread == 0) arrive(&shared.empty[before]);")],
         "every thread frees a tile": [
             Edit("if (thread == 0) arrive(&shared.empty[before]);", "arrive(&shared.empty[before]);")
@@ -43,6 +44,7 @@ FAULTS: dict[str, dict[str, list[Edit]]] = {
         "overwrites a tile in use": [Edit("wait(&shared.empty[slot], phase ^ 1);")],
         "frees a tile too early": [Edit("finish_products<1>();", "finish_products<2>();")],
         "does not wait for the last product": [Edit("finish_products<0>();", "finish_products<1>();")],
+        "keeps registers that others wait for": [Edit("fewer_registers<P::BRINGING>();")],
         "frees a tile for its own block only": [
             Edit(
                 "arrive_at(&shared.empty[before], thread);",
