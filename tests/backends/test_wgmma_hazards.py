@@ -91,9 +91,10 @@ def test_without_the_wait_it_does():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward", "update", "candidates"])
 def test_compiled_products_spill_nothing_and_keep_their_products_running(name, tmp_path):
-    binary = tmp_path / f"{name}.cubin"
+    # With the host's part: nvcc writes launches for fewer kinds of template arguments than it compiles kernels for.
+    binary = tmp_path / f"{name}.o"
     done = subprocess.run(
-        [cuda_static.nvcc(), *cuda_static.FLAGS, "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-cubin"]
+        [cuda_static.nvcc(), *cuda_static.FLAGS, "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-c"]
         + ["-DENTRGI_HOPPER_CANDIDATES", str(HOPPER / f"{name}.cu"), "-o", str(binary)],
         capture_output=True,
         text=True,

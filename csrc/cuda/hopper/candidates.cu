@@ -9,12 +9,32 @@
 namespace entrgi::cuda::hopper {
 namespace {
 
+struct Prefetched : Tile {
+  static constexpr int PREFETCH = 4, MULTIPLYING = 128, FINISHING = 128;
+};
+struct ShortSteps : Tile {
+  static constexpr int STAGES = 6, DEPTH = 32;
+};
+// Four warps with no fewer loads in flight than six.
+struct Four : Tile {
+  static constexpr int FINISHERS = 4, AHEAD = 6, FINISHING = 200;
+};
+struct FourFarAhead : Tile {
+  static constexpr int FINISHERS = 4, AHEAD = 12, MULTIPLYING = 128, FINISHING = 216;
+};
+struct Narrow : Tile {
+  static constexpr int COLUMNS = 128, STAGES = 4, FINISHERS = 4, AHEAD = 8, MULTIPLYING = 104, FINISHING = 240;
+};
+struct NarrowDeep : Narrow {
+  static constexpr int STAGES = 5;
+};
+
 struct Candidate {
   std::string name;
   cudaError_t (*run)(const UpdateJob&, int, cudaStream_t);
 };
 
-template <Tile T, int CLUSTER>
+template <typename T, int CLUSTER>
 cudaError_t run(const UpdateJob& job, int multiprocessors, cudaStream_t stream) {
   if (job.logits.rows == 0) return cudaSuccess;
   if (job.reads != job.writes || job.wide_moments) return cudaErrorInvalidValue;
@@ -23,12 +43,12 @@ cudaError_t run(const UpdateJob& job, int multiprocessors, cudaStream_t stream) 
 }
 
 // Blocks in pairs and alone.
-template <Tile T>
+template <typename T>
 void both(std::vector<Candidate>& all) {
   const auto text = [](int number) { return std::to_string(number); };
-  std::string name = text(ROWS) + " x " + text(T.columns) + ", " + text(T.stages) + " stages of " + text(T.depth);
-  if (T.prefetch) name += ", prefetched " + text(T.prefetch);
-  name += ", " + text(T.finishers) + " finishing warps " + text(T.ahead) + " ahead";
+  std::string name = text(ROWS) + " x " + text(T::COLUMNS) + ", " + text(T::STAGES) + " stages of " + text(T::DEPTH);
+  if (T::PREFETCH) name += ", prefetched " + text(T::PREFETCH);
+  name += ", " + text(T::FINISHERS) + " finishing warps " + text(T::AHEAD) + " ahead";
   all.push_back({name + ", pairs", run<T, 2>});
   all.push_back({name + ", alone", run<T, 1>});
 }
@@ -36,13 +56,13 @@ void both(std::vector<Candidate>& all) {
 const std::vector<Candidate>& candidates() {
   static const std::vector<Candidate> found = [] {
     std::vector<Candidate> all;
-    both<Tile{}>(all);  // the first is what serves
-    both<Tile{.prefetch = 4, .multiplying = 128, .finishing = 128}>(all);
-    both<Tile{.stages = 6, .depth = 32}>(all);
-    both<Tile{.finishers = 4, .ahead = 6, .finishing = 200}>(all);
-    both<Tile{.finishers = 4, .ahead = 12, .multiplying = 128, .finishing = 216}>(all);
-    both<Tile{.columns = 128, .stages = 4, .finishers = 4, .ahead = 8, .multiplying = 104, .finishing = 240}>(all);
-    both<Tile{.columns = 128, .stages = 5, .finishers = 4, .ahead = 8, .multiplying = 104, .finishing = 240}>(all);
+    both<Tile>(all);  // the first is what serves
+    both<Prefetched>(all);
+    both<ShortSteps>(all);
+    both<Four>(all);
+    both<FourFarAhead>(all);
+    both<Narrow>(all);
+    both<NarrowDeep>(all);
     return all;
   }();
   return found;

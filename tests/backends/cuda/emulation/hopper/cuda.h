@@ -18,9 +18,9 @@ struct Indices {
     operator unsigned() const { return FIND(); }
   } x;
 };
-constexpr Indices<emulation::thread_index> threadIdx;
-constexpr Indices<emulation::block_index> blockIdx;
-constexpr Indices<emulation::grid_size> gridDim;
+constexpr Indices<emulation::thread_index> threadIdx{};
+constexpr Indices<emulation::block_index> blockIdx{};
+constexpr Indices<emulation::grid_size> gridDim{};
 struct alignas(8) float2 {
   float x, y;
 };
