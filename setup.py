@@ -183,10 +183,13 @@ def extensions() -> list[Extension]:
     link = openmp_link_flags() if openmp else []
     modules = [CppExtension(CPU_MODULE, cpu, extra_compile_args={"cxx": cxx}, extra_link_args=link, **common)]
     cuda = cuda_sources()
+    # Tiles of the update that only `python -m benchmarks.tools.tune` runs: without the define their file is empty.
+    candidates = os.environ.get("ENTRGI_HOPPER_CANDIDATES", "0") not in ("", "0")
+    defines = ["-DENTRGI_HOPPER_CANDIDATES"] if candidates else []
     if cuda and (compiler := nvcc()):
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures(compiler)
         # No --use_fast_math: the race is decided by the relative accuracy of logarithms near 1.
-        flags = {"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "-lineinfo", "--threads=4"]}
+        flags = {"cxx": [*cxx, *defines], "nvcc": ["-O3", "-std=c++20", "-lineinfo", "--threads=4", *defines]}
         modules.append(CUDAExtension(CUDA_MODULE, cuda, extra_compile_args=flags, **common))
     return modules
 

@@ -24,7 +24,8 @@ import entrgi_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"entrgi_kernels": ROOT / "entrgi_kernels", "entrgi": ROOT / "python" / "entrgi"}
-VARIABLES = {"ENTRGI_BACKEND", "ENTRGI_DISABLE_EXTENSION"}  # at most four, all on one docs page
+# At most four, all on one docs page.
+VARIABLES = {"ENTRGI_BACKEND", "ENTRGI_DISABLE_EXTENSION", "ENTRGI_HOPPER_CANDIDATES"}
 LONGEST_FILE = 600
 
 # Runs `code` where importing the named modules fails, as on a machine without them.

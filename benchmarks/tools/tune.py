@@ -1,6 +1,7 @@
 """Measure candidate configurations of the Triton kernels on this GPU: `python -m benchmarks.tools.tune`.
 
     python -m benchmarks.tools.tune --family backward forward statistics --minutes 8
+    python -m benchmarks.tools.tune --family hopper --minutes 2   # compiled CUDA: benchmarks/tools/hopper_candidates.py
 
 For every family and row count the candidates are compiled first, on all cores at once (one that spills or wants more
 shared memory than there is is dropped, with its reason), then checked against the table's present choice, timed by
@@ -29,10 +30,12 @@ import torch
 
 from benchmarks.harness import measure
 from benchmarks.harness.inputs import CANONICAL, Shape
+from benchmarks.tools import hopper_candidates
 
 # Family, shape, and the entry of the table that is tried.
 Job = tuple[str, Shape, Any]
 FAMILIES = ("statistics", "forward", "backward", "collect")
+COMPILED = "hopper"  # only where it is asked for: few builds hold its candidates
 SPACES: dict[str, dict[str, Sequence[Any]]] = {
     # 16, 32 or 64 entries a thread (collect: 32 at most); longer slices cost fewer endings, shorter ones end together.
     "statistics": {
@@ -253,7 +256,7 @@ def advice(family: str, shape: Shape, made: list[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Tune the families asked for; exit status 2 without a CUDA GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tools.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--family", nargs="+", choices=(*FAMILIES, COMPILED), default=list(FAMILIES))
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, help="N,D or N,D,V (default: the canonical ones)")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for everything (default: 8)")
     chosen = parser.parse_args(argv)
@@ -268,7 +271,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     lines: list[str] = []
     end, target = time.monotonic() + 60 * chosen.minutes, config.target(torch.device("cuda"))
-    pairs = [(family, shape) for shape in shapes for family in chosen.family]
+
+    def keep(made: list[dict[str, Any]]) -> None:
+        path.write_text(json.dumps(made, indent=1) + "\n")
+        if out := os.environ.get("OUT"):
+            shutil.copy(path, Path(out) / path.name)
+
+    if COMPILED in chosen.family:
+        found = hopper_candidates.tune(shapes, end, keep)
+        if isinstance(found, str):
+            print(found, file=sys.stderr)
+            return 2
+        rows += found
+    families = [family for family in chosen.family if family != COMPILED]
+    if not families:
+        return 0
+    pairs = [(family, shape) for shape in shapes for family in families]
     loads = LOADS if target.architecture.bulk else LOADS[1:]
     jobs = [(f, s, entry) for f, s in pairs for entry in candidates(f, s.n, present_entry(target, f, s.n), loads)]
     verdicts = compiled(jobs, os.cpu_count() or 2)
@@ -280,9 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += made
         lines.append(advice(family, shape, made))
         print(lines[-1], flush=True)
-        path.write_text(json.dumps(rows, indent=1) + "\n")
-        if out := os.environ.get("OUT"):
-            shutil.copy(path, Path(out) / path.name)
+        keep(rows)
         torch.cuda.empty_cache()
     print("\nFor entrgi_kernels/backends/triton/config.py:\n" + "\n".join(lines))
     return 0

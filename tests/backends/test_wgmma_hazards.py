@@ -89,12 +89,13 @@ def test_without_the_wait_it_does():
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["forward", "update"])
+@pytest.mark.parametrize("name", ["forward", "update", "candidates"])
 def test_compiled_products_spill_nothing_and_keep_their_products_running(name, tmp_path):
-    binary = tmp_path / f"{name}.cubin"
+    # With the host's part: nvcc writes launches for fewer kinds of template arguments than it compiles kernels for.
+    binary = tmp_path / f"{name}.o"
     done = subprocess.run(
-        [cuda_static.nvcc(), *cuda_static.FLAGS, "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-cubin"]
-        + [str(HOPPER / f"{name}.cu"), "-o", str(binary)],
+        [cuda_static.nvcc(), *cuda_static.FLAGS, "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-c"]
+        + ["-DENTRGI_HOPPER_CANDIDATES", str(HOPPER / f"{name}.cu"), "-o", str(binary)],
         capture_output=True,
         text=True,
     )
@@ -121,4 +122,6 @@ def test_on_other_architectures_they_are_empty(target, tmp_path):
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        assert set(wgmma_hazards.of_cubin((tmp_path / "x.cubin").read_bytes()).values()) == {None}
+        found = wgmma_hazards.of_cubin((tmp_path / "x.cubin").read_bytes())
+        # The candidates are not even that where nobody asks for them.
+        assert set(found.values()) == ({None} if source.stem != "candidates" else set())

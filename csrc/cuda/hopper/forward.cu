@@ -4,8 +4,11 @@
 // copy engine; two warp groups, 64 rows each, turn logits into probabilities and multiply: while one step's products run, the
 // next step's probabilities are formed in other registers. A step's registers are written again only after its products
 // have been waited for. A cluster is SLICES blocks, one a slice, whose sums are added in shared memory before they are written:
-// where rows are few, many slices then cost little memory. (Two blocks of neighbouring rows that bring the table's tile for each
-// other were slower: 1.83 ms alone, 2.10 ms in pairs at N = 2,048, D = 2,048 on an H100.)
+// where rows are few, many slices then cost little memory.
+//
+// With PAIRS = 2 two blocks of neighbouring rows bring the table's tile for each other. On an H100 that was slower, 2.10 ms for 1.83
+// at N = 2,048, D = 2,048. It waits to be measured again (candidates.cu): without it blocks read 8 TB/s from the cache, which may be
+// all that there is.
 #include "maps.h"
 #include "primitives.cuh"
 
@@ -33,19 +36,20 @@ DEVICE uint32_t probabilities(uint32_t pair, float maximum, float scale, float o
 // Where chunk `chunk` (four float32) of a row of sums lies: rows of a fragment would meet in the same banks.
 DEVICE int chunk_of(int row, int chunk) { return chunk ^ (row & 7); }
 
-template <int SLICES>
+template <int SLICES, int PAIRS>
 __global__ void __launch_bounds__(THREADS, 1)
     forward_kernel(const __grid_constant__ CUtensorMap logits_map, const __grid_constant__ CUtensorMap table_map,
                    const __grid_constant__ ForwardJob job) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ unsigned char raw_shared[];
-  Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw_shared) + 1023) & ~uintptr_t{1023});
+  Shared& shared = shared_memory<Shared>();
   const int group = threadIdx.x / WARP_GROUP, thread = threadIdx.x % WARP_GROUP;
-  const int slice_rank = static_cast<int>(cluster_rank<SLICES>());
+  constexpr int CLUSTER = SLICES * PAIRS;
+  static_assert(SLICES == 1 || PAIRS == 1);
+  const int rank = static_cast<int>(cluster_rank<CLUSTER>()), slice_rank = PAIRS == 1 ? rank : 0;
   const int n = static_cast<int>(job.logits.rows), v = static_cast<int>(job.logits.columns);
   const int d = static_cast<int>(job.table.columns);
   // Rows vary fastest: blocks that run together read the same tiles of the table.
-  const int row_tiles = (n + ROWS - 1) / ROWS, column_tiles = (d + COLUMNS - 1) / COLUMNS;
+  const int row_tiles = PAIRS * ((n + ROWS * PAIRS - 1) / (ROWS * PAIRS)), column_tiles = (d + COLUMNS - 1) / COLUMNS;
   const int tile = blockIdx.x / SLICES;
   const int row = tile % row_tiles * ROWS;
   const int column = tile / row_tiles % column_tiles * COLUMNS, part = tile / row_tiles / column_tiles;
@@ -55,11 +59,11 @@ __global__ void __launch_bounds__(THREADS, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       init_barrier(&shared.full[s], 1);
-      init_barrier(&shared.empty[s], 2);
+      init_barrier(&shared.empty[s], 2 * PAIRS);
     }
     fence_barrier_init();
   }
-  synchronize_cluster<SLICES>();
+  synchronize_cluster<CLUSTER>();
 
   if (group == 2) {  // brings the operands
     fewer_registers<24>();
@@ -72,9 +76,13 @@ __global__ void __launch_bounds__(THREADS, 1)
         expect_bytes(&shared.full[slot], LOGITS_BYTES + TABLE_BYTES);
         const int first = start + step * DEPTH;
         copy_tile(shared.logits[slot], &logits_map, first, row, &shared.full[slot]);
+        constexpr int BOXES = COLUMNS / 64 / PAIRS;
 #pragma unroll
-        for (int box = 0; box < COLUMNS / 64; box++) {
-          copy_tile(shared.table[slot] + box * BOX_BYTES, &table_map, column + 64 * box, first, &shared.full[slot]);
+        for (int i = 0; i < BOXES; i++) {
+          const int box = PAIRS == 1 ? i : rank * BOXES + i;
+          unsigned char* const to = shared.table[slot] + box * BOX_BYTES;
+          if (PAIRS == 1) copy_tile(to, &table_map, column + 64 * box, first, &shared.full[slot]);
+          else copy_tile_to(to, &table_map, column + 64 * box, first, &shared.full[slot], (1 << PAIRS) - 1);
         }
         if (++slot == STAGES) slot = 0, phase ^= 1;
       }
@@ -113,7 +121,11 @@ __global__ void __launch_bounds__(THREADS, 1)
       if (step > 0) {
         finish_products<DEPTH / 16>();
         const int before = slot == 0 ? STAGES - 1 : slot - 1;
-        if (thread == 0) arrive(&shared.empty[before]);
+        if (PAIRS == 1) {
+          if (thread == 0) arrive(&shared.empty[before]);
+        } else if (thread < PAIRS) {
+          arrive_at(&shared.empty[before], thread);
+        }
       }
       if (++slot == STAGES) slot = 0, phase ^= 1;
     };
@@ -140,7 +152,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       }
     } else {
       // All tiles have come and been read once both warp groups are here: their memory takes the sums.
-      asm volatile("bar.sync 1, %0;" ::"n"(2 * WARP_GROUP) : "memory");
+      synchronize_threads<1, 2 * WARP_GROUP>();
       float(*const staged)[COLUMNS] = reinterpret_cast<float(*)[COLUMNS]>(&shared);
       static_assert(sizeof(float) * ROWS * COLUMNS <= sizeof(shared.logits) + sizeof(shared.table));
 #pragma unroll
@@ -171,19 +183,20 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
   }
   // A block must not end while its neighbours still copy into it, arrive at it or read its sums.
-  synchronize_cluster<SLICES>();
+  synchronize_cluster<CLUSTER>();
 #endif
 }
 
-template <int SLICES>
+template <int SLICES, int PAIRS = 1>
 cudaError_t launch(const ForwardJob& job, cudaStream_t stream) {
   CUtensorMap logits, table;
   cudaError_t error = make_map(&logits, job.logits, ROWS, DEPTH);
   if (error == cudaSuccess) error = make_map(&table, job.table, DEPTH, 64);
   if (error != cudaSuccess) return error;
-  const int64_t tiles = (job.logits.rows + ROWS - 1) / ROWS * ((job.table.columns + COLUMNS - 1) / COLUMNS);
-  return launch_clusters(forward_kernel<SLICES>, tiles * job.parts_count * SLICES, THREADS, SLICES, sizeof(Shared) + 1024,
-                         stream, logits, table, job);
+  const int64_t row_tiles = (job.logits.rows + ROWS * PAIRS - 1) / (ROWS * PAIRS) * PAIRS;
+  const int64_t tiles = row_tiles * ((job.table.columns + COLUMNS - 1) / COLUMNS);
+  return launch_clusters(forward_kernel<SLICES, PAIRS>, tiles * job.parts_count * SLICES, THREADS, SLICES * PAIRS,
+                         sizeof(Shared) + 1024, stream, logits, table, job);
 }
 
 }  // namespace
@@ -192,7 +205,7 @@ bool compiled() {
   // The driver would compile code for an older architecture anew: a kernel that does nothing.
   static const int version = [] {
     cudaFuncAttributes attributes = {};
-    return cudaFuncGetAttributes(&attributes, forward_kernel<1>) == cudaSuccess ? attributes.ptxVersion : 0;
+    return cudaFuncGetAttributes(&attributes, forward_kernel<1, 1>) == cudaSuccess ? attributes.ptxVersion : 0;
   }();
   return version >= 90;
 }
@@ -207,5 +220,12 @@ cudaError_t launch_forward(const ForwardJob& job, cudaStream_t stream) {
   }
   return cudaErrorInvalidValue;
 }
+
+#ifdef ENTRGI_HOPPER_CANDIDATES
+cudaError_t launch_forward_candidate(const ForwardJob& job, cudaStream_t stream) {
+  if (job.logits.rows == 0) return cudaSuccess;
+  return job.slices == 1 ? launch<1, 2>(job, stream) : cudaErrorInvalidValue;
+}
+#endif
 
 }  // namespace entrgi::cuda::hopper

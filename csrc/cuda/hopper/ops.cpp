@@ -31,6 +31,7 @@ float* floats(const Tensor& t, int64_t least, const char* name) {
   return t.data_ptr<float>();
 }
 
+template <cudaError_t (*LAUNCH)(const hopper::ForwardJob&, cudaStream_t)>
 void forward_product_(const Tensor& logits, const Tensor& table, const Tensor& maximum, const Tensor& logsum,
                       const Tensor& soft, const Tensor& parts, int64_t count, int64_t slices, int64_t slice_length,
                       double temperature) {
@@ -41,8 +42,9 @@ void forward_product_(const Tensor& logits, const Tensor& table, const Tensor& m
   const int64_t n = logits.size(0), v = logits.size(1), d = table.size(1);
   TORCH_CHECK_VALUE(table.size(0) == v && count >= 1 && count <= 1024 && slices >= 1 && slice_length > 0 &&
                         slice_length % 64 == 0 && slice_length < INT32_MAX / 2 && count * slices * slice_length >= v &&
-                        count * slices * slice_length < INT32_MAX,
-                    "entrgi_cuda: ", count, " times ", slices, " slices of ", slice_length, " do not make a vocabulary of ", v);
+                        count * slices * slice_length < INT32_MAX && (count - 1) * slices * slice_length < v,
+                    "entrgi_cuda: ", count, " times ", slices, " slices of ", slice_length, " do not make a vocabulary of ",
+                    v, " with something in each part");
   job.maximum = floats(maximum, n, "maximum");
   job.logsum = floats(logsum, n, "logsum");
   job.soft = floats(soft, n * d, "soft");
@@ -51,13 +53,13 @@ void forward_product_(const Tensor& logits, const Tensor& table, const Tensor& m
   job.slices = static_cast<int32_t>(slices);
   job.slice_length = static_cast<int32_t>(slice_length);
   job.inverse = static_cast<float>(1 / temperature);
-  check(hopper::launch_forward(job, c10::cuda::getCurrentCUDAStream().stream()));
+  check(LAUNCH(job, c10::cuda::getCurrentCUDAStream().stream()));
 }
 
-void guidance_update_(const Tensor& logits, const Tensor& grad, const Tensor& table, const Tensor& delta, const Tensor& lse,
-                      const std::optional<Tensor>& exp_avg, const std::optional<Tensor>& exp_avg_sq, bool reads, bool writes,
-                      double temperature, double step_size, double root_correction, double beta1, double beta2, double eps) {
-  const c10::cuda::CUDAGuard guard(logits.device());
+hopper::UpdateJob update_job(const Tensor& logits, const Tensor& grad, const Tensor& table, const Tensor& delta,
+                             const Tensor& lse, const std::optional<Tensor>& exp_avg, const std::optional<Tensor>& exp_avg_sq,
+                             bool reads, bool writes, double temperature, double step_size, double root_correction,
+                             double beta1, double beta2, double eps) {
   hopper::UpdateJob job;
   job.logits = matrix(logits, at::kBFloat16, "logits");
   job.grad = matrix(grad, at::kBFloat16, "grad");
@@ -83,10 +85,35 @@ void guidance_update_(const Tensor& logits, const Tensor& grad, const Tensor& ta
   job.beta1 = static_cast<float>(beta1);
   job.beta2 = static_cast<float>(beta2);
   job.eps = static_cast<float>(eps);
-  int multiprocessors = 0;
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, guard.current_device().index()));
-  check(hopper::launch_update(job, multiprocessors, c10::cuda::getCurrentCUDAStream().stream()));
+  return job;
 }
+
+int multiprocessors(const c10::cuda::CUDAGuard& guard) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, guard.current_device().index()));
+  return count;
+}
+
+void guidance_update_(const Tensor& logits, const Tensor& grad, const Tensor& table, const Tensor& delta, const Tensor& lse,
+                      const std::optional<Tensor>& exp_avg, const std::optional<Tensor>& exp_avg_sq, bool reads, bool writes,
+                      double temperature, double step_size, double root_correction, double beta1, double beta2, double eps) {
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const hopper::UpdateJob job = update_job(logits, grad, table, delta, lse, exp_avg, exp_avg_sq, reads, writes, temperature,
+                                           step_size, root_correction, beta1, beta2, eps);
+  check(hopper::launch_update(job, multiprocessors(guard), c10::cuda::getCurrentCUDAStream().stream()));
+}
+
+#ifdef ENTRGI_HOPPER_CANDIDATES
+void update_candidate_(int64_t candidate, const Tensor& logits, const Tensor& grad, const Tensor& table, const Tensor& delta,
+                       const Tensor& lse, const std::optional<Tensor>& exp_avg, const std::optional<Tensor>& exp_avg_sq,
+                       bool reads, bool writes, double temperature, double step_size, double root_correction, double beta1,
+                       double beta2, double eps) {
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const hopper::UpdateJob job = update_job(logits, grad, table, delta, lse, exp_avg, exp_avg_sq, reads, writes, temperature,
+                                           step_size, root_correction, beta1, beta2, eps);
+  check(hopper::launch_update_candidate(candidate, job, multiprocessors(guard), c10::cuda::getCurrentCUDAStream().stream()));
+}
+#endif
 
 bool compiled() { return hopper::compiled(); }
 
@@ -101,9 +128,23 @@ TORCH_LIBRARY_FRAGMENT(entrgi_cuda, m) {
       "hopper_update_(Tensor(a!) logits, Tensor grad, Tensor table, Tensor delta, Tensor lse, Tensor(b!)? exp_avg, "
       "Tensor(c!)? exp_avg_sq, bool reads, bool writes, float temperature, float step_size, float root_correction, "
       "float beta1, float beta2, float eps) -> ()");
+#ifdef ENTRGI_HOPPER_CANDIDATES
+  m.def(
+      "hopper_forward_candidate_(Tensor logits, Tensor table, Tensor maximum, Tensor logsum, Tensor(a!) soft, Tensor(b!) parts, "
+      "int count, int slices, int slice_length, float temperature) -> ()");
+  m.def("hopper_update_candidates() -> str[]", &hopper::update_candidates);
+  m.def(
+      "hopper_update_candidate_(int candidate, Tensor(a!) logits, Tensor grad, Tensor table, Tensor delta, Tensor lse, "
+      "Tensor(b!)? exp_avg, Tensor(c!)? exp_avg_sq, bool reads, bool writes, float temperature, float step_size, "
+      "float root_correction, float beta1, float beta2, float eps) -> ()");
+#endif
 }
 
 TORCH_LIBRARY_IMPL(entrgi_cuda, CUDA, m) {
-  m.impl("hopper_forward_", &forward_product_);
+  m.impl("hopper_forward_", &forward_product_<hopper::launch_forward>);
   m.impl("hopper_update_", &guidance_update_);
+#ifdef ENTRGI_HOPPER_CANDIDATES
+  m.impl("hopper_forward_candidate_", &forward_product_<hopper::launch_forward_candidate>);
+  m.impl("hopper_update_candidate_", &update_candidate_);
+#endif
 }

@@ -13,6 +13,13 @@ namespace entrgi::cuda::hopper {
 constexpr int WARP_GROUP = 128;
 constexpr float LOG2E = 1.4426950408889634f;
 
+// A block's dynamic shared memory. The launch gives S and 1,024 bytes: the copy engine's swizzles repeat after so many.
+template <typename S>
+DEVICE S& shared_memory() {
+  extern __shared__ unsigned char raw_shared[];
+  return *reinterpret_cast<S*>((reinterpret_cast<uintptr_t>(raw_shared) + 1023) & ~uintptr_t{1023});
+}
+
 DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
 // --- barriers ---------------------------------------------------------------------------------------------------------
@@ -49,6 +56,11 @@ DEVICE void wait(uint64_t* barrier, uint32_t parity) {
       "over:\n}" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
+}
+// Waits until THREADS threads of the block, whole warps, are here. BARRIER is 1 to 15.
+template <int BARRIER, int THREADS>
+DEVICE void synchronize_threads() {
+  asm volatile("bar.sync %0, %1;" ::"n"(BARRIER), "n"(THREADS) : "memory");
 }
 template <int CLUSTER>
 DEVICE void synchronize_cluster() {
@@ -97,6 +109,11 @@ DEVICE void copy_tile_to(void* to, const CUtensorMap* map, int column, int row, 
       "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
       : "memory");
 }
+// Brings the map's box into the second-level cache alone.
+DEVICE void prefetch_tile(const CUtensorMap* map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row)
+               : "memory");
+}
 DEVICE void prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // --- registers --------------------------------------------------------------------------------------------------------
@@ -139,18 +156,27 @@ DEVICE void pin(float (&sums)[COUNT]) {
 #define ENTRGI_8(s, i) \
   "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3]), "+f"(s[i + 4]), "+f"(s[i + 5]), "+f"(s[i + 6]), "+f"(s[i + 7])
 #define ENTRGI_32(s, i) ENTRGI_8(s, i), ENTRGI_8(s, i + 8), ENTRGI_8(s, i + 16), ENTRGI_8(s, i + 24)
-#define ENTRGI_96(s) ENTRGI_32(s, 0), ENTRGI_32(s, 32), ENTRGI_32(s, 64)
+#define ENTRGI_64(s) ENTRGI_32(s, 0), ENTRGI_32(s, 32)
+#define ENTRGI_96(s) ENTRGI_64(s), ENTRGI_32(s, 64)
 #define ENTRGI_128(s) ENTRGI_96(s), ENTRGI_32(s, 96)
-#define ENTRGI_NAMES_96                                                                                                   \
+#define ENTRGI_NAMES_64                                                                                                   \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,"  \
   "%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59," \
-  "%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88," \
+  "%60,%61,%62,%63"
+#define ENTRGI_NAMES_96                                                                                                 \
+  ENTRGI_NAMES_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88," \
   "%89,%90,%91,%92,%93,%94,%95"
 #define ENTRGI_NAMES_128                                                                                                \
   ENTRGI_NAMES_96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116," \
   "%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
-// sums[64 x 192] (+)= a[64 x 16] b[192 x 16]^T, both from shared memory with rows that run over the summed dimension.
+// sums[64 x C] (+)= a[64 x 16] b[C x 16]^T, both from shared memory with rows that run over the summed dimension.
+DEVICE void product(float (&sums)[64], uint64_t a, uint64_t b, int add) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" ENTRGI_NAMES_64 "}, %64, %65, add, 1, 1, 0, 0;\n}"
+               : ENTRGI_64(sums)
+               : "l"(a), "l"(b), "r"(add));
+}
 DEVICE void product(float (&sums)[96], uint64_t a, uint64_t b, int add) {
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %98, 0;\n"
                "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {" ENTRGI_NAMES_96 "}, %96, %97, add, 1, 1, 0, 0;\n}"

@@ -38,7 +38,7 @@ def test_every_kernel_compiles_as_planned(target):
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["ops.cpp", "module.cpp"])
+@pytest.mark.parametrize("source", ["ops.cpp", "module.cpp", "hopper/ops.cpp"])
 def test_bindings_compile_against_torch_and_cuda(source, tmp_path):
     """torch's headers for CUDA are in its CPU build, too, all but one that the build generates."""
     command = [
@@ -46,6 +46,7 @@ def test_bindings_compile_against_torch_and_cuda(source, tmp_path):
         "-std=c++20",
         "-O0",
         "-DC10_USING_CUSTOM_GENERATED_MACROS",
+        "-DENTRGI_HOPPER_CANDIDATES",
         "-Xcompiler=-fsyntax-only",
     ]
     headers = [*torch_headers(), "-isystem", sysconfig.get_path("include")]
