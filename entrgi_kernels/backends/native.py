@@ -46,7 +46,10 @@ def build_info() -> dict[str, object]:
 
 
 def set_isa(name: str) -> None:
-    """Force an instruction set ("baseline", "avx2", "avx512", "avx512_bf16", "amx"), "" for the best one. For tests and measurements.
+    """Force an instruction set, "" for the best one; for tests and measurements.
+
+    Args:
+        name: "baseline", "avx2", "avx512", "avx512_bf16" or "amx".
 
     Raises:
         ValueError: this machine cannot run it.
