@@ -176,7 +176,7 @@ class Denoiser:
         config, canvas = self.config, self.canvas
         with phases.scope(phases.MODEL):
             phi = self._logits(opened)
-        if self.search is not None and not self._identical and self.search.due(step):
+        if self.search is not None:
             phi, opened, counts, wanted = self._searched(self.search, phi, opened, step, counts, wanted)
         ranking = self._commits.base_ranking(phi, opened, step)
         if self._trace is not None:
@@ -249,10 +249,15 @@ class Denoiser:
     ) -> tuple[torch.Tensor, OpenSlots, tuple[int, ...], torch.Tensor]:
         """The step's logits and slots after the search has chosen which trajectories go on."""
         canvas = self.canvas
+        # "origin" commits by chance: any open slot.
+        commits = opened.counts if self.config.alg == "origin" else list(map(min, counts, opened.counts))
+        groups = search.working(step, commits)
+        if not groups:
+            return phi, opened, counts, wanted
         best = canvas.response.index_put((opened.rows, opened.slots), phi.argmax(dim=-1))
         best = canvas.read_by_reward(best, self.score.pad_token_id)
         evaluations = search.evaluations
-        ancestors = search.select(step, best)
+        ancestors = search.select(step, best, groups)
         self.stats.search_evaluations += search.evaluations - evaluations
         self._commits.log_probs = search.log_probs
         if ancestors is None:

@@ -36,6 +36,7 @@ from .keys import prompt_keys, row_keys
 from .memory import Memory, MemoryEstimate
 from .results import Conversation, GenerationResult, Progress, Sample, Stats, StepTrace, named, warn_of_missing
 from .savings import reward_savings
+from .schedules import step_behind
 from .scoring import Scorer, check_guides
 from .search import Search
 
@@ -347,7 +348,8 @@ class GuidedSampler:
             try:
                 response = fill(denoiser, block_length, traces=paths, on_step=hook, every_step=every_step)
                 if search is not None:
-                    search.finish_rows(config.steps, rows, paths)
+                    blocks = None if block_length is None else canvas.masked.shape[1] // block_length
+                    search.finish_rows(step_behind(config.steps, blocks), rows, paths)
                     stats.search_evaluations += not config.self_rewarding
                 if copies > 1:
                     canvas.tokens.copy_(rows.tokens[::copies])

@@ -151,7 +151,7 @@ def sample_flops(model: Shape, reward: Shape, config: GuidanceConfig, prompt_tok
             forward = _forward(model, config, prompt_tokens, number * length - offset, length, fresh, first)
             forward += 2 * masked * model.hidden * model.vocabulary
             parts["model"] += (shared if first else config.copies) * (2 if config.cfg_scale else 1) * forward
-            if _searches(config, numbered) and not (first and alike):
+            if _searches(config, numbered) and not first:
                 shown = min(slots, (number + 1) * length)
                 parts["search"] += config.copies * _reward_forward(reward, shown + _SUFFIX, prompt_tokens)
             if config.guided:
