@@ -23,9 +23,10 @@ from ..models.cached_canvas import CachedCanvas
 from ..models.combined import AgainstReference, ClassifierFree
 from ..models.forwards import Forwards, forwards_of
 from ..rewards import EmbeddingReward, PreparedPrompts, Reward, WeightedSum
+from ..shortage import is_out_of_memory
 from ..text.template import conversation_from, encode_prompt
 from ..text.vocabulary import check_rows
-from .batching import Batch, is_out_of_memory, make_batches
+from .batching import Batch, make_batches
 from .blocks import fill
 from .canvas import Canvas, left_padded
 from .capture import compiled
