@@ -206,7 +206,7 @@ class GuidedSampler:
             total=len(batches) * config.steps, desc=config.method, unit="step", disable=_hide(progress), leave=False
         ) as bar:
             while batches:
-                batch, begin, finished = batches.popleft(), bar.n, None
+                batch, begin, finished, work = batches.popleft(), bar.n, None, [*stats.work]
                 try:
                     finished = self._batch(batch, encoded, conversations, keys, config, stats, memory, trace, advance)
                 except Exception as error:
@@ -215,7 +215,7 @@ class GuidedSampler:
                     if config.search == "smc" and len(batch.prompts) == 1:
                         raise  # its particles are resampled together
                 if finished is None:  # outside of the except clause, which keeps the failed call's tensors alive
-                    memory = Memory()
+                    memory, stats.work = Memory(), work
                     batches.extendleft(reversed(self._halved(batch)))
                     bar.total += config.steps
                     bar.update(begin - bar.n)
