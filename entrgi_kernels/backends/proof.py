@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..shortage import is_out_of_memory
 from . import comparison, eager, ranges, trials
 
 logger = logging.getLogger("entrgi_kernels")
@@ -44,8 +45,6 @@ _MOST_KEYS = 1 << 14  # calls of so many kinds are known at a time
 _MOST_MACHINES = 16  # kept in the file
 _LOCK_SECONDS = 5.0
 _LARGEST = 1e30  # stands for infinity in the file, which other readers of JSON do not know
-# Errors that say nothing about the kernels.
-NO_VERDICT = (torch.OutOfMemoryError, MemoryError, OSError)
 _lock = threading.RLock()
 
 
@@ -252,11 +251,16 @@ def forget() -> None:
 # -- proving ----------------------------------------------------------------------------------------------------------
 
 
+def no_verdict(error: Exception) -> bool:
+    """Whether an error says nothing about the kernels: no memory, no disk."""
+    return isinstance(error, OSError) or is_out_of_memory(error)
+
+
 def examine(name: str, kernels: Any, trial: trials.Trial, device: torch.device, launches: int | None = None) -> Verdict:
     """Compare a backend's kernels with eager arithmetic, now; nothing is remembered. See :func:`.comparison.run`.
 
     Raises:
-        torch.OutOfMemoryError, MemoryError, OSError: no memory, no disk; that says nothing about the kernels.
+        RuntimeError, MemoryError, OSError: no memory, no disk (:func:`no_verdict`).
     """
     started = time.perf_counter()
     listeners, ranges.listeners = ranges.listeners, ()  # whoever profiles did not ask for this
@@ -265,9 +269,9 @@ def examine(name: str, kernels: Any, trial: trials.Trial, device: torch.device, 
         excess = max(finding.excess for finding in findings)
         told = [finding for finding in findings if finding.excess > 1 or finding.excess == excess]
         figures = "; ".join(map(_words, told[: 1 if excess <= 1 else None]))
-    except NO_VERDICT:
-        raise
     except Exception as error:
+        if no_verdict(error):
+            raise
         excess, figures = math.inf, f"{type(error).__name__}: {str(error)[:500]}"
     finally:
         ranges.listeners = listeners
@@ -406,7 +410,9 @@ class _Function:
                 )
             try:
                 verdict = prove(name, module, trial, device)
-            except NO_VERDICT as error:
+            except Exception as error:
+                if not no_verdict(error):
+                    raise
                 return None, f"its kernels could not be compared with eager arithmetic: {type(error).__name__}: {error}"
         return verdict, f"its kernels failed the comparison with eager arithmetic: {verdict.figures}"
 

@@ -81,11 +81,3 @@ def make_batches(
         allowed / 1e9,
     )
     return batches
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a smaller batch might do."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)

@@ -87,6 +87,7 @@ def fill(
             rows=rows,
             # Where a hook changed what was final, the reward would go on with what was there before.
             settled=0 if edited else max(0, number * block_length - max(offsets[row] for row in going)),
+            block=number,
         )
         if denoiser.search is not None:
             denoiser.search.canvas, denoiser.search.also = part, [canvas.masked]

@@ -50,6 +50,7 @@ class Denoiser:
         rows: int64 [R], which of the rows of the forwards' last block these are; None for all of them.
         search: what permutes the trajectories; None where nothing does.
         settled: leading slots of every response that are final when the run begins.
+        block: number of the block that the canvas's masked slots are.
         narrow: whether the forwards hold one row for each of the canvas's identical ones.
         edited: whether a hook has changed tokens.
 
@@ -71,6 +72,7 @@ class Denoiser:
     rows: torch.Tensor | None = None
     search: Search | None = None
     settled: int = 0
+    block: int = 0
 
     def __post_init__(self) -> None:
         self._device = self.canvas.tokens.device
@@ -85,7 +87,7 @@ class Denoiser:
             if self.config.cuda_graphs:
                 self._guide = CapturedLoop(self._guide, self.config, self.memory, len(rows) // copies)
         self._reads_are_free = self._device.type == "cpu"
-        self._settled, self.edited, self.narrow = self.settled, False, False
+        self._settled, self._begun, self.edited, self.narrow = self.settled, False, False, False
         self._fillable = self.canvas.masked.clone()
 
     @torch.no_grad()
@@ -176,8 +178,10 @@ class Denoiser:
         config, canvas = self.config, self.canvas
         with phases.scope(phases.MODEL):
             phi = self._logits(opened)
-        if self.search is not None and not self._identical and self.search.due(step):
+        if self.search is not None:
             phi, opened, counts, wanted = self._searched(self.search, phi, opened, step, counts, wanted)
+        self.stats.add_work(self.block, len(canvas.tokens), len(opened), not self._begun)
+        self._begun = True
         ranking = self._commits.base_ranking(phi, opened, step)
         if self._trace is not None:
             entropy = softmax_entropy(phi, backend=config.backend)[1]
@@ -249,10 +253,15 @@ class Denoiser:
     ) -> tuple[torch.Tensor, OpenSlots, tuple[int, ...], torch.Tensor]:
         """The step's logits and slots after the search has chosen which trajectories go on."""
         canvas = self.canvas
+        # "origin" commits by chance: any open slot.
+        commits = opened.counts if self.config.alg == "origin" else list(map(min, counts, opened.counts))
+        groups = search.working(step, commits)
+        if not groups:
+            return phi, opened, counts, wanted
         best = canvas.response.index_put((opened.rows, opened.slots), phi.argmax(dim=-1))
         best = canvas.read_by_reward(best, self.score.pad_token_id)
         evaluations = search.evaluations
-        ancestors = search.select(step, best)
+        ancestors = search.select(step, best, groups)
         self.stats.search_evaluations += search.evaluations - evaluations
         self._commits.log_probs = search.log_probs
         if ancestors is None:

@@ -158,6 +158,9 @@ class Stats:
         model_forwards: forwards of the diffusion model, batches.
         reward_evaluations: forwards and backwards of the reward model under guidance, batches.
         search_evaluations: forwards of the reward, or of texts, that a search asked for, batches.
+        work: for each block (the response, without blocks), of finished batches: trajectories that were run, their
+            candidates and whoever has ended beside others among them; the sum of their steps; and of the slots that
+            were open in those.
         mean_weight: mean share of the hard token over all rows and inner steps; None without guidance.
         seconds: wall-clock time of the whole run, models included.
     """
@@ -166,9 +169,16 @@ class Stats:
     model_forwards: int = 0
     reward_evaluations: int = 0
     search_evaluations: int = 0
+    work: list[list[int]] = field(default_factory=list)
     mean_weight: float | None = None
     seconds: float = 0.0
     _weights: list[torch.Tensor] = field(default_factory=list, repr=False)
+
+    def add_work(self, block: int, rows: int, slots: int, first: bool) -> None:
+        """Note a step of a block, of `rows` trajectories with `slots` open slots together."""
+        self.work += [[0, 0, 0] for _ in range(len(self.work), block + 1)]
+        more = rows * first, rows, slots
+        self.work[block] = [count + one for count, one in zip(self.work[block], more, strict=True)]
 
     def add_weights(self, weights: torch.Tensor) -> None:
         """Note the weights [M, N] of a denoising step's inner steps, without waiting for the device."""
@@ -179,9 +189,9 @@ class Stats:
         self.seconds = seconds
         self.mean_weight = torch.cat(self._weights).mean().item() if self._weights else None
 
-    def to_dict(self) -> dict[str, float | int | None]:
+    def to_dict(self) -> dict[str, Any]:
         """The figures as a JSON-safe dict."""
-        counts = ("steps", "model_forwards", "reward_evaluations", "search_evaluations")
+        counts = ("steps", "model_forwards", "reward_evaluations", "search_evaluations", "work")
         return {name: getattr(self, name) for name in (*counts, "mean_weight", "seconds")}
 
 

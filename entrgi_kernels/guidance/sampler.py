@@ -23,9 +23,10 @@ from ..models.cached_canvas import CachedCanvas
 from ..models.combined import AgainstReference, ClassifierFree
 from ..models.forwards import Forwards, forwards_of
 from ..rewards import EmbeddingReward, PreparedPrompts, Reward, WeightedSum
+from ..shortage import is_out_of_memory
 from ..text.template import conversation_from, encode_prompt
 from ..text.vocabulary import check_rows
-from .batching import Batch, is_out_of_memory, make_batches
+from .batching import Batch, make_batches
 from .blocks import fill
 from .canvas import Canvas, left_padded
 from .capture import compiled
@@ -36,6 +37,7 @@ from .keys import prompt_keys, row_keys
 from .memory import Memory, MemoryEstimate
 from .results import Conversation, GenerationResult, Progress, Sample, Stats, StepTrace, named, warn_of_missing
 from .savings import reward_savings
+from .schedules import step_behind
 from .scoring import Scorer, check_guides
 from .search import Search
 
@@ -204,7 +206,7 @@ class GuidedSampler:
             total=len(batches) * config.steps, desc=config.method, unit="step", disable=_hide(progress), leave=False
         ) as bar:
             while batches:
-                batch, begin, finished = batches.popleft(), bar.n, None
+                batch, begin, finished, work = batches.popleft(), bar.n, None, [*stats.work]
                 try:
                     finished = self._batch(batch, encoded, conversations, keys, config, stats, memory, trace, advance)
                 except Exception as error:
@@ -213,7 +215,7 @@ class GuidedSampler:
                     if config.search == "smc" and len(batch.prompts) == 1:
                         raise  # its particles are resampled together
                 if finished is None:  # outside of the except clause, which keeps the failed call's tensors alive
-                    memory = Memory()
+                    memory, stats.work = Memory(), work
                     batches.extendleft(reversed(self._halved(batch)))
                     bar.total += config.steps
                     bar.update(begin - bar.n)
@@ -347,7 +349,8 @@ class GuidedSampler:
             try:
                 response = fill(denoiser, block_length, traces=paths, on_step=hook, every_step=every_step)
                 if search is not None:
-                    search.finish_rows(config.steps, rows, paths)
+                    blocks = None if block_length is None else canvas.masked.shape[1] // block_length
+                    search.finish_rows(step_behind(config.steps, blocks), rows, paths)
                     stats.search_evaluations += not config.self_rewarding
                 if copies > 1:
                     canvas.tokens.copy_(rows.tokens[::copies])

@@ -73,6 +73,16 @@ def steps_of_block(steps: int, number: int, blocks: int) -> tuple[int, int]:
     return begins[0], begins[1] - begins[0]
 
 
+def step_behind(steps: int, blocks: int | None) -> int:
+    """A number that no step has, of the settings alone.
+
+    Args:
+        steps: denoising steps.
+        blocks: of the response, which may begin within one and so reach into one more; None where there are none.
+    """
+    return steps if blocks is None else steps_of_block(steps, blocks + 1, blocks)[0]
+
+
 def _drain(n: int, shares: list[float], rounding: Callable[[float], int]) -> list[int]:
     """Counts a step for one trajectory: rounding(n share), never more than are left."""
     counts = []

@@ -15,7 +15,7 @@ svdd  Soft value-based decoding (arXiv 2408.08252): B candidates of each traject
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,35 +60,60 @@ class Search:
         self.log_probs = torch.zeros(rows, dtype=torch.float64, device=canvas.tokens.device)
         self.evaluations = 0
         self._log_weights, self._potentials = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows).double()
-        self._last, self._highest, self._sum = (torch.zeros(rows, dtype=torch.float64) for _ in range(3))
-        self._seen = False
+        self._last, self._sum = (torch.zeros(rows, dtype=torch.float64) for _ in range(2))
+        self._highest = torch.full((rows,), -torch.inf, dtype=torch.float64)
+        self._started = [False] * len(self._groups)
 
     def permute(self, index: torch.Tensor) -> None:
         """Every row of the canvas becomes a copy of the row in `index`, int64 [R]; its keys stay its own."""
         for tensor in (self.canvas.tokens, self.canvas.masked, *self.also):
             tensor.copy_(tensor[index])
 
-    def due(self, step: int) -> bool:
-        """Whether rows may change places in a step."""
-        return self._config.search == "svdd" or (step > 0 and step % self._config.search_every == 0)
+    def working(self, step: int, commits: Sequence[int]) -> list[list[int]]:
+        """The groups whose rows may change places in a step; to be asked at every step.
 
-    def select(self, step: int, best: torch.Tensor) -> list[int] | None:
+        A step in which nothing is committed to a group is none to it: whether one is taken at all depends on the other
+        prompts of the batch and on the savings. Nor is the first, before which its rows are one and the same.
+
+        Args:
+            step: the denoising step.
+            commits: how many slots of each row the step may commit.
+
+        Returns:
+            The rows of each such group.
+        """
+        due = self._config.search == "svdd" or (step > 0 and step % self._config.search_every == 0)
+        found = []
+        for number, rows in enumerate(self._groups):
+            if any(commits[row] for row in rows):
+                if due and self._started[number]:
+                    found.append(rows)
+                self._started[number] = True
+        return found
+
+    def select(self, step: int, best: torch.Tensor, groups: list[list[int]]) -> list[int] | None:
         """Which row each row is a copy of from now on; None where all stay. Waits for the device.
 
         Args:
             step: the denoising step.
             best: [R, L], likely completions.
+            groups: of :meth:`working`; the others stay as they are.
         """
-        return self._choose(step, self._values(self._predicted, best), last=False)
+        return self._choose(step, self._values(self._predicted, best), groups, last=False)
 
     def finish(self, step: int, response: torch.Tensor) -> list[int] | None:
         """As :meth:`select`, of finished responses; of svdd's candidates the first of each group is the one kept."""
-        return self._choose(step, self._values(self._finished, response), last=True)
+        return self._choose(step, self._values(self._finished, response), self._groups, last=True)
 
     def finish_rows(self, step: int, canvas: Canvas, traces: list[list[Any]] | None) -> None:
-        """Take the last choice, of a finished canvas and its traces."""
+        """Take the last choice, of a finished canvas and its traces.
+
+        Args:
+            step: a number that no denoising step had, for its draws.
+        """
         self.canvas, self.also = canvas, []
-        ancestors = self.finish(step % MAX_STEPS, canvas.response)
+        # Nothing is resampled at step 0, so that its number is free where there is none above.
+        ancestors = self.finish(step if step < MAX_STEPS else 0, canvas.response)
         if ancestors is None:
             return
         self.permute(torch.tensor(ancestors, device=canvas.tokens.device))
@@ -101,17 +126,17 @@ class Search:
         self.evaluations += 1
         return score(tokens).detach().double().cpu()
 
-    def _choose(self, step: int, values: torch.Tensor, last: bool) -> list[int] | None:
+    def _choose(self, step: int, values: torch.Tensor, groups: list[list[int]], last: bool) -> list[int] | None:
         # A value that is not finite is no reward: such a row is never chosen over one that has any.
         values = torch.where(values.isfinite(), values, -torch.inf)
         if self._config.search == "svdd":
             ancestors = list(range(len(values)))
-            for rows in self._groups:
+            for rows in groups:
                 chosen = rows[int(values[rows].argmax())]
                 for row in rows:
                     ancestors[row] = chosen
         else:
-            ancestors = self._resampled(step, values, last)
+            ancestors = self._resampled(step, values, groups, last)
         if ancestors == list(range(len(ancestors))):
             return None
         index = torch.tensor(ancestors)
@@ -120,27 +145,26 @@ class Search:
         self.log_probs = self.log_probs[index.to(self.log_probs.device)]
         return ancestors
 
-    def _resampled(self, step: int, values: torch.Tensor, last: bool) -> list[int]:
+    def _resampled(self, step: int, values: torch.Tensor, groups: list[list[int]], last: bool) -> list[int]:
         config = self._config
-        scaled = values / config.search_temperature
+        here = torch.tensor([row for rows in groups for row in rows], dtype=torch.int64)
+        scaled = values[here] / config.search_temperature
+        highest, total = torch.maximum(self._highest[here], scaled), self._sum[here] + scaled
         if config.self_rewarding:
             potential = scaled
-            self.log_probs = torch.zeros_like(self.log_probs)
+            self.log_probs = self.log_probs.index_fill(0, here.to(self.log_probs.device), 0.0)
         elif last:
-            potential = scaled - self._potentials
+            potential = scaled - self._potentials[here]
         elif config.potential == "difference":
-            potential = scaled - self._last
-        elif config.potential == "max":
-            potential = torch.maximum(self._highest, scaled) if self._seen else scaled
+            potential = scaled - self._last[here]
         else:
-            potential = self._sum + scaled
-        self._highest = torch.maximum(self._highest, scaled) if self._seen else scaled
-        self._last, self._sum, self._seen = scaled, self._sum + scaled, True
-        self._potentials = self._potentials + potential
+            potential = highest if config.potential == "max" else total
+        self._highest[here], self._last[here], self._sum[here] = highest, scaled, total
+        self._potentials[here] += potential
         # -inf - -inf: a particle without a reward stays without a weight.
-        self._log_weights = (self._log_weights + potential).nan_to_num(nan=-torch.inf, posinf=torch.inf)
+        self._log_weights[here] = (self._log_weights[here] + potential).nan_to_num(nan=-torch.inf, posinf=torch.inf)
         ancestors = list(range(len(values)))
-        for rows in self._groups:
+        for rows in groups:
             weights = self._log_weights[rows]
             if not bool(weights.isfinite().any()):
                 continue  # nothing tells them apart

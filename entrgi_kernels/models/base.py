@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .compat import repair_rotary
-from .forwards import Forwards, WholeCanvas
+from .forwards import Forwards, WholeCanvas, wanted_places
 from .modules import (
     accepted_arguments,
     evaluating,
@@ -192,8 +192,7 @@ class BackboneModel:
         check_canvas(canvas, attention_mask, masked)
         if self.position_limit is not None and canvas.shape[1] > self.position_limit:
             self.check_length(int(attention_mask.sum(1).max()), "a prompt with its response slots")
-        if positions is None:
-            positions = masked.flatten().nonzero().squeeze(1)
+        positions = wanted_places(masked, positions)
         if positions.numel() == 0:
             return torch.empty(0, self.vocab_size, device=canvas.device, dtype=self.dtype)
         if self.shift:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .base import SAME, BackboneModel, check_canvas, embedding_rows, same_result
 from .block_forwards import HIDDEN, BlockForwards, CroppedCanvas, visible
-from .forwards import Forwards
+from .forwards import Forwards, wanted_places
 from .masked_diffusion import position_ids
 from .modules import accepted_arguments, evaluating, plain_precision
 
@@ -148,8 +148,7 @@ class BlockCausal(BackboneModel):
                 "behind a causal context masked_logits() needs first=, the columns at which the open blocks begin; "
                 "forwards() knows them"
             )
-        if positions is None:
-            positions = masked.flatten().nonzero().squeeze(1)
+        positions = wanted_places(masked, positions)
         counted, pads = position_ids(attention_mask), (~attention_mask).sum(dim=1)
         seen = visible(self.groups(counted, attention_mask, (first - pads)[:, None]))
         row, column = positions.div(canvas.shape[1], rounding_mode="floor"), positions % canvas.shape[1]

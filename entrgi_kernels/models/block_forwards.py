@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .forwards import WholeCanvas, check_open, check_rows
+from .forwards import WholeCanvas, check_open, check_rows, wanted_places
 from .modules import evaluating, plain_precision
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ class CroppedCanvas(WholeCanvas):
     ) -> torch.Tensor:
         """See :class:`Forwards`."""
         width, end = tokens.shape[1], self._cropped.shape[1]
-        if positions is None:
-            positions = masked.flatten().nonzero().squeeze(1)
+        positions = wanted_places(masked, positions)
         row, column = positions.div(width, rounding_mode="floor"), positions % width
         if self._first is None:
             raise RuntimeError(_CLOSED)
@@ -150,8 +149,7 @@ class BlockForwards:
                 raise ValueError(f"{name} must be of shape {self._shape}, got {tuple(tensor.shape)}")
         if not self._opened:
             raise RuntimeError(_CLOSED)
-        if positions is None:
-            positions = masked.flatten().nonzero().squeeze(1)
+        positions = wanted_places(masked, positions)
         model, width = self._model, self._shape[1]
         row, column = positions.div(width, rounding_mode="floor"), positions % width
         with torch.no_grad(), plain_precision(tokens.device), evaluating(model.module):

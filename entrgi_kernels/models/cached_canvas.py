@@ -15,7 +15,7 @@ import torch
 
 from ..names import MODEL_CACHES
 from .base import BackboneModel, same_result
-from .forwards import check_open
+from .forwards import check_open, wanted_places
 from .masked_diffusion import position_ids
 from .modules import evaluating, plain_precision
 
@@ -70,8 +70,7 @@ class CachedCanvas:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See :class:`.forwards.Forwards`."""
-        if positions is None:
-            positions = masked.flatten().nonzero().squeeze(1)
+        positions = wanted_places(masked, positions)
         model, width = self._model, tokens.shape[1]
         if positions.numel() == 0:
             return torch.empty(0, model.vocab_size, device=tokens.device, dtype=model.dtype)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from .forwards import Forwards
+from .forwards import Forwards, wanted_places
 
 Make = Callable[[torch.Tensor, torch.Tensor], Forwards]
 
@@ -53,8 +53,7 @@ class ClassifierFree:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See :class:`.forwards.Forwards`."""
-        if positions is None:
-            positions = masked.flatten().nonzero().squeeze(1)
+        positions = wanted_places(masked, positions)
         both = torch.cat([positions, positions + tokens.numel()])
         logits = self._both.masked_logits(self._twice(tokens), torch.cat([masked, masked]), positions=both)
         own, hidden = logits.chunk(2)

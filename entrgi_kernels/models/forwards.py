@@ -103,6 +103,11 @@ def forwards_of(model: Any, tokens: torch.Tensor, attention: torch.Tensor, start
     return WholeCanvas(model, attention) if make is None else make(tokens, attention, start, repeats)
 
 
+def wanted_places(masked: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    """[N] int64: `positions`, where the caller has them, else where [R, S] bool `masked` is True, row after row."""
+    return masked.flatten().nonzero().squeeze(1) if positions is None else positions
+
+
 def check_open(tokens: torch.Tensor, first: torch.Tensor, shape: Any) -> None:
     """Raise ValueError unless tokens are int64 of `shape` [R', S], and `first` is int64 of [R']."""
     for name, tensor, wanted in (("tokens", tokens, tuple(shape)), ("first", first, (shape[0],))):

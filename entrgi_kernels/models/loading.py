@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..shortage import is_out_of_memory
 from .base import BackboneModel, DiffusionModel, mask_token_error
 from .block_causal import BlockCausal
 from .compat import loadable_llada, provide_default_rope, provide_older_names
@@ -249,12 +250,13 @@ def reading(path: str) -> Iterator[None]:
     Raises:
         ValueError: for a damaged file, and for errors of transformers that are none of the next line's.
         OSError, ValueError, ImportError: as they come, where all files can be read.
+        MemoryError: there is too little.
     """
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from error
         fault = damaged_file(path)
         if fault is not None:
             raise ValueError(fault) from error

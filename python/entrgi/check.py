@@ -174,7 +174,9 @@ def _prove(engines: dict[str, Any], device: Any) -> dict[str, Any]:
                 verdict = proof.prove(name, module, trial, device)
             else:  # no race of programs to wait for, and nothing asks for the verdict later
                 verdict = proof.examine(name, module, trial, device, launches=3)
-        except proof.NO_VERDICT as error:
+        except Exception as error:
+            if not proof.no_verdict(error):
+                raise
             verdict = proof.Verdict(False, f"{_NOT_COMPARED}: {type(error).__name__}: {error}", 0.0, 0.0)
         found[f"{name} {trial}"] = verdict
     return found

@@ -10,11 +10,13 @@ import importlib
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from . import __version__
-from .errors import UsageError
+from .errors import UsageError, is_the_machines, out_of_memory
+from .interrupts import Interrupts, listening
 
 
 class Command(NamedTuple):
@@ -37,7 +39,8 @@ COMMANDS = {
     "env": Command("entrgi.env", "what this machine has: versions, devices, backends and why the rest are missing"),
 }
 GROUPS = {"tiny": "the built-in tiny models"}
-EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILURE, EXIT_USAGE = 1, 2
+_SIZES = ("batch_size", "prompts", "num_samples", "max_new_tokens")  # flags that memory goes by
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,20 +50,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes those of the process.
 
     Returns:
-        Exit code: 0 done, 1 failed, 2 bad input (one line on standard error), 130 interrupted.
+        Exit code: 0 done, 1 failed, 2 bad input (one line on standard error, as for want of memory or disk), 130
+        interrupted.
     """
     try:
-        try:
-            return _run(list(sys.argv[1:] if argv is None else argv))
-        finally:
-            sys.stdout.flush()
+        with listening(for_good=argv is None) as interrupts:
+            try:
+                return _run(list(sys.argv[1:] if argv is None else argv), interrupts)
+            except KeyboardInterrupt:
+                return interrupts.say()
+            except Exception:
+                if interrupts.told:
+                    return interrupts.say()
+                raise
+            finally:
+                sys.stdout.flush()
     except BrokenPipeError:
         # The reader is gone (`| head`). Python flushes standard output once more at exit: let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], interrupts: Interrupts) -> int:
     # OpenMP reads it when torch is loaded. Threads that spin at a barrier take the core from those they wait for: on a
     # busy machine the demo used 60 s of CPU without finishing, and 19 s with threads that sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -68,31 +79,36 @@ def _run(arguments: list[str]) -> int:
     try:
         args = parse(arguments)
     except ImportError as error:
+        if interrupts.told:
+            raise
         print(f"entrgi: error: cannot load this command: {error} (`entrgi env` shows what is here)", file=sys.stderr)
         return EXIT_FAILURE
-    name = f"entrgi {args.command}"
+    name = interrupts.name = f"entrgi {args.command}"
     try:
         return int(args.run(args) or 0)
-    except UsageError as error:
-        if getattr(args, "traceback", False):
-            raise
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
     except Exception as error:
-        if getattr(args, "traceback", False) or not _is_the_machines(error):
+        if interrupts.told or getattr(args, "traceback", False):
             raise
-        print(f"{name}: error: {error or type(error).__name__}", file=sys.stderr)
+        if isinstance(error, UsageError):
+            print(f"{name}: error: {error}", file=sys.stderr)
+            return EXIT_USAGE
+        if not is_the_machines(error):
+            raise
+        said = _want_of_memory(error, args) if out_of_memory(error) else str(error) or type(error).__name__
+        print(f"{name}: error: {said}", file=sys.stderr)
         return EXIT_FAILURE
 
 
-def _is_the_machines(error: Exception) -> bool:
-    """Whether an error is the machine's (a full disk, too little memory), whose traceback would help nobody."""
-    torch = sys.modules.get("torch")
-    kinds = (OSError, MemoryError, *((torch.OutOfMemoryError,) if torch else ()))
-    return isinstance(error, kinds) and not isinstance(error, BrokenPipeError)
+def _want_of_memory(error: Exception, args: argparse.Namespace) -> str:
+    """One line: what did not fit, and the flags of this command that lower it."""
+    said = textwrap.shorten(" ".join(str(error).split()), 240, placeholder=" ...")
+    sizes = []
+    for name in _SIZES:
+        value = getattr(args, name, [])  # lists are prompts themselves, not their number
+        if not isinstance(value, list):
+            sizes.append(f"--{name.replace('_', '-')}" + ("" if value is None else f" (now {value})"))
+    hint = f": lower {' or '.join(sizes)}, or take smaller models or a smaller --dtype" if sizes else ""
+    return f"out of memory{f' ({said})' if said else ''}{hint}"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

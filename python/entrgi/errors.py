@@ -1,17 +1,44 @@
-"""The one exception that commands turn into a single line and exit code 2, and checks that are worth making early."""
+"""Errors that commands turn into a single line: the user's (exit code 2), the machine's (1); and early checks."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 
 class UsageError(ValueError):
     """What the user asked for cannot be done as asked; the message says what is accepted instead."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, of whatever kind. Loads nothing that is not there."""
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from entrgi_kernels.shortage import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
+def is_the_machines(error: BaseException) -> bool:
+    """Whether an error is the machine's (a full disk, too little memory), whose traceback would help nobody."""
+    return not isinstance(error, BrokenPipeError) and (isinstance(error, OSError) or out_of_memory(error))
+
+
+@contextlib.contextmanager
+def telling(what_is_kept: Callable[[], str]) -> Iterator[None]:
+    """Where the user or the machine ends what runs, say what is kept; the command line says what ended it."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or is_the_machines(error):
+            print(f"\n{what_is_kept()}", file=sys.stderr)
+        raise
 
 
 def check_writable(path: Path) -> None:

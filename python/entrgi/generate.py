@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from . import __version__, flags, jsonl, loading
 from .digests import fingerprint
-from .errors import UsageError, check_writable, differences
+from .errors import UsageError, check_writable, differences, telling
 from .prompts import Prompt, prompt_text, read_placed
 from .prompts import add_arguments as add_prompt_arguments
 from .statistics import number
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     """Generate as asked.
 
     Returns:
-        0 when all prompts are done, 130 when interrupted.
+        0 when all prompts are done.
 
     Raises:
         UsageError: for bad input; the command line turns it into one line and exit code 2.
@@ -84,7 +84,11 @@ def run(args: argparse.Namespace) -> int:
         if args.overwrite and args.output and Path(args.output).is_file():
             os.truncate(args.output, 0)
         finished, missing, hint = 0, 0, "; go on with --resume" if as_jsonl and args.output else ""
-        try:
+
+        def kept() -> str:
+            return f"{finished} of {len(todo)} prompts done{hint}"
+
+        with telling(kept):
             options = {"progress": False if args.quiet else None, "only": set(todo)}
             results = loading.stream(sampler, prompts, **options)
             start = time.perf_counter()
@@ -100,12 +104,9 @@ def run(args: argparse.Namespace) -> int:
                     raise
                 except OSError as error:
                     place = f"cannot write {args.output or 'standard output'}: {error.strerror or error}"
-                    raise UsageError(f"{place}; {finished} of {len(todo)} prompts done{hint}") from None
+                    raise UsageError(f"{place}; {kept()}") from None
                 finished += 1
                 missing += len(result.samples) - len(result.rewarded)
-        except KeyboardInterrupt:
-            print(f"\ninterrupted: {finished} of {len(todo)} prompts done{hint}", file=sys.stderr)
-            return 130
     if missing:
         said = "have no reward: none of them is the best or part of a mean"
         print(f"{missing} of {finished * config.num_samples} samples {said}", file=sys.stderr)

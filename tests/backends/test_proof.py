@@ -163,7 +163,15 @@ def test_a_kernel_that_raises_is_not_used_and_says_why(door, caplog):
 
 
 @outer
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError(), PermissionError("no such disk")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("full"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        MemoryError(),
+        PermissionError("no such disk"),
+    ],
+)
 def test_want_of_memory_or_disk_is_no_verdict(door, caplog, error):
     def hindered(*args):
         raise error

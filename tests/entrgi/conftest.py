@@ -36,7 +36,8 @@ class FakeSampler:
     def __init__(self, config: GuidanceConfig, lift: dict[str, float]) -> None:
         self.config = config
         self.lift = lift
-        self.stop_after: int | None = None  # raise KeyboardInterrupt once so many prompts are done
+        self.stop_after: int | None = None  # raise `stop_by` once so many prompts are done
+        self.stop_by: BaseException = KeyboardInterrupt()
         self.prompts_seen: list[Any] = []
 
     def stream(
@@ -57,7 +58,7 @@ class FakeSampler:
                 seen[json.dumps(prompt)] += 1
                 continue
             if len(self.prompts_seen) == self.stop_after:
-                raise KeyboardInterrupt
+                raise self.stop_by
             self.prompts_seen.append(prompt)
             text = json.dumps(prompt)
             samples = [self.sample((text, seen[text], k), trace) for k in range(self.config.num_samples)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -86,6 +87,89 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     _command(monkeypatch, _raises(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
         cli.main(["probe"])
+
+
+WANTS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0.\nDefaultCPUAllocator: can't allocate memory: 2 GiB"),
+    OSError(12, "Cannot allocate memory"),
+    MemoryError("/models/large: Cannot allocate memory (os error 12)"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", WANTS, ids=lambda error: type(error).__name__)
+def test_want_of_memory_is_one_line_that_says_what_to_lower(
+    error: Exception, entrgi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("generate", "compare"):
+        monkeypatch.setattr(importlib.import_module(f"entrgi.{module}"), "run", _raises(error))
+        assert entrgi(module, "Why?", "-K", 9) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"entrgi {module}: error: out of memory") and " ".join(str(error).split()) in line
+        assert "lower --batch-size or --num-samples (now 9) or --max-new-tokens" in line
+        with pytest.raises(type(error)):
+            entrgi(module, "Why?", "--traceback")
+    _command(monkeypatch, _raises(RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.main(["probe"])
+
+
+ENDINGS = {
+    # A thread that is waited for when Python ends.
+    "thread": "t.Thread(target=time.sleep, args=(30,)).start(); say(); time.sleep(30)",
+    # What is put in order on the way out, in a place that cannot raise.
+    "cleanup": "o = Slow(); say(); time.sleep(30)",
+    # A library that makes another error of it.
+    "wrapped": "wrapped()",
+}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("ending", list(ENDINGS))
+def test_ctrl_c_shows_no_traceback_however_often(ending: str, times: int) -> None:
+    program = f"""
+import sys, threading as t, time, types
+from entrgi import cli
+def say():
+    print("ready", flush=True)
+def wrapped():
+    say()
+    try:
+        time.sleep(30)
+    except BaseException:
+        raise ImportError("no numbers")
+class Slow:
+    def __del__(self):
+        say()
+        time.sleep({30 if times == 2 else 0})
+def run(args):
+    {ENDINGS[ending]}
+module = types.ModuleType("probe")
+module.add_arguments, module.run = (lambda parser: None), run
+sys.modules["probe"] = module
+cli.COMMANDS["probe"] = cli.Command("probe", "")
+sys.argv = ["entrgi", "probe"]
+code = cli.main()
+say()
+sys.exit(code)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen([sys.executable, "-c", program], **how)
+    try:
+        for _ in range(1 if ending == "thread" and times == 1 else times):
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGINT)
+        if ending == "thread" and times == 1:
+            assert process.stdout.readline() == "ready\n"  # it has ended but for the thread
+            process.kill()
+            assert process.communicate(timeout=60)[1] == "\nentrgi probe: interrupted\n"
+        else:
+            assert process.communicate(timeout=20)[1] == "\nentrgi probe: interrupted\n"
+            assert process.returncode == 130
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])

@@ -66,6 +66,26 @@ def test_resume_gives_the_file_of_an_uninterrupted_run(fake, entrgi, tmp_path, k
     assert stopped.read_bytes() == expected
 
 
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (MemoryError("2 GiB"), 1)], ids=str)
+def test_what_ends_a_run_early_says_what_is_done(fake, entrgi, tmp_path, capsys, error, code) -> None:
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    arguments = ["generate", *PROMPTS, *SIZE]
+    assert entrgi(*arguments, "-o", whole) == 0
+
+    def prepare(sampler) -> None:
+        sampler.stop_after, sampler.stop_by = 2, error
+
+    fake.prepare = prepare
+    capsys.readouterr()
+    assert entrgi(*arguments, "-o", stopped) == code
+    said = capsys.readouterr().err
+    assert f"2 of {len(PROMPTS)} prompts done; go on with --resume" in said and "Traceback" not in said
+    assert lines(stopped) == lines(whole)[:2]
+    fake.prepare = lambda sampler: None
+    assert entrgi(*arguments, "-o", stopped, "--resume") == 0
+    assert stopped.read_bytes() == whole.read_bytes()
+
+
 def test_resume_keeps_a_last_line_that_only_lacks_its_end(fake, entrgi, tmp_path) -> None:
     out = tmp_path / "o.jsonl"
     arguments = ["generate", *PROMPTS, *SIZE, "-o", out]

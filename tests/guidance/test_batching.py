@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import functools
 import logging
 from collections import deque
@@ -10,12 +11,13 @@ from collections import deque
 import pytest
 import torch
 
-from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler, batching
+from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler
 from entrgi_kernels.guidance import sampler as sampler_module
 from entrgi_kernels.guidance.batching import Batch, make_batches
 from entrgi_kernels.guidance.memory import Cost, LiveMemory, free_memory, memory_budget, peak_bytes
 from entrgi_kernels.models import BlockCausal
 from entrgi_kernels.models.block_forwards import BlockForwards
+from entrgi_kernels.shortage import is_out_of_memory
 
 PROMPTS = ["Why?", "A rather longer question than that one was.", "Hm", "Tell me more about it", "So"]
 SHORT = dict(num_samples=3, max_new_tokens=6, steps=4, guidance_steps=2)
@@ -180,6 +182,9 @@ ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ..."),
     MemoryError(),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    OSError("Cannot allocate memory (os error 12)"),
 ]
 
 
@@ -228,10 +233,11 @@ def test_other_errors_are_not_swallowed(sampler, monkeypatch):
 
 
 def test_errors_of_memory_are_known():
-    assert all(map(batching.is_out_of_memory, ERRORS)) and not batching.is_out_of_memory(RuntimeError("shapes"))
+    assert all(map(is_out_of_memory, ERRORS)) and not is_out_of_memory(RuntimeError("shapes"))
+    assert not is_out_of_memory(OSError(errno.ENOSPC, "full"))
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
-    assert batching.is_out_of_memory(caught.value)
+    assert is_out_of_memory(caught.value)
 
 
 def test_halves_of_a_batch():

@@ -8,7 +8,9 @@ import math
 import pytest
 import torch
 
-from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler
+from entrgi_kernels.backends import philox
+from entrgi_kernels.guidance import GuidanceConfig, GuidedSampler, commits
+from entrgi_kernels.guidance.inner import InnerLoop
 from entrgi_kernels.guidance.search import systematic
 from entrgi_kernels.models import BlockCausal
 from entrgi_kernels.rewards import CallableReward, LikelihoodReward
@@ -147,7 +149,7 @@ def test_searches_that_search_nothing_change_nothing(sampler, method, settings):
         {"search": "smc", "search_every": 3, "self_rewarding": True, "search_temperature": 0.3},
         {"search": "svdd", "candidates": 3},
         {"search": "svdd", "candidates": 2, "block_length": 4},
-        {"search": "smc", "search_every": 1, "search_temperature": 0.05, "block_length": 4, "deprioritize_eos": False},
+        {"search": "smc", "search_every": 1, "search_temperature": 0.01, "block_length": 4, "deprioritize_eos": False},
     ],
     ids=str,
 )
@@ -160,6 +162,98 @@ def test_results_depend_on_seed_and_prompt_alone(sampler, method, search):
     assert found != tokens_of(sampler, method=method, **{**search, "search": "best"})
     mask = sampler.model.mask_token_id
     assert not any(mask in sample for result in found for sample in result)
+
+
+class Ending:
+    """A model whose every slot is one of 32 words, or the end where the prompt's last letter says so."""
+
+    shift, dtype, device, module = False, torch.float64, torch.device("cpu"), torch.nn.Linear(1, 1)
+
+    def __init__(self, tokenizer):
+        self.mask_token_id, self.vocab_size, self.eos = tokenizer.mask_token_id, len(tokenizer), tokenizer.eos_token_id
+        self.end = tokenizer("!").input_ids[0]
+
+    def masked_logits(self, canvas, attention_mask, masked):
+        logits = torch.full((int(masked.sum()), self.vocab_size), -torch.inf, dtype=self.dtype)
+        logits[:, 40:72] = torch.arange(32, dtype=self.dtype).remainder(7) / 4
+        ends = (canvas == self.end).any(dim=1)[masked.nonzero()[:, 0]]
+        logits[ends, self.eos] = 9.0
+        return logits
+
+
+class Letters(Known):
+    """The sum of a text's characters, as far as there are any."""
+
+    def score_texts(self, conversations, responses, batch_size=8):
+        return [sum(map(ord, text)) % 97 / 9 for text in responses]
+
+
+@pytest.mark.parametrize("potential", ["difference", "max", "sum"])
+@pytest.mark.parametrize("search", ["smc", "svdd"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"block_length": 2},
+        {"threshold": 0.9, "alg": "maskgit_plus"},  # whoever is sure is done after a step
+        {"steps": 24, "search_every": 2},  # two steps of three commit nothing
+        {"steps": 24, "search_every": 2, "confidence": "guided", "self_rewarding": True},
+    ],
+    ids=str,
+)
+def test_steps_that_are_none_to_a_prompt_do_not_search_it(tokenizer, settings, search, potential):
+    """Such steps are taken for the sake of others in the batch, or because a saving is off."""
+    chosen = {"search_every": 1, "temperature": 1.0, "deprioritize_eos": False, "num_samples": 4, "seed": 5, "steps": 8}
+    chosen |= dict(search=search, potential=potential, candidates=2, max_new_tokens=8, resample_below=0.9, **settings)
+    sampler = GuidedSampler(Ending(tokenizer), Letters(), tokenizer, **UNGUIDED)
+    prompts = ["Ends!", "Goes on.", "Goes on and on."]
+    found = tokens_of(sampler, prompts, **chosen)
+    assert tokens_of(sampler, prompts, **chosen, batch_size=1) == found
+    assert tokens_of(sampler, prompts, **chosen, exact_savings="none") == found
+    assert found != tokens_of(sampler, prompts, **{**chosen, "search": "best"})
+
+
+@pytest.mark.parametrize("steps", [3, 8, 16])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"search": "smc", "search_every": 1},
+        {"search": "smc", "search_every": 1, "self_rewarding": True},
+        {"search": "svdd", "candidates": 2, "confidence": "guided"},
+        {"search": "best", "method": "first_order"},
+        {"search": "best", "alg_temp": 0.5},
+        {"search": "best", "alg": "origin"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("blocks", ["none", "setting", "model"])
+def test_no_two_draws_share_their_numbers(parts, monkeypatch, steps, settings, blocks):
+    """(Counter, row key) of all draws of a call; the model's blocks begin within the prompts, and so end behind."""
+    diffusion, reward, tokenizer = parts
+    drawn: list[tuple[int, int]] = []
+
+    def noted(module, name, pairs):
+        own = getattr(module, name)
+
+        def call(*args, **given):
+            for counter, keys in pairs(*args, **given):
+                drawn.extend((int(counter), key) for key in keys.flatten().tolist())
+            return own(*args, **given)
+
+        monkeypatch.setattr(module, name, call)
+
+    noted(commits, "sample_tokens", lambda phi, *, counter, keys, **rest: [(counter, keys)])
+    for name in ("uniform", "exponential"):  # of positions, and of resampling
+        noted(philox, name, lambda rng, keys, *rest: [(rng[1], keys)])
+    inner = lambda self, phi, opened, response, rngs, *rest: [(rng[1], opened.keys) for rng in rngs]  # noqa: E731
+    noted(InnerLoop, "run", inner)
+    model = BlockCausal(diffusion, tokenizer.mask_token_id, 4) if blocks == "model" else diffusion
+    sampler = GuidedSampler(model, reward, tokenizer, shift=None if blocks == "model" else True, **SETTINGS)
+    chosen = {"max_new_tokens": 16, "steps": steps, "resample_below": 1.0, "deprioritize_eos": True, **settings}
+    prompts = ["a" * n for n in range(1, 5)]
+    sampler.generate(prompts, **chosen, block_length=4 if blocks == "setting" else None)
+    if chosen["search"] == "smc":
+        assert sum(counter % 256 == 253 for counter, _ in drawn) > len(prompts)
+    assert len(set(drawn)) == len(drawn) > 0
 
 
 def test_searches_find_higher_rewards(sampler):

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from entrgi_kernels import models
 from entrgi_kernels.models import MaskedDiffusion
+from entrgi_kernels.models.loading import reading
 
 WORDS = ["<pad>", "<eos>", "a", "b", "c", "d", "e", "f", "<mask>"]
 
@@ -286,3 +287,17 @@ def test_an_adapter_is_no_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "somewhere"}')
     with pytest.raises(ValueError, match="is an adapter.*use .*merged .*--save-merged"):
         models.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 GiB"),
+        OSError("Cannot allocate memory (os error 12)"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_want_of_memory_is_no_fault_of_the_files(tmp_path, error):
+    with pytest.raises(MemoryError, match=str(tmp_path)), reading(str(tmp_path)):
+        raise error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -385,8 +386,17 @@ def _costs(row: Row, header: Mapping[str, Any], batches: list[dict[str, Any]]) -
 
         settings = GuidanceConfig(**{**row.settings, "weight": None, "betas": tuple(row.settings["betas"])})
         tokens = sum(b["prompt_tokens"] for b in batches) / sum(b["prompts"] for b in batches)
-        parts = sample_flops(Shape(**model), Shape(**reward), settings, tokens)
+        parts = sample_flops(Shape(**model), Shape(**reward), settings, tokens, _work(settings, batches))
         row.flops = total(parts)
+
+
+def _work(settings: Any, batches: list[dict[str, Any]]) -> list[list[float]] | None:
+    """What was run of each block, a trajectory; None where some batches are of before it was written down."""
+    if not all(batch.get("work") for batch in batches):
+        return None
+    rows = sum(batch["prompts"] for batch in batches) * settings.num_samples * settings.copies
+    blocks = itertools.zip_longest(*(batch["work"] for batch in batches), fillvalue=(0, 0, 0))
+    return [[sum(column) / rows for column in zip(*block, strict=True)] for block in blocks]
 
 
 def _tell_apart(rows: list[Row]) -> None:

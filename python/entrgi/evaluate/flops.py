@@ -33,15 +33,20 @@ model_cache           a block's first one of S positions; later ones of the bloc
 ====================  ==================================================================================================
 
 The savings that are counted are those that depend on the settings alone (idle steps, prefix cache, finished blocks,
-last layer, committed rows); those that depend on the text make a guided sample cheaper than it is counted here, never
-dearer. So do a threshold and an early end. All K samples of a prompt share its first forward: that one is counted 1/K.
+last layer, committed rows); the others make a guided sample cheaper than it is counted here, never dearer. All K
+samples of a prompt share its first forward: that one is counted 1/K.
+
+A plan counts all steps of all blocks. After the run each block is counted by what was run of it (:attr:`Stats.work`):
+a threshold takes fewer steps, and behind the end of a text no block is begun. Under a search the trajectories of a
+batch go on together until the last has ended; until then one that has ended costs forwards, but no products with V.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from entrgi_kernels.names import METHODS
@@ -121,13 +126,20 @@ class Shape:
         return self.layers * tokens * (2 * self.layer_weights + 4 * self.attention * context)
 
 
-def sample_flops(model: Shape, reward: Shape, config: GuidanceConfig, prompt_tokens: float) -> dict[str, float]:
+def sample_flops(
+    model: Shape,
+    reward: Shape,
+    config: GuidanceConfig,
+    prompt_tokens: float,
+    work: Sequence[Sequence[float]] | None = None,
+) -> dict[str, float]:
     """FLOPs of one sample, by part: "model", "reward", "vocabulary", "search", "scoring".
 
     Args:
         model, reward: dimensions of the diffusion and the reward model.
         config: the sampler's settings.
         prompt_tokens: of the prompt with its chat template.
+        work: what was run of each block, a trajectory (:attr:`Stats.work`); None counts all that is planned.
     """
     from entrgi_kernels.guidance.schedules import plan, steps_of_block
 
@@ -144,32 +156,54 @@ def sample_flops(model: Shape, reward: Shape, config: GuidanceConfig, prompt_tok
         counts = plan(config.schedule, [end - begin], steps, config.schedule_eps).counts
         masked = end - begin
         working = [(step, row[0]) for step, row in enumerate(counts, first_step) if row[0]]
-        for step, (numbered, count) in enumerate(working):
+        shares = [(1.0, 1.0)] * len(working)
+        if work is not None:
+            shares = _shares(masked, [count for _, count in working], work[number] if number < len(work) else (0, 0, 0))
+        for step, ((numbered, count), (ran, opened)) in enumerate(zip(working, shares, strict=True)):
             first = (number, step) == (0, 0)
             # Where samples part a block's cache is made anew.
             fresh = step == 0 or (step == 1 and number == 0 and alike)
             forward = _forward(model, config, prompt_tokens, number * length - offset, length, fresh, first)
-            forward += 2 * masked * model.hidden * model.vocabulary
+            forward = ran * forward + opened * 2 * masked * model.hidden * model.vocabulary
             parts["model"] += (shared if first else config.copies) * (2 if config.cfg_scale else 1) * forward
-            if _searches(config, numbered) and not (first and alike):
+            if _searches(config, numbered) and not first:
                 shown = min(slots, (number + 1) * length)
-                parts["search"] += config.copies * _reward_forward(reward, shown + _SUFFIX, prompt_tokens)
+                parts["search"] += ran * config.copies * _reward_forward(reward, shown + _SUFFIX, prompt_tokens)
             if config.guided:
                 inner = config.inner_steps
                 shown = min(slots, (number + 1) * length) - finished
-                parts["reward"] += inner * _reward_step(reward, shown + _SUFFIX, prompt_tokens + finished)
+                parts["reward"] += ran * inner * _reward_step(reward, shown + _SUFFIX, prompt_tokens + finished)
                 finished = begin if config.saves("reward_committed") else 0
                 product = 2 * model.vocabulary * reward.hidden
                 ranked_before = config.alg == "entropy" and config.confidence == "base" and config.search == "best"
                 # A soft embedding (none around hard tokens alone) and a gradient each inner step.
                 soft = inner if METHODS[config.method].adam else 0
                 rows = soft * masked + (inner - 1) * masked + (count if ranked_before else masked)
-                parts["vocabulary"] += product * rows
+                parts["vocabulary"] += opened * product * rows
             masked -= count
     parts["scoring"] = reward.forward(sequence + _SUFFIX, sequence + _SUFFIX)
     if config.search != "best" and not config.self_rewarding:
         parts["search"] += config.copies * parts["scoring"]
     return parts
+
+
+def _shares(masked: int, counts: list[int], work: Sequence[float]) -> list[tuple[float, float]]:
+    """What was run of each planned step of a block, of its trajectories and of its open slots; 1 is all of it.
+
+    Args:
+        masked: the block's slots.
+        counts: commits of each planned step.
+        work: a block's of :attr:`Stats.work`, a trajectory.
+    """
+    begun, steps, slots = work
+    if not begun:
+        return [(0.0, 0.0)] * len(counts)
+    # The first steps are those that were run; a last one stands for all beyond the plan.
+    last, mean = len(counts) - 1, steps / begun
+    ran = [begun * max(0.0, mean - step if step == last else min(1.0, mean - step)) for step in range(len(counts))]
+    opened = [masked - done for done in itertools.accumulate(counts[:-1], initial=0)]
+    planned = sum(share * count for share, count in zip(ran, opened, strict=True))
+    return [(share, share * slots / planned) for share in ran]
 
 
 def _searches(config: GuidanceConfig, step: int) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import UsageError, require
+from ..errors import UsageError, require, telling
 from .config import EvaluationConfig
 from .judging import order as judgement_order
 from .judging import pending, run_judges
@@ -124,7 +124,7 @@ def evaluate(
         if group.rank == 0 and len(todo) < len(plan.batches):
             print(f"{len(plan.batches) - len(todo)} of {len(plan.batches)} batches were already done", file=sys.stderr)
         worker = Worker(plan.config, group.device)
-        try:
+        with telling(lambda: f"finished batches are kept in {folder}: the same command goes on"):
             if ray_actors and todo:
                 from .ray_data import run_on_ray
 
@@ -145,9 +145,6 @@ def evaluate(
                 group.wait()  # all have read what there is before one of them adds to it
                 run_judges(mine, plan, worker, store, judged, writer=group.rank, progress=progress and group.rank == 0)
             group.wait()
-        except KeyboardInterrupt:
-            print(f"\nfinished batches are kept in {folder}: the same command goes on", file=sys.stderr)
-            raise
         group.share(lambda: store.finish({**plan.order(), "judgements": judgement_order(plan, store)}))
     return group.rank == 0
 

@@ -239,6 +239,8 @@ def _record(stream: str, line: bytes, where: str) -> dict[str, Any]:
         cell, *rest = record["key"].split("-")
         if not cell or rest != [*rest[:1], f"{record['sample']:04d}"] or not _is_list(record["tokens"], int):
             raise UsageError(f"{where}: 'key', 'sample' or 'tokens' is damaged; {_MEND}")
+    if stream == "batches" and not _is_work(record.get("work", [])):
+        raise UsageError(f"{where}: 'work' is damaged; {_MEND}")
     if stream == "traces" and not all(_is_step(step) for step in record["steps"]):
         raise UsageError(f"{where}: 'steps' is damaged; {_MEND}")
     return record
@@ -246,6 +248,12 @@ def _record(stream: str, line: bytes, where: str) -> dict[str, Any]:
 
 def _is_list(value: Any, *kinds: type) -> bool:
     return isinstance(value, list) and all(type(item) in kinds for item in value)
+
+
+def _is_work(value: Any) -> bool:
+    """Whether a value is what :attr:`Stats.work` holds."""
+    blocks = value if isinstance(value, list) else [None]
+    return all(_is_list(one, int) and len(one) == 3 and 0 <= min(one) <= max(one) < 1 << 63 for one in blocks)
 
 
 def _is_step(step: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import socket
 import sys
 
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if args.replicas is not None and (args.replicas < 1 or not args.ray):
         raise UsageError(f"--replicas {args.replicas}: expected 1 or more, with --ray")
     served = describe(args)
-    listening = _bind(args.host, args.port)
+    listening = _listening(args.host, args.port)
     if args.ray:
         from .on_ray import serve_on_ray
 
@@ -74,8 +75,10 @@ def run(args: argparse.Namespace) -> int:
     return serve(samplers, served, args, listening)
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """The address, ours before the models are loaded; nobody can connect until the server listens.
+def _listening(host: str, port: int) -> socket.socket:
+    """The address, ours before the models are loaded: who connects meanwhile waits for them.
+
+    A bound socket is not enough, since on Linux another server could bind the same address and fail after its loading.
 
     Raises:
         UsageError: it cannot be had.
@@ -87,8 +90,12 @@ def _bind(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen()
     except OSError as error:
-        raise UsageError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from None
+        said = error.strerror or error
+        if error.errno == errno.EADDRINUSE:
+            said = f"{said}; end the server that has it, or give another --port (0 takes a free one)"
+        raise UsageError(f"cannot listen on {host}, port {port}: {said}") from None
     return listening
 
 

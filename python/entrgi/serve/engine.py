@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from entrgi_kernels import GuidedSampler, rewards
 from entrgi_kernels.backends import BackendUnavailableError
-from entrgi_kernels.guidance.batching import is_out_of_memory
 from entrgi_kernels.guidance.memory import MemoryEstimate, memory_budget
 from entrgi_kernels.guidance.results import GenerationResult, Progress, StepTrace
+from entrgi_kernels.shortage import is_out_of_memory
 from entrgi_kernels.text.template import conversation_from, encode_prompt
 
 from .settings import Limits, Refusal

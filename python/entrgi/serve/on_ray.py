@@ -208,7 +208,7 @@ class Replicas:
 
 
 def serve_on_ray(args: argparse.Namespace, served: Served, listening: socket.socket) -> int:
-    """Serve on a bound socket until SIGINT or SIGTERM; what was accepted then is finished.
+    """Serve on a listening socket until SIGINT or SIGTERM; what was accepted then is finished.
 
     The cluster that RAY_ADDRESS names is joined; without it one is started on this machine, and stopped at the end.
 

@@ -42,7 +42,7 @@ class Closing(Runner, Protocol):
 def serve(
     samplers: dict[str, GuidedSampler], served: Served, args: argparse.Namespace, listening: socket.socket
 ) -> int:
-    """Serve on a bound socket until SIGINT or SIGTERM; what runs then is finished, what waits is sent away.
+    """Serve on a listening socket until SIGINT or SIGTERM; what runs then is finished, what waits is sent away.
 
     Returns:
         0.

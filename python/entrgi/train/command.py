@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import flags, jsonl, loading
 from ..digests import fingerprint
-from ..errors import UsageError, differences, read_text
+from ..errors import UsageError, differences, read_text, telling
 from . import data, records
 from .methods import METHODS, WEIGHTINGS
 
@@ -191,7 +191,8 @@ def _train(args: argparse.Namespace, trainer: GuidedTrainer, output: Path) -> in
             _check_same_run(output, described)
         jsonl.write_atomically(output / "run.json", [json.dumps(described, indent=2) + "\n"])
     try:
-        trainer.train(resume_from_checkpoint=args.resume)
+        with telling(lambda: f"checkpoints are kept in {output}: --resume goes on from the newest"):
+            trainer.train(resume_from_checkpoint=args.resume)
     except ArithmeticError as error:  # what is not finite; the message says what and where
         raise UsageError(str(error)) from error
     with records.saving(output):

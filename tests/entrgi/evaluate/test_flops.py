@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from benchmarks.harness.models import Network, World, make_world
 from benchmarks.harness.phases import FlopCounter
+from entrgi.evaluate import analysis
 from entrgi.evaluate.config import from_dict
 from entrgi.evaluate.flops import Shape, sample_flops, total
 from entrgi.evaluate.plan import _KNOWN, make_plan, matched_best_of
@@ -118,30 +120,37 @@ def world() -> World:
     return made
 
 
-def _counted(world: World, blocks: int | None, settings: dict) -> tuple[dict[str, float], dict[str, float]]:
-    """FLOPs by part of one prompt's samples: counted, and by the formula."""
+def _counted(
+    world: World, blocks: int | None, settings: dict, prompts: int = 1, planned: bool = True
+) -> tuple[dict[str, float], dict[str, float]]:
+    """FLOPs by part of some prompts' samples: counted, and by the formula, as planned or as it was run."""
     mask = world.tokenizer.mask_token_id
     model = models.MaskedDiffusion(world.model, mask)
     if blocks is not None:
         model = models.BlockCausal(world.model, mask, blocks)
     chosen = {"num_samples": 3, "max_new_tokens": 24, "steps": 12, "guidance_steps": 2, "backend": "eager", **settings}
-    chosen["exact_savings"] = tuple(FIXED | chosen.pop("more", set()))
+    chosen["exact_savings"] = tuple(FIXED - chosen.pop("less", set()) | chosen.pop("more", set()))
     sampler = GuidedSampler(model, world.reward_model, world.tokenizer, world.reward_tokenizer, **chosen)
     prompt = "w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11"
+    if not planned:  # short runs: what a first call finds out about the reward would show
+        sampler.generate([prompt], progress=False, max_new_tokens=blocks or 4, steps=1)
     with (counter := FlopCounter()), listening(counter):
-        (result,) = sampler.generate([prompt], progress=False)
-    assert not any(world.tokenizer.eos_token_id in sample.tokens for sample in result.samples)
+        results = sampler.generate([prompt] * prompts, progress=False)
+    ended = [world.tokenizer.eos_token_id in sample.tokens for result in results for sample in result.samples]
+    assert planned != any(ended) or "threshold" in settings
     shapes = [Shape.from_config(net.config.to_dict()) for net in (world.model, world.reward_model)]
     if blocks is not None:
         shapes[0] = Shape.from_config({**world.model.config.to_dict(), "block_length": blocks})
     length = len(encode_prompt(world.tokenizer, conversation_from(prompt)))
-    parts = sample_flops(*shapes, sampler.config, length)
+    batch = {"prompts": prompts, **sampler.stats.to_dict()}
+    work = None if planned else analysis._work(sampler.config, [batch])
+    parts = sample_flops(*shapes, sampler.config, length, work)
     found = {
         "model": counter.by_phase[phases.MODEL],
         "reward": counter.by_phase[phases.REWARD] + counter.by_phase[phases.REWARD_BACKWARD],
         "vocabulary": counter.by_phase[phases.EMBED] + counter.by_phase[phases.UPDATE],
     }
-    return found, {name: sampler.config.num_samples * parts[name] for name in found}
+    return found, {name: prompts * sampler.config.num_samples * parts[name] for name in found}
 
 
 # The savings that the formula counts: those that do not depend on the text.
@@ -162,6 +171,38 @@ BY_BLOCKS = [
 @pytest.mark.parametrize(("blocks", "settings"), BY_BLOCKS, ids=str)
 def test_the_formula_by_blocks_against_torch(world, blocks, settings) -> None:
     found, expected = _counted(world, blocks, settings)
+    for name, flops in expected.items():
+        assert found[name] == pytest.approx(flops, rel=0.05), name
+
+
+@pytest.fixture
+def ending(world: World) -> Iterator[World]:
+    """The same, with texts that end early now and then."""
+    head, eos = world.model.lm_head.weight, world.tokenizer.eos_token_id
+    head[eos] = 1.8 * head[60]
+    yield world
+    head[eos] = 0
+
+
+@pytest.mark.parametrize("blocks", [None, 4])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "none"},
+        {},
+        {"search": "svdd", "candidates": 3},
+        {"search": "svdd", "candidates": 3, "method": "none"},
+        {"search": "smc", "search_every": 2},
+        {"threshold": 0.004, "alg": "maskgit_plus"},
+        {"threshold": 0.008, "alg": "maskgit_plus"},
+    ],
+    ids=str,
+)
+def test_texts_that_end_early_are_counted_as_they_were_run(ending, blocks, settings) -> None:
+    chosen = {"block_length": 4, "deprioritize_eos": False, "temperature": 1.0, "top_p": None, "steps": 24, **settings}
+    if "search" in settings:  # which waits for the device before it knows what is committed
+        chosen["less"] = {"committed_rows"}
+    found, expected = _counted(ending, blocks, {"num_samples": 2, **chosen}, prompts=3, planned=False)
     for name, flops in expected.items():
         assert found[name] == pytest.approx(flops, rel=0.05), name
 

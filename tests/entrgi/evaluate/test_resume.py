@@ -59,8 +59,9 @@ def test_a_finished_run_does_nothing(evaluate, fake) -> None:
     }
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=["interrupted", "no memory"])
 @pytest.mark.parametrize("stop", [0, 1, 2, 3, 4])
-def test_an_interrupted_run_goes_on(evaluate, fake, capsys, stop: int) -> None:
+def test_an_interrupted_run_goes_on(evaluate, fake, capsys, stop: int, error: BaseException) -> None:
     _, unbroken = evaluate("a")
     batches = []
 
@@ -70,7 +71,7 @@ def test_an_interrupted_run_goes_on(evaluate, fake, capsys, stop: int) -> None:
         def stream(prompts, **options):
             if prompts != ["Hello"]:  # the warm-up
                 if len(batches) == stop:
-                    raise KeyboardInterrupt
+                    raise error
                 batches.append(prompts)
             return whole(prompts, **options)
 
@@ -78,7 +79,8 @@ def test_an_interrupted_run_goes_on(evaluate, fake, capsys, stop: int) -> None:
 
     fake.prepare = prepare
     code, broken = evaluate("b")
-    assert code == 130 and "the same command goes on" in capsys.readouterr().err
+    assert code == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert "the same command goes on" in capsys.readouterr().err
     fake.prepare = lambda sampler: None
     code, _ = evaluate("b")
     assert code == 0 and content(broken) == content(unbroken)

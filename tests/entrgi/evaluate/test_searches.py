@@ -15,6 +15,7 @@ from entrgi.evaluate.analysis import read_results
 from entrgi.evaluate.config import cells_of, from_dict, methods_of, settings_identity
 from entrgi.evaluate.render import as_text
 from entrgi_kernels.guidance.config import GuidanceConfig
+from entrgi_kernels.guidance.schedules import plan
 from entrgi_kernels.names import METHODS, SEARCHES
 
 SEARCHED = ["best", {"search": "smc", "search_every": [2, 4]}, {"search": "svdd", "candidates": 2, "label": "Prism"}]
@@ -162,3 +163,32 @@ def test_self_bleu_by_sacrebleu() -> None:
 def test_pictures_of_searches(folder, entrgi, tmp_path) -> None:
     assert entrgi("report", folder, "--out", tmp_path / "r.html") == 0
     assert "APS + SVDD" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_flops_are_of_what_was_run_where_that_is_known(folder) -> None:
+    """Results of before there was `work` count all that is planned."""
+    path = folder / "batches.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    planned = {row.label: row.flops for row in read_results([folder]).slices[0].rows}
+    cells = json.loads((folder / "config.json").read_text(encoding="utf-8"))["cells"]
+
+    counts = [count for (count,) in plan("linspace", [8], 8).counts if count]
+    opened = [8 - sum(counts[:step]) for step in range(len(counts))]
+
+    def write(steps: int, value: object = None) -> None:
+        for line in lines:
+            settings = cells[line["cell"]]["settings"]
+            copies = settings["candidates"] if settings["search"] == "svdd" else 1
+            rows = line["prompts"] * settings["num_samples"] * copies
+            line["work"] = [[rows, rows * steps, rows * sum(opened[:steps])]] if value is None else value
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    write(len(counts))
+    assert {row.label: row.flops for row in read_results([folder]).slices[0].rows} == pytest.approx(planned)
+    write(len(counts) // 2)
+    half = {row.label: row.flops for row in read_results([folder]).slices[0].rows}
+    assert all(0.3 * planned[label] < half[label] < 0.8 * planned[label] for label in planned)
+    for damaged in ([[1, 2]], [[1, 2, -3]], [[1, 2, 1 << 64]], [1], 7, "x"):
+        write(1, damaged)
+        with pytest.raises(UsageError, match="'work' is damaged"):
+            read_results([folder])

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import http.client
+import os
 import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +16,8 @@ from entrgi.errors import UsageError
 from entrgi.serve import command, offer
 from entrgi.serve.schema import ChatRequest, understand
 from entrgi_kernels.rewards.verifying import Verifier
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def flags_of(*arguments: object) -> argparse.Namespace:
@@ -78,6 +84,42 @@ def test_a_port_that_is_taken_is_named(entrgi, capsys):
         port = other.getsockname()[1]
         assert entrgi("serve", "--port", port) == 2
     assert f"cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
+
+
+def test_a_server_that_loads_has_its_port(tiny_weights):
+    """The second is refused before it loads anything; a request to the first is answered once it has loaded."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "entrgi", "serve", "--port", str(port)]
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    first = subprocess.Popen(command, **how)
+    try:
+        assert "loading" in first.stderr.readline()
+        second = subprocess.run(command, **how, timeout=300)
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+        client.request("GET", "/healthz")
+        assert client.getresponse().status == 200
+        assert second.returncode == 2 and second.stdout == ""
+        (line,) = second.stderr.splitlines()
+        assert f"cannot listen on 127.0.0.1, port {port}" in line and "another --port" in line
+        first.terminate()
+        assert first.wait(timeout=300) == 0
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_a_connection_made_while_models_load_is_kept():
+    with command._listening("127.0.0.1", 0) as listening:
+        with socket.create_connection(listening.getsockname(), timeout=10) as client:
+            client.sendall(b"hello")
+            accepted, _ = listening.accept()
+            with accepted:
+                assert accepted.recv(5) == b"hello"
+        with pytest.raises(UsageError, match="another --port"):
+            command._listening("127.0.0.1", listening.getsockname()[1])
 
 
 @pytest.mark.parametrize(("content", "said"), [("\n\n", "holds no key"), ("two words\n", "one word a line")])
