@@ -5,6 +5,7 @@
 //           three under float logits, which hold all its 24 bits. E is interleaved in pairs of rows (what a B operand
 //           wants) into an L2-sized block. The interleaving works within 128-bit lanes, so the accumulator's columns are permuted;
 //           LaneOrder undoes that when the splits are added.
+// table     dE = p^T grad, where logits, grad and dE have 16 bits: p is transposed into A tiles, grad interleaved as E above.
 // backward  G^T = E grad^T: rows of E are A operands as they lie in memory, or copied into whole tiles where several tiles of
 //           the gradient meet them; grad is packed once.
 // Both prefetch what the next step reads while the tiles work: at few rows the table's bytes are what takes the time.
@@ -260,8 +261,87 @@ static void tiled_backward_unit(const BackwardJob& job, int64_t unit, void* scra
   }
 }
 
+// --- gradient of the table --------------------------------------------------------------------------------------------
+// p^T grad, 32 rows of the table a unit: p is transposed on its way into A tiles, grad packed once as E is in the forward.
+constexpr int64_t TILED_TABLE_DEPTH = 512;  // rows (n) per step
+static int64_t tiled_table_pack_size(const TableJob& job) {
+  return round_up(job.d, 32) / 32 * tiled_panel(round_up(job.n, 32)) + 128;
+}
+static void tiled_pack_table(const TableJob& job) {
+  tiled_pack((const bf16*)job.grad.data, job.grad.stride, job.n, job.d, (char*)job.packed, tiled_panel(round_up(job.n, 32)));
+}
+static int64_t tiled_table_units(const TableJob& job) { return ceil_div(job.v, 32); }
+static int64_t tiled_table_scratch(const TableJob& job) {
+  return 32 * round_up(job.d, 32) * 4 + 32 * TILED_TABLE_DEPTH * 2 + 16 * 32 * 4 + 128;
+}
+
+// Two rows of p, 32 entries each, as pairs: entry v's is in word v.
+template <typename T>
+INLINE void pair_row(const TableJob& job, int64_t n, int64_t v0, int64_t count, Scale<float> scale, float* out) {
+  const vf none = zero<float>();
+  vf p[2][2] = {{none, none}, {none, none}};
+  for (int64_t r = 0; r < 2 && n + r < job.n; r++) {
+    const T* x = (const T*)job.logits.data + (n + r) * job.logits.stride + v0;
+    alignas(64) float row[32];
+    const float shift = ((const float*)job.norm.shift)[n + r], rest = ((const float*)job.norm.rest)[n + r];
+    probability_row<T, true>(x, count, shift, rest, scale, row, 32);
+    p[r][0] = load(row);
+    p[r][1] = load(row + 16);
+  }
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; h++) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)p[1][h], (__m512)p[0][h]);
+    const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
+    const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
+    _mm512_store_si512((__m512i*)(out + 16 * h), _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+  }
+}
+
+template <typename T>
+static void tiled_table(const TableJob& job, int64_t unit, void* scratch) {
+  const int64_t v0 = unit * 32, count = job.v - v0 < 32 ? job.v - v0 : 32;
+  const int64_t columns = round_up(job.d, 32), panel = tiled_panel(round_up(job.n, 32));
+  float* c = (float*)scratch;
+  float* pairs = c + 32 * columns;
+  char* p = (char*)(pairs + 16 * 32);
+  const Scale<float> scale = reciprocal<float>(job.temperature);
+  tiles_begin();
+  for (int64_t n0 = 0; n0 < job.n; n0 += TILED_TABLE_DEPTH) {
+    const int64_t depth = job.n - n0 < TILED_TABLE_DEPTH ? job.n - n0 : TILED_TABLE_DEPTH, steps = ceil_div(depth, 32);
+    for (int64_t k = 0; k < steps; k++) {
+      for (int64_t i = 0; i < 16; i++) pair_row<T>(job, n0 + 32 * k + 2 * i, v0, count, scale, pairs + 32 * i);
+      for (int64_t h = 0; h < 2; h++) transpose16(pairs + 16 * h, 32, (float*)(p + (h * steps + k) * 1024), 16);
+    }
+    Prefetcher none;
+    none.start(1);
+    for (int64_t j = 0; j < columns / 32; j++)
+      tiles<2, 2>(p, steps * 1024, 1024, 64, (const char*)job.packed + j * panel + n0 / 32 * 2048, 1024, 2048, steps,
+                  c + 32 * j, columns, n0 ? Start::load : Start::clear, true, &none);
+  }
+  tiles_end();
+  // Back into the order of columns, see tiled_pack: eighths of the two vectors in turn.
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int64_t r = 0; r < count; r++) {
+    bf16* to = (bf16*)job.out.data + (v0 + r) * job.out.stride;
+    for (int64_t d = 0; d < job.d; d += 32) {
+      const float* from = c + r * columns + d;
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
+      const __mmask32 mask = job.d - d >= 32 ? 0xffffffffu : (1u << (job.d - d)) - 1;
+      _mm512_mask_storeu_epi16(to + d, mask, _mm512_permutexvar_epi64(order, both));
+    }
+  }
+}
+static void tiled_table_unit(const TableJob& job, int64_t unit, void* scratch) {
+  if (job.logits.dtype == Dtype::f16) return tiled_table<f16>(job, unit, scratch);
+  tiled_table<bf16>(job, unit, scratch);
+}
+
 // --- the unit's table --------------------------------------------------------------------------------------------------
 // Jobs that the tiles do not serve, and all that is no product, are those of AVX-512.
+INLINE bool tiled_serves(const TableJob& job) {  // of one term each
+  const bool narrow = job.logits.dtype == Dtype::bf16 || job.logits.dtype == Dtype::f16;
+  return narrow && job.grad.dtype == Dtype::bf16 && job.out.dtype == Dtype::bf16 && job.n >= TILED_ROWS;
+}
 template <typename Job>
 INLINE bool tiled_serves(const Job& job) {
   return job.embedding.dtype == Dtype::bf16 && job.logits.dtype != Dtype::f64 && tiled_terms(job) <= TILED_TERMS &&
@@ -288,6 +368,14 @@ static void backward_unit(const BackwardJob& job, int64_t unit, void* scratch) {
   ENTRGI_TILED_OR_PLAIN(backward_unit, job, unit, scratch);
 }
 
+static int64_t table_pack_size(const TableJob& job) { ENTRGI_TILED_OR_PLAIN(table_pack_size, job); }
+static void pack_table(const TableJob& job) { ENTRGI_TILED_OR_PLAIN(pack_table, job); }
+static int64_t table_units(const TableJob& job) { ENTRGI_TILED_OR_PLAIN(table_units, job); }
+static int64_t table_scratch(const TableJob& job) { ENTRGI_TILED_OR_PLAIN(table_scratch, job); }
+static void table_unit(const TableJob& job, int64_t unit, void* scratch) {
+  ENTRGI_TILED_OR_PLAIN(table_unit, job, unit, scratch);
+}
+
 static Kernels with_tiles(const char* name) {
   Kernels table = *kernels_avx512();
   table.name = name;
@@ -300,5 +388,10 @@ static Kernels with_tiles(const char* name) {
   table.backward_units = backward_units;
   table.backward_scratch = backward_scratch;
   table.backward_unit = backward_unit;
+  table.table_pack_size = table_pack_size;
+  table.pack_table = pack_table;
+  table.table_units = table_units;
+  table.table_scratch = table_scratch;
+  table.table_unit = table_unit;
   return table;
 }
