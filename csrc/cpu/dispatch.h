@@ -6,8 +6,8 @@ namespace entrgi {
 
 const Kernels& kernels();
 
-// Force an instruction set ("baseline", "avx2", "avx512", "avx512_bf16", "amx"), or "" for the best one. Returns false, and changes
-// nothing, when the name is unknown or this machine cannot run it.
+// Force an instruction set ("baseline", "avx2", "avx512", "avx512_bf16", "amx"), or "" for the best one. Returns false, and
+// changes nothing, when the name is unknown or this machine cannot run it.
 bool set_isa(const char* name);
 
 // The names this machine can run, best first; `count` entries.

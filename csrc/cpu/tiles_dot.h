@@ -1,7 +1,8 @@
 // Tiles of bf16.h by AVX-512's dot products of bf16 pairs (vdpbf16ps), for processors without AMX.
 
-// A second or third term would cost as much as products in float, or more. Up to twelve rows few.h takes less time (on a Zen 5 core
-// the two products take 27 and 28 ms at 16 rows, V = 151,936 and D = 1024, few.h 30 and 36; at 12 rows 27 and 27, few.h 23 and 26).
+// A second or third term would cost as much as products in float, or more. Up to twelve rows few.h takes less time (on a Zen 5
+// core the two products take 27 and 28 ms at 16 rows, V = 151,936 and D = 1024, few.h 30 and 36; at 12 rows 27 and 27, few.h
+// 23 and 26).
 constexpr int64_t TILED_TERMS = 1, TILED_ROWS = 13;
 
 INLINE void tiles_begin() {}
