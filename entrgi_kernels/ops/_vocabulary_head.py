@@ -119,9 +119,10 @@ def token_log_prob_backward(
     weighted = g * hidden.to(acc)
     if bias is not None:
         weighted = torch.cat([weighted, g], dim=1)
+    pull = (-weighted).to(dtype)  # the sign here, where it is N rows: the table's gradient is not read again for it
     mean = torch.zeros(hidden.shape, dtype=acc, device=hidden.device)
     rest = torch.zeros_like(lse)  # 1 - p of the target
-    pulled = torch.empty(v, weighted.shape[1], dtype=dtype, device=head.device)
+    change = None
     for part, rows, logits in _chunks(hidden, head, bias):
         _without_targets(logits, *places(targets, part))
         soft, found = soft_embedding(logits, rows, 1.0)
@@ -131,7 +132,13 @@ def token_log_prob_backward(
             share, soft = share.masked_fill(empty, 0), soft.masked_fill(empty[:, None], 0)
         mean.add_(soft * share[:, None])
         rest += share
-        pulled[part] = soft_embedding_grad_table(logits, weighted.to(dtype), lse, 1.0, dtype)
+        pulled = soft_embedding_grad_table(logits, pull, lse, 1.0, dtype)
+        if part.stop - part.start == v:  # nothing to put together
+            change = pulled
+        else:
+            change = pulled.new_empty(v, pulled.shape[1]) if change is None else change
+            change[part] = pulled
+    assert change is not None
     legal = legal_targets(targets, v)[0]
     grad_hidden = g * (rest[:, None] * head[legal].to(acc) - mean)
     # Rows of one target are summed at the first of them, in the wide dtype; duplicates then write the same. Not by
@@ -139,9 +146,7 @@ def token_log_prob_backward(
     numbers = torch.arange(len(legal), device=legal.device)
     first = numbers.new_zeros(v).scatter_reduce_(0, legal, numbers, "amin", include_self=False)[legal]
     pushed = torch.zeros_like(weighted).index_put_((first,), rest[:, None] * weighted, accumulate=True)[first]
-    at_targets = (pushed - pulled[legal].to(acc)).to(dtype)
-    change = pulled.neg_()
-    change[legal] = at_targets
+    change[legal] = (pushed + change[legal].to(acc)).to(dtype)
     grad_head, grad_bias = change.to(head.dtype), change.new_empty(0, dtype=head.dtype)
     if bias is not None:  # memory of their own: outputs of an operator may not be views of one tensor
         grad_bias = change[:, -1].to(bias.dtype, copy=True)
