@@ -233,7 +233,9 @@ def test_a_block_is_guided_as_on_its_whole_canvas(kind, make, prompt, reward, to
     steering.begin([row[:LENGTH].tolist() for row in canvas], [LENGTH] * 2, seed=3)
     for _ in range(steps):  # draws go by the step
         expected = steering(plain[rows].clone(), canvas[:, LENGTH:], opened[:, LENGTH:])
-    torch.testing.assert_close(guided[rows], expected)
+    # Of another shape the same products round otherwise, and Adam divides a small gradient by its own size: on a Zen 5
+    # five entries are off by a ten-thousandth of the learning rate.
+    torch.testing.assert_close(guided[rows], expected, rtol=0, atol=1e-3 * SETTINGS["learning_rate"])
 
 
 @torch.no_grad()
