@@ -206,6 +206,8 @@ def _train(args: argparse.Namespace, trainer: GuidedTrainer, output: Path) -> in
     if trainer.is_world_process_zero():
         for line in outcome(output):
             print(line)
+    # Left to the interpreter's end, the threads of a process group can abort one of its processes (seen once, gloo).
+    trainer.accelerator.end_training()
     return 0
 
 
