@@ -135,6 +135,14 @@ def tiny_weights() -> None:
         pytest.skip(str(error))
 
 
+@pytest.fixture
+def answers_ctrl_c() -> Iterator[None]:
+    """Commands started here answer SIGINT, though a script that tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextlib.contextmanager
 def _limited_files(size: int) -> Iterator[None]:
     resource = pytest.importorskip("resource")

@@ -127,7 +127,7 @@ ENDINGS = {
 
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("ending", list(ENDINGS))
-def test_ctrl_c_shows_no_traceback_however_often(ending: str, times: int) -> None:
+def test_ctrl_c_shows_no_traceback_however_often(ending: str, times: int, answers_ctrl_c: None) -> None:
     program = f"""
 import sys, threading as t, time, types
 from entrgi import cli

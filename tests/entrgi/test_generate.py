@@ -327,7 +327,7 @@ def whole_run(tmp_path_factory) -> tuple[list, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_the_real_thing_stopped_and_resumed(tiny_weights, tmp_path) -> None:
+def test_the_real_thing_stopped_and_resumed(tiny_weights, answers_ctrl_c, tmp_path) -> None:
     """The built-in models, a real Ctrl-C from outside, and the same file in the end."""
     whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
     prompts = ["What did you think of the soup?", "What did you think of the room?"]
