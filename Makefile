@@ -94,7 +94,7 @@ test-real: $(VENV)/.real
 # The ends of the range that pyproject.toml promises, each in a copy with an environment and an extension of its own.
 test-latest test-oldest: set = $(@:test-%=%)
 test-latest test-oldest:
-	@mkdir -p build/$(set) && cd build/$(set) && rm -rf benchmarks entrgi_kernels/*/ examples python tests
+	@mkdir -p build/$(set) && cd build/$(set) && rm -rf benchmarks csrc entrgi_kernels/*/ examples python tests
 	@tar -cf - --exclude=./build --exclude='./.venv*' --exclude=./.git --exclude='*.so' --exclude=_build_info.json . | \
 	  tar -xf - -C build/$(set)
 	@cd build/$(set) && { git init -q . && git add -A || true; } 2>/dev/null && rm -f .venv/.ready

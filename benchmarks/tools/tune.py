@@ -254,7 +254,7 @@ def advice(family: str, shape: Shape, made: list[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Tune the families asked for; exit status 2 without a CUDA GPU."""
+    """Tune the families asked for; exit status 2 without a CUDA GPU, 1 where what serves of Hopper's is wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tools.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--family", nargs="+", choices=(*FAMILIES, COMPILED), default=list(FAMILIES))
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, help="N,D or N,D,V (default: the canonical ones)")
@@ -277,15 +277,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if out := os.environ.get("OUT"):
             shutil.copy(path, Path(out) / path.name)
 
+    status = 0
+    families = [family for family in chosen.family if family != COMPILED]
     if COMPILED in chosen.family:
-        found = hopper_candidates.tune(shapes, end, keep)
+        found = hopper_candidates.tune(chosen.shapes or hopper_candidates.SHAPES, end, keep)
         if isinstance(found, str):
             print(found, file=sys.stderr)
-            return 2
-        rows += found
-    families = [family for family in chosen.family if family != COMPILED]
+            status = 0 if families else 2
+        else:
+            rows += found
+            status = int(any(not row["same"] for row in found if row["tile"] in hopper_candidates.SERVING))
     if not families:
-        return 0
+        return status
     pairs = [(family, shape) for shape in shapes for family in families]
     loads = LOADS if target.architecture.bulk else LOADS[1:]
     jobs = [(f, s, entry) for f, s in pairs for entry in candidates(f, s.n, present_entry(target, f, s.n), loads)]
@@ -301,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep(rows)
         torch.cuda.empty_cache()
     print("\nFor entrgi_kernels/backends/triton/config.py:\n" + "\n".join(lines))
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -102,7 +102,9 @@ def test_compiled_products_spill_nothing_and_keep_their_products_running(name, t
     assert done.returncode == 0, done.stderr
     assert "serialized" not in done.stderr  # ptxas says so where it makes products wait for each other
     usage = cuda_static.usage(done.stderr)
-    assert usage and all((stack, spilled) == (0, 0) for _, stack, spilled in usage.values()), usage
+    # With fewer registers at first than a block's threads could have, those who ask for more would wait for ever.
+    first = 65536 // (3 * 128 if name == "forward" else 4 * 128) // 8 * 8
+    assert usage and set(usage.values()) == {(first, 0, 0)}, usage
     found = wgmma_hazards.of_cubin(binary.read_bytes())
     assert len(found) == len(usage)
     # The update's operands both come from shared memory.
