@@ -9,6 +9,9 @@
 namespace entrgi::cuda::hopper {
 namespace {
 
+struct Told : Tile {
+  static constexpr bool TOLD = true;
+};
 struct Prefetched : Tile {
   static constexpr int PREFETCH = 4, MULTIPLYING = 128, FINISHING = 128;
 };
@@ -27,6 +30,12 @@ struct Narrow : Tile {
 };
 struct NarrowDeep : Narrow {
   static constexpr int STAGES = 5;
+};
+struct FourTold : Four {
+  static constexpr bool TOLD = true;
+};
+struct NarrowTold : Narrow {
+  static constexpr bool TOLD = true;
 };
 
 struct Candidate {
@@ -48,6 +57,7 @@ void both(std::vector<Candidate>& all) {
   const auto text = [](int number) { return std::to_string(number); };
   std::string name = text(ROWS) + " x " + text(T::COLUMNS) + ", " + text(T::STAGES) + " stages of " + text(T::DEPTH);
   if (T::PREFETCH) name += ", prefetched " + text(T::PREFETCH);
+  if (T::TOLD) name += ", told";
   name += ", " + text(T::FINISHERS) + " finishing warps " + text(T::AHEAD) + " ahead";
   all.push_back({name + ", pairs", run<T, 2>});
   all.push_back({name + ", alone", run<T, 1>});
@@ -57,11 +67,14 @@ const std::vector<Candidate>& candidates() {
   static const std::vector<Candidate> found = [] {
     std::vector<Candidate> all;
     both<Tile>(all);  // the first is what serves
+    both<Told>(all);
     both<Prefetched>(all);
     both<ShortSteps>(all);
     both<Four>(all);
+    both<FourTold>(all);
     both<FourFarAhead>(all);
     both<Narrow>(all);
+    both<NarrowTold>(all);
     both<NarrowDeep>(all);
     return all;
   }();

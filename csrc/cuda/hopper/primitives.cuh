@@ -13,14 +13,21 @@ namespace entrgi::cuda::hopper {
 constexpr int WARP_GROUP = 128;
 constexpr float LOG2E = 1.4426950408889634f;
 
+DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+
 // A block's dynamic shared memory. The launch gives S and 1,024 bytes: the copy engine's swizzles repeat after so many.
-template <typename S>
+// TOLD: the compiler sees that it is shared memory. Else it takes accesses through S for such as may be of any memory.
+template <typename S, bool TOLD = false>
 DEVICE S& shared_memory() {
   extern __shared__ unsigned char raw_shared[];
+  if (TOLD) return *reinterpret_cast<S*>(raw_shared + (-shared_address(raw_shared) & 1023));
   return *reinterpret_cast<S*>((reinterpret_cast<uintptr_t>(raw_shared) + 1023) & ~uintptr_t{1023});
 }
 
-DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+// Two neighbouring float32 to shared memory, on 8 bytes, by one instruction.
+DEVICE void store_pair(uint32_t address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
 
 // --- barriers ---------------------------------------------------------------------------------------------------------
 // A barrier's phase ends when `arrivals` threads have arrived and all bytes that were announced have come. `wait` takes the

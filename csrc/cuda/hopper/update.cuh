@@ -23,6 +23,7 @@ struct Tile {
   static constexpr int FINISHERS = 6;
   static constexpr int AHEAD = 4;     // turns that loads of 16-bit moments are ahead of their use
   static constexpr int PREFETCH = 0;  // steps that the table's tiles are brought into the cache before they are copied
+  static constexpr bool TOLD = false;  // whether the compiler sees that sums are in shared memory, and moments are not
   // Registers a thread: those who finish get more than at first only where others have given theirs.
   static constexpr int MULTIPLYING = 136, FINISHING = 120;
 };
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using P = Plan<T>;
   constexpr int COLUMNS = T::COLUMNS, STAGES = T::STAGES, DEPTH = T::DEPTH;
-  auto& shared = shared_memory<typename P::Shared>();
+  auto& shared = shared_memory<typename P::Shared, T::TOLD>();
   const int group = threadIdx.x / WARP_GROUP, thread = threadIdx.x % WARP_GROUP;
   const uint32_t rank = cluster_rank<CLUSTER>();
   const int n = static_cast<int>(job.logits.rows), v = static_cast<int>(job.logits.columns);
@@ -245,13 +246,29 @@ __global__ void __launch_bounds__(THREADS, 1)
       }
       pin(sums);
       wait(&shared.taken[group], turn ^ 1);
+      if (T::TOLD) {  // four addresses and constants: the compiler would make two stores of half of the pairs
+        const int row = group * HALF_ROWS + warp * 16 + lane / 4;
+        uint32_t places[4];
 #pragma unroll
-      for (int j = 0; j < COLUMNS / 8; j++) {
+        for (int i = 0; i < 4; i++) {
+          places[i] = shared_address(&shared.sums[row][4 * chunk_of(row, 2 * i + lane % 4 / 2) + lane % 2 * 2]);
+        }
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const int row = group * HALF_ROWS + warp * 16 + h * 8 + lane / 4, column = 8 * j + lane % 4 * 2;
-          float* const to = &shared.sums[row][4 * chunk_of(row, column / 4) + column % 4];
-          *reinterpret_cast<float2*>(to) = make_float2(sums[4 * j + 2 * h], sums[4 * j + 2 * h + 1]);
+        for (int j = 0; j < COLUMNS / 8; j++) {
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            store_pair(places[j % 4] + 4 * (32 * (j / 4) + 8 * h * COLUMNS), sums[4 * j + 2 * h], sums[4 * j + 2 * h + 1]);
+          }
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 8; j++) {
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const int row = group * HALF_ROWS + warp * 16 + h * 8 + lane / 4, column = 8 * j + lane % 4 * 2;
+            float* const to = &shared.sums[row][4 * chunk_of(row, column / 4) + column % 4];
+            *reinterpret_cast<float2*>(to) = make_float2(sums[4 * j + 2 * h], sums[4 * j + 2 * h + 1]);
+          }
         }
       }
       arrive(&shared.summed[group]);

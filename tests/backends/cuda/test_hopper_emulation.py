@@ -215,10 +215,10 @@ def test_update(hopper, shape):
         assert update(hopper, *shape, seed, sms=2 + seed % 3) == ""
 
 
-@pytest.mark.parametrize("candidate", range(14))
+@pytest.mark.parametrize("candidate", range(20))
 def test_candidates_of_the_update(hopper, candidate):
     """Tiles that only `benchmarks.tools.tune` runs."""
-    assert hopper.candidate_name(candidate) and not hopper.candidate_name(14), "a candidate that is not tried here"
+    assert hopper.candidate_name(candidate) and not hopper.candidate_name(20), "a candidate that is not tried here"
     for seed in range(3):
         for shape in ((100, 584, 136, "both"), (300, 776, 328, "both"), (257, 392, 72, "none")):
             assert update(hopper, *shape, False, seed, sms=2 + seed, candidate=candidate) == ""

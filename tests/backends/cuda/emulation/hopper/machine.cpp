@@ -522,6 +522,13 @@ void load_remote(void* to, uint32_t address, uint32_t rank, size_t bytes) {
   memcpy(to, block.shared + address, bytes);
 }
 
+void store_shared(uint32_t address, const void* from, size_t bytes) {
+  if (address % bytes || address < here().start || address + bytes > here().end) {
+    fail("a write of %zu bytes at byte %u", bytes, address);
+  }
+  memcpy(here().shared + address, from, bytes);
+}
+
 void fence_registers() { self().fenced = true; }
 void registers_written() { self().fenced = false; }
 void product(float* sums, int count, const Operand& a, const uint32_t* left, const Operand& b, bool add) {

@@ -41,6 +41,7 @@ void expect_bytes(uint64_t* barrier, uint32_t bytes);
 void wait(uint64_t* barrier, uint32_t parity);
 void copy(void* to, const Map& map, int column, int row, uint64_t* barrier, unsigned blocks);
 void load_remote(void* to, uint32_t address, uint32_t rank, size_t bytes);
+void store_shared(uint32_t address, const void* from, size_t bytes);
 
 // A product's operand in shared memory: as in a descriptor, and whether its rows run over the dimension that is not summed.
 struct Operand {

@@ -9,11 +9,15 @@ namespace entrgi::cuda::hopper {
 constexpr int WARP_GROUP = 128;
 constexpr float LOG2E = 1.4426950408889634f;
 
-template <typename S>
+template <typename S, bool = false>
 S& shared_memory() {
   return *reinterpret_cast<S*>((reinterpret_cast<uintptr_t>(emulation::dynamic_shared()) + 1023) & ~uintptr_t{1023});
 }
 inline uint32_t shared_address(const void* pointer) { return emulation::shared_address(pointer); }
+inline void store_pair(uint32_t address, float x, float y) {
+  const float pair[2] = {x, y};
+  emulation::store_shared(address, pair, sizeof(pair));
+}
 
 #define init_barrier(barrier, arrivals) emulation::init_barrier(barrier, arrivals, #barrier)
 inline void fence_barrier_init() {}
