@@ -36,7 +36,11 @@ def test_wrong_arithmetic_is_refused(monkeypatch):
 def test_command(tmp_path, capsys):
     pytest.importorskip("diffusers", reason="needs the extra entrgi_kernels[diffusers]")
     arguments = ["--shapes", "6,16,203", "--dtypes", "float32", "--backends", "eager", "--budget", "0"]
-    assert suite.main([*arguments, "--json", str(tmp_path / "rows.json")]) == 0
+    status = suite.main([*arguments, "--json", str(tmp_path / "rows.json")])
+    out = capsys.readouterr().out
+    # diffusers' own pipeline fails with transformers 5.24 (docs/compatibility.md).
+    apart = "unexpected keyword argument 'past_key_values'" in out
+    assert status == apart and "vs as it is" in out
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert {row["op"] for row in rows} == {f"accelerate, {case}" for case in suite.CASES}
-    assert "vs as it is" in capsys.readouterr().out
+    cases = [case for case in suite.CASES if not (apart and case == "pipeline")]
+    assert {row["op"] for row in rows} == {f"accelerate, {case}" for case in cases}
