@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -24,6 +25,13 @@ from entrgi_kernels.guidance.config import GuidanceConfig
 ROOT = Path(__file__).resolve().parents[3]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SHORT = dict(max_new_tokens=8, steps=4, num_samples=1)
+
+
+@pytest.fixture(autouse=True)
+def _filters_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server filters the library's warnings for good; tests after it want to see them."""
+    library = logging.getLogger("entrgi_kernels")
+    monkeypatch.setattr(library, "filters", list(library.filters))
 
 
 @pytest.fixture(scope="session")

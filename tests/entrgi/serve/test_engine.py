@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 
 import pytest
@@ -213,8 +212,6 @@ def test_samples_without_a_reward_put_no_prompt_in_the_log(sampler, together, or
     from entrgi.serve.settings import Served
 
     monkeypatch.setattr(type(sampler), "score", lambda self, turns, texts, batch_size: [float("nan")] * len(texts))
-    library = logging.getLogger("entrgi_kernels")
-    monkeypatch.setattr(library, "filters", list(library.filters))
     made = server.make_engine({"tiny": sampler}, Served("tiny", ("tiny",), 1, order().config, False, Limits(), True))
     (outcome,) = together(made, [order()])
     made.close(timeout=10)
