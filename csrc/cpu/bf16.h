@@ -348,7 +348,19 @@ INLINE bool tiled_serves(const Job& job) {
          job.n >= TILED_ROWS;
 }
 #define ENTRGI_TILED_OR_PLAIN(name, ...) \
-  return tiled_serves(job) ? tiled_##name(__VA_ARGS__) : kernels_avx512()->name(__VA_ARGS__)
+  return tiled_serves(job) ? tiled_##name(__VA_ARGS__) : kernels_avx512->name(__VA_ARGS__)
+
+static void stats(const StatsJob& job, int64_t begin, int64_t end) { kernels_avx512->stats(job, begin, end); }
+static int64_t filter_scratch(const SampleJob& job) { return kernels_avx512->filter_scratch(job); }
+static void sample(const SampleJob& job, int64_t begin, int64_t end, void* scratch) {
+  kernels_avx512->sample(job, begin, end, scratch);
+}
+static void confidence(const ConfidenceJob& job, int64_t begin, int64_t end, void* scratch) {
+  kernels_avx512->confidence(job, begin, end, scratch);
+}
+static void entropy_backward(const EntropyBackwardJob& job, int64_t begin, int64_t end) {
+  kernels_avx512->entropy_backward(job, begin, end);
+}
 
 static void forward_padding(const ForwardJob& job, int64_t* rows, int64_t* columns) {
   ENTRGI_TILED_OR_PLAIN(forward_padding, job, rows, columns);
@@ -374,24 +386,4 @@ static int64_t table_units(const TableJob& job) { ENTRGI_TILED_OR_PLAIN(table_un
 static int64_t table_scratch(const TableJob& job) { ENTRGI_TILED_OR_PLAIN(table_scratch, job); }
 static void table_unit(const TableJob& job, int64_t unit, void* scratch) {
   ENTRGI_TILED_OR_PLAIN(table_unit, job, unit, scratch);
-}
-
-static Kernels with_tiles(const char* name) {
-  Kernels table = *kernels_avx512();
-  table.name = name;
-  table.forward_padding = forward_padding;
-  table.forward_scratch = forward_scratch;
-  table.forward_unit = forward_unit;
-  table.forward_combine = forward_combine;
-  table.gradient_pack_size = gradient_pack_size;
-  table.pack_gradient = pack_gradient;
-  table.backward_units = backward_units;
-  table.backward_scratch = backward_scratch;
-  table.backward_unit = backward_unit;
-  table.table_pack_size = table_pack_size;
-  table.pack_table = pack_table;
-  table.table_units = table_units;
-  table.table_scratch = table_scratch;
-  table.table_unit = table_unit;
-  return table;
 }
