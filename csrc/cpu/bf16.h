@@ -21,8 +21,11 @@ enum class Start { keep, clear, load };
 
 // --- forward ----------------------------------------------------------------------------------------------------------
 INLINE int64_t tiled_terms(const ForwardJob& job) { return job.logits.dtype == Dtype::f32 ? 3 : 1; }
+// Three terms are added block by block, so that a block's length is seen in the bits: it must not follow the groups, whose number
+// is that of the threads. One term goes on where the block before ended.
 INLINE int64_t tiled_forward_block(const ForwardJob& job) {
-  const int64_t columns = ceil_div(round_up(job.d, 32), job.groups), bytes = (job.n < 128 ? 256 : 768) << 10;
+  const int64_t groups = tiled_terms(job) == 1 ? job.groups : 1;
+  const int64_t columns = ceil_div(round_up(job.d, 32), groups), bytes = (job.n < 128 ? 256 : 768) << 10;
   const int64_t fit = bytes / (columns * 2) / 32 * 32;
   return fit < 32 ? 32 : fit > 512 ? 512 : fit;
 }
@@ -345,7 +348,7 @@ INLINE bool tiled_serves(const TableJob& job) {  // of one term each
 template <typename Job>
 INLINE bool tiled_serves(const Job& job) {
   return job.embedding.dtype == Dtype::bf16 && job.logits.dtype != Dtype::f64 && tiled_terms(job) <= TILED_TERMS &&
-         job.n >= TILED_ROWS;
+         job.n >= TILED_ROWS && job.d > 0;
 }
 #define ENTRGI_TILED_OR_PLAIN(name, ...) \
   return tiled_serves(job) ? tiled_##name(__VA_ARGS__) : kernels_avx512->name(__VA_ARGS__)
@@ -367,6 +370,13 @@ static void forward_padding(const ForwardJob& job, int64_t* rows, int64_t* colum
 }
 static int64_t forward_scratch(const ForwardJob& job) { ENTRGI_TILED_OR_PLAIN(forward_scratch, job); }
 static void forward_unit(const ForwardJob& job, int64_t unit, void* scratch) {
+  // Too few rows for the tiles: the same rounded p, so that a row's precision does not depend on how many there are.
+  if constexpr (TILED_ROWS > 1) {
+    static_assert(TILED_ROWS <= FEW + 1);
+    const bool few = job.n < TILED_ROWS && job.embedding.dtype == Dtype::bf16;
+    if (few && job.logits.dtype == Dtype::bf16) return forward_unit_plain<bf16, true>(job, unit, scratch);
+    if (few && job.logits.dtype == Dtype::f16) return forward_unit_plain<f16, true>(job, unit, scratch);
+  }
   ENTRGI_TILED_OR_PLAIN(forward_unit, job, unit, scratch);
 }
 static void forward_combine(const ForwardJob& job, int64_t begin, int64_t end) {
