@@ -21,8 +21,11 @@ enum class Start { keep, clear, load };
 
 // --- forward ----------------------------------------------------------------------------------------------------------
 INLINE int64_t tiled_terms(const ForwardJob& job) { return job.logits.dtype == Dtype::f32 ? 3 : 1; }
+// Three terms are added block by block, so that a block's length is seen in the bits: it must not follow the groups, whose number
+// is that of the threads. One term goes on where the block before ended.
 INLINE int64_t tiled_forward_block(const ForwardJob& job) {
-  const int64_t columns = ceil_div(round_up(job.d, 32), job.groups), bytes = (job.n < 128 ? 256 : 768) << 10;
+  const int64_t groups = tiled_terms(job) == 1 ? job.groups : 1;
+  const int64_t columns = ceil_div(round_up(job.d, 32), groups), bytes = (job.n < 128 ? 256 : 768) << 10;
   const int64_t fit = bytes / (columns * 2) / 32 * 32;
   return fit < 32 ? 32 : fit > 512 ? 512 : fit;
 }
@@ -345,16 +348,35 @@ INLINE bool tiled_serves(const TableJob& job) {  // of one term each
 template <typename Job>
 INLINE bool tiled_serves(const Job& job) {
   return job.embedding.dtype == Dtype::bf16 && job.logits.dtype != Dtype::f64 && tiled_terms(job) <= TILED_TERMS &&
-         job.n >= TILED_ROWS;
+         job.n >= TILED_ROWS && job.d > 0;
 }
 #define ENTRGI_TILED_OR_PLAIN(name, ...) \
-  return tiled_serves(job) ? tiled_##name(__VA_ARGS__) : kernels_avx512()->name(__VA_ARGS__)
+  return tiled_serves(job) ? tiled_##name(__VA_ARGS__) : kernels_avx512->name(__VA_ARGS__)
+
+static void stats(const StatsJob& job, int64_t begin, int64_t end) { kernels_avx512->stats(job, begin, end); }
+static int64_t filter_scratch(const SampleJob& job) { return kernels_avx512->filter_scratch(job); }
+static void sample(const SampleJob& job, int64_t begin, int64_t end, void* scratch) {
+  kernels_avx512->sample(job, begin, end, scratch);
+}
+static void confidence(const ConfidenceJob& job, int64_t begin, int64_t end, void* scratch) {
+  kernels_avx512->confidence(job, begin, end, scratch);
+}
+static void entropy_backward(const EntropyBackwardJob& job, int64_t begin, int64_t end) {
+  kernels_avx512->entropy_backward(job, begin, end);
+}
 
 static void forward_padding(const ForwardJob& job, int64_t* rows, int64_t* columns) {
   ENTRGI_TILED_OR_PLAIN(forward_padding, job, rows, columns);
 }
 static int64_t forward_scratch(const ForwardJob& job) { ENTRGI_TILED_OR_PLAIN(forward_scratch, job); }
 static void forward_unit(const ForwardJob& job, int64_t unit, void* scratch) {
+  // Too few rows for the tiles: the same rounded p, so that a row's precision does not depend on how many there are.
+  if constexpr (TILED_ROWS > 1) {
+    static_assert(TILED_ROWS <= FEW + 1);
+    const bool few = job.n < TILED_ROWS && job.embedding.dtype == Dtype::bf16;
+    if (few && job.logits.dtype == Dtype::bf16) return forward_unit_plain<bf16, true>(job, unit, scratch);
+    if (few && job.logits.dtype == Dtype::f16) return forward_unit_plain<f16, true>(job, unit, scratch);
+  }
   ENTRGI_TILED_OR_PLAIN(forward_unit, job, unit, scratch);
 }
 static void forward_combine(const ForwardJob& job, int64_t begin, int64_t end) {
@@ -374,24 +396,4 @@ static int64_t table_units(const TableJob& job) { ENTRGI_TILED_OR_PLAIN(table_un
 static int64_t table_scratch(const TableJob& job) { ENTRGI_TILED_OR_PLAIN(table_scratch, job); }
 static void table_unit(const TableJob& job, int64_t unit, void* scratch) {
   ENTRGI_TILED_OR_PLAIN(table_unit, job, unit, scratch);
-}
-
-static Kernels with_tiles(const char* name) {
-  Kernels table = *kernels_avx512();
-  table.name = name;
-  table.forward_padding = forward_padding;
-  table.forward_scratch = forward_scratch;
-  table.forward_unit = forward_unit;
-  table.forward_combine = forward_combine;
-  table.gradient_pack_size = gradient_pack_size;
-  table.pack_gradient = pack_gradient;
-  table.backward_units = backward_units;
-  table.backward_scratch = backward_scratch;
-  table.backward_unit = backward_unit;
-  table.table_pack_size = table_pack_size;
-  table.pack_table = pack_table;
-  table.table_units = table_units;
-  table.table_scratch = table_scratch;
-  table.table_unit = table_unit;
-  return table;
 }

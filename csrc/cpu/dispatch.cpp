@@ -73,11 +73,11 @@ struct Found {
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
     const bool bf16 = avx512 && cpu_has_avx512_bf16();
-    add(kernels_amx(), bf16 && cpu_has_amx_bf16() && tiles_granted());
-    add(kernels_avx512_bf16(), bf16);
-    add(kernels_avx512(), avx512);
-    add(kernels_avx2(), avx2);
-    add(kernels_baseline(), true);
+    add(kernels_amx, bf16 && cpu_has_amx_bf16() && tiles_granted());
+    add(kernels_avx512_bf16, bf16);
+    add(kernels_avx512, avx512);
+    add(kernels_avx2, avx2);
+    add(kernels_baseline, true);
   }
 };
 

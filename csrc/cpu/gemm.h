@@ -272,7 +272,17 @@ static void probability_tile(const ForwardJob& job, int64_t n0, int64_t rows, in
   }
 }
 
-template <typename T>
+INLINE void round_row(float* p, int64_t count) {  // to bf16, in whole vectors
+  constexpr int W = Lane<float>::W;
+  bf16 narrow[W];
+  for (int64_t i = 0; i < count; i += W) {
+    store(load(p + i), narrow);
+    store(load(narrow), p + i);
+  }
+}
+
+// ROUNDED: few rows, with p rounded to bf16 (bf16.h).
+template <typename T, bool ROUNDED = false>
 static void forward_unit_plain(const ForwardJob& job, int64_t unit, void* scratch) {
   typedef typename Store<T>::A A;
   constexpr int NR = panel_width<A>;
@@ -289,8 +299,10 @@ static void forward_unit_plain(const ForwardJob& job, int64_t unit, void* scratc
   const Scale<A> scale = reciprocal<A>(job.temperature);
   for (int64_t v = v0; v < v1; v += block) {
     const int64_t depth = v1 - v < block ? v1 - v : block;
-    if (job.n <= FEW) {
+    if (ROUNDED || job.n <= FEW) {
       probability_tile<T>(job, 0, job.n, v, depth, scale, tile, block);
+      if constexpr (ROUNDED)
+        for (int64_t r = 0; r < job.n; r++) round_row(tile + r * block, depth);
       few_forward_any<A>(job.n, tile, block, job.embedding, v, d0, depth, d1 - d0, c, padded);
       continue;
     }

@@ -13,13 +13,11 @@
 #define ENTRGI_BF16
 #define ENTRGI_LEVEL 3
 #define ENTRGI_ISA amx
+#define ENTRGI_ISA_NAME "amx"
 #include "kernels.h"
 #pragma GCC pop_options
 
-const entrgi::Kernels* entrgi::kernels_amx() {
-  static const Kernels table = amx::with_tiles("amx");
-  return &table;
-}
+constinit const entrgi::Kernels* const entrgi::kernels_amx = &entrgi::amx::table;
 #else
-const entrgi::Kernels* entrgi::kernels_amx() { return nullptr; }
+constinit const entrgi::Kernels* const entrgi::kernels_amx = nullptr;
 #endif

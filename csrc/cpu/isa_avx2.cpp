@@ -15,7 +15,7 @@
 #include "kernels.h"
 #pragma GCC pop_options
 
-const entrgi::Kernels* entrgi::kernels_avx2() { return &entrgi::avx2::table; }
+constinit const entrgi::Kernels* const entrgi::kernels_avx2 = &entrgi::avx2::table;
 #else
-const entrgi::Kernels* entrgi::kernels_avx2() { return nullptr; }
+constinit const entrgi::Kernels* const entrgi::kernels_avx2 = nullptr;
 #endif

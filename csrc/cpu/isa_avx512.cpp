@@ -15,7 +15,7 @@
 #include "kernels.h"
 #pragma GCC pop_options
 
-const entrgi::Kernels* entrgi::kernels_avx512() { return &entrgi::avx512::table; }
+constinit const entrgi::Kernels* const entrgi::kernels_avx512 = &entrgi::avx512::table;
 #else
-const entrgi::Kernels* entrgi::kernels_avx512() { return nullptr; }
+constinit const entrgi::Kernels* const entrgi::kernels_avx512 = nullptr;
 #endif

@@ -12,13 +12,11 @@
 #define ENTRGI_BF16
 #define ENTRGI_LEVEL 3
 #define ENTRGI_ISA avx512_bf16
+#define ENTRGI_ISA_NAME "avx512_bf16"
 #include "kernels.h"
 #pragma GCC pop_options
 
-const entrgi::Kernels* entrgi::kernels_avx512_bf16() {
-  static const Kernels table = avx512_bf16::with_tiles("avx512_bf16");
-  return &table;
-}
+constinit const entrgi::Kernels* const entrgi::kernels_avx512_bf16 = &entrgi::avx512_bf16::table;
 #else
-const entrgi::Kernels* entrgi::kernels_avx512_bf16() { return nullptr; }
+constinit const entrgi::Kernels* const entrgi::kernels_avx512_bf16 = nullptr;
 #endif

@@ -14,4 +14,4 @@
 #define ENTRGI_ISA_NAME "baseline"
 #include "kernels.h"
 
-const entrgi::Kernels* entrgi::kernels_baseline() { return &entrgi::baseline::table; }
+constinit const entrgi::Kernels* const entrgi::kernels_baseline = &entrgi::baseline::table;

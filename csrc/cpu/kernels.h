@@ -3,8 +3,11 @@
 // The including unit has already included <math.h>, <immintrin.h> (on x86) and types.h, set the target by pragma, and
 // defined ENTRGI_ISA (a namespace), ENTRGI_ISA_NAME and ENTRGI_LEVEL (0: vectors of 16 bytes and no intrinsics, 2: AVX2, 3:
 // AVX-512; the compiler's own macros do not follow the pragma before GCC 13). With ENTRGI_BF16 it gets products with bf16 tables
-// alone (and with ENTRGI_AMX in AMX tiles), the rest being AVX-512's. Nothing that lives outside namespace entrgi::ENTRGI_ISA may
-// be defined from here on: an inline function compiled for AVX-512 could otherwise be the copy that the linker keeps.
+// alone (and with ENTRGI_AMX in AMX tiles), the rest being AVX-512's.
+//
+// Nothing of a unit runs before cpuid has been asked: its table is a constant, and it has no initialiser. Nothing that lives
+// outside namespace entrgi::ENTRGI_ISA may be defined from here on: an inline function compiled for AVX-512 could otherwise be the
+// copy that the linker keeps. tests/backends/test_native_build.py looks for both in the built extension.
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors only cross functions that are always inlined
@@ -97,13 +100,14 @@ static void table_unit(const TableJob& j, int64_t u, void* s) {
   ENTRGI_BY_LOGITS(j.logits.dtype, table_unit_plain<T>(j, u, s))
 }
 
-static const Kernels table = {
+#endif
+
+static constexpr Kernels table = {
     ENTRGI_ISA_NAME,  stats,           filter_scratch, sample,         confidence,       entropy_backward,
     forward_padding,  forward_scratch, forward_unit,   forward_combine, gradient_pack_size, pack_gradient,
     backward_units,   backward_scratch, backward_unit, table_pack_size, pack_table,       table_units,
     table_scratch,    table_unit,
 };
-#endif
 
 }  // namespace ENTRGI_ISA
 }  // namespace entrgi

@@ -148,10 +148,11 @@ struct Kernels {
   void (*table_unit)(const TableJob&, int64_t unit, void* scratch);
 };
 
-const Kernels* kernels_baseline();
-const Kernels* kernels_avx2();    // null where not compiled in
-const Kernels* kernels_avx512();
+// Constants and not functions: nothing of a unit may run before cpuid has been asked whether this machine can.
+extern const Kernels* const kernels_baseline;
+extern const Kernels* const kernels_avx2;  // null where not compiled in
+extern const Kernels* const kernels_avx512;
 // AVX-512's, but for products with a bf16 table: by dot products of pairs, or in AMX tiles.
-const Kernels* kernels_avx512_bf16();
-const Kernels* kernels_amx();
+extern const Kernels* const kernels_avx512_bf16;
+extern const Kernels* const kernels_amx;
 }  // namespace entrgi

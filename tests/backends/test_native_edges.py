@@ -45,13 +45,14 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x.nan_to_num(12345.0), y.nan_to_num(12345.0)) for x, y in zip(a, b, strict=True))
 
 
-def test_bad_rows(isa: str) -> None:
+@pytest.mark.parametrize("n", (5, 20))  # fewer than the tiles of bf16 tables take, and more
+def test_bad_rows(isa: str, n: int) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        x = torch.randn(5, 200).to(dtype)
+        x = torch.randn(n, 200).to(dtype)
         x[0, 150], x[1, 3], x[2] = math.nan, math.inf, -math.inf
         x[3] = -math.inf
         x[3, 77] = -5.0
-        table, rows, grad = torch.randn(200, 40).to(dtype), torch.arange(5), torch.randn(5, 40).to(dtype)
+        table, rows, grad = torch.randn(200, 40).to(dtype), torch.arange(n), torch.randn(n, 40).to(dtype)
         for top_k, top_p in ((0, 1.0), (3, 1.0), (0, 0.9)):
             assert native.sample_tokens(x, Draw(RNG, rows, 0.7, top_k, top_p))[:4].tolist() == [-1, -1, -1, 77]
         assert native.sample_tokens(x, Draw(RNG, rows, 0.0, 0, 1.0))[:4].tolist() == [-1, -1, -1, 77]
@@ -60,7 +61,7 @@ def test_bad_rows(isa: str) -> None:
             assert ours[i][:3].isnan().all() and ours[i][3:].isfinite().all()
         assert torch.equal(ours[0][3], table[77]) and ours[3][3] == 0
         for alg in SCORED_ALGS:
-            got = native.unmask_confidence(x, torch.full((5,), 77), alg, 0.7, 0, 0.9)
+            got = native.unmask_confidence(x, torch.full((n,), 77), alg, 0.7, 0, 0.9)
             assert got[:3].isnan().all() and got[3:].isfinite().all()
         gradient = native.soft_embedding_backward(x, table, grad, ours[4], ours[5], 0.7)
         assert gradient[:3].isnan().all() and gradient[3].abs().max() < 1e-3
@@ -95,17 +96,23 @@ def test_denormals(isa: str) -> None:
     assert (torch.full((64,), 1e-40) * 1.0 > 0).all()
 
 
-def test_strides(isa: str) -> None:
-    n, v, d = 6, 333, 40
-    base, table, grad = torch.randn(n, v), torch.randn(v, d), torch.randn(n, d)
+@pytest.mark.parametrize("n, dtype", ((6, torch.float32), (6, torch.bfloat16), (20, torch.bfloat16)))
+def test_strides(isa: str, n: int, dtype: torch.dtype) -> None:
+    v, d = 333, 40
+    base, table, grad = (torch.randn(s).to(dtype) for s in ((n, v), (v, d), (n, d)))
     expected = step(base, table, grad)
-    sliced = torch.full((2 * n, v + 50), math.nan)
+    sliced = torch.full((2 * n, v + 50), math.nan, dtype=dtype)
     sliced[::2, 17 : 17 + v] = base
-    wide_table = torch.full((v, 2 * d), math.nan)
+    wide_table = torch.full((v, 2 * d), math.nan, dtype=dtype)
     wide_table[:, ::2] = table
+    rows_apart = torch.full((v, d + 7), math.nan, dtype=dtype)  # a table that is read where it lies
+    rows_apart[:, 3 : 3 + d] = table
+    grad_apart = torch.full((n, d + 3), math.nan, dtype=dtype)
+    grad_apart[:, 1 : 1 + d] = grad
     variants = {
         "transposed": (base.t().contiguous().t(), table.t().contiguous().t(), grad.t().contiguous().t()),
         "sliced": (sliced[::2, 17 : 17 + v], wide_table[:, ::2], grad),
+        "rows apart": (base, rows_apart[:, 3 : 3 + d], grad_apart[:, 1 : 1 + d]),
     }
     for x, e, g in variants.values():
         assert torch.equal(x, base)
@@ -125,15 +132,17 @@ def test_strides(isa: str) -> None:
     )
 
 
-def test_update_in_place_on_strided(isa: str) -> None:
-    n, v, d = 5, 130, 33
-    table, grad, start = torch.randn(v, d), torch.randn(n, d), torch.randn(n, v)
+@pytest.mark.parametrize("n, dtype", ((5, torch.float32), (20, torch.bfloat16)))
+def test_update_in_place_on_strided(isa: str, n: int, dtype: torch.dtype) -> None:
+    v, d = 130, 33
+    table, grad, start = (torch.randn(s).to(dtype) for s in ((v, d), (n, d), (n, v)))
     soft, lse = native.soft_embedding(start, table, 0.7)
-    expected = [start.clone(), torch.zeros(n, v), torch.zeros(n, v)]
+    expected = [start.clone(), torch.zeros_like(start), torch.zeros_like(start)]
     native.guidance_update_(expected[0], grad, table, soft, lse, 0.7, Adam(*expected[1:], 1, 0.5, 0.9, 0.999, 1e-8))
     assert not torch.equal(expected[0], start)
-    outer = torch.full((2 * n, v + 9), 7.0)
-    views = [outer[1::2, 4 : 4 + v], torch.zeros(v, n).t(), torch.zeros(n, 2 * v)[:, ::2]]
+    outer = torch.full((2 * n, v + 9), 7.0, dtype=dtype)
+    moments = torch.zeros(v, n, dtype=dtype).t(), torch.zeros(n, 2 * v, dtype=dtype)[:, ::2]
+    views = [outer[1::2, 4 : 4 + v], *moments]
     views[0].copy_(start)
     native.guidance_update_(views[0], grad, table, soft, lse, 0.7, Adam(*views[1:], 1, 0.5, 0.9, 0.999, 1e-8))
     assert all(torch.equal(a, b) for a, b in zip(views, expected, strict=True))
@@ -145,7 +154,7 @@ def test_every_output_is_written(isa: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     try:
-        for n, v, d in ((3, 1, 1), (17, 1000, 45), (33, 77, 64), (16, 64, 32)):
+        for n, v, d in ((3, 1, 1), (17, 1000, 45), (33, 77, 64), (16, 64, 32), (20, 50, 0)):
             for dtype in (torch.float32, torch.bfloat16):
                 x, table, grad = (torch.randn(s).to(dtype) for s in ((n, v), (v, d), (n, d)))
                 assert all(t.isfinite().all() for t in step(x, table, grad) if t.is_floating_point())
@@ -160,19 +169,39 @@ def test_empty() -> None:
     assert out[0].shape == (0, 5) and out[-3].shape == (12, 5) and (out[-3] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_same_bits(isa: str, dtype: torch.dtype) -> None:
-    """Run to run, and with one thread, two and five."""
-    x, table, grad = (torch.randn(s).to(dtype) for s in ((37, 9001), (9001, 200), (37, 200)))
+@pytest.mark.parametrize(
+    "dtype, table_dtype, n, v, d, counts",
+    (
+        (torch.float32, torch.float32, 37, 9001, 200, (1, 2, 2, 5)),
+        (torch.bfloat16, torch.bfloat16, 37, 9001, 200, (1, 2, 2, 5)),
+        (torch.float32, torch.bfloat16, 64, 3000, 1024, (1, 8)),  # eight groups of columns
+        (torch.bfloat16, torch.bfloat16, 64, 3000, 1024, (1, 8)),
+    ),
+)
+def test_same_bits(
+    isa: str, dtype: torch.dtype, table_dtype: torch.dtype, n: int, v: int, d: int, counts: tuple[int, ...]
+) -> None:
+    """Run to run, and at every number of threads."""
+    x, table, grad = torch.randn(n, v).to(dtype), torch.randn(v, d).to(table_dtype), torch.randn(n, d).to(table_dtype)
     threads = torch.get_num_threads()
     try:
         results = []
-        for count in (1, 2, 2, 5):
+        for count in counts:
             torch.set_num_threads(count)
             results.append(step(3 * x, table, grad))
     finally:
         torch.set_num_threads(threads)
     assert all(same(results[0], r) for r in results[1:])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_few_rows_are_as_precise_as_many(isa: str, dtype: torch.dtype) -> None:
+    """Kernels of few rows add in another order, and round nothing else."""
+    x, table = (3 * torch.randn(40, 5000)).to(dtype), torch.randn(5000, 96).to(torch.bfloat16)
+    many = native.soft_embedding(x, table, 0.7)[0]
+    for n in (1, 7, 12, 13, 16, 17):
+        few = native.soft_embedding(x[:n], table, 0.7)[0]
+        torch.testing.assert_close(few, many[:n], rtol=1e-5, atol=2e-6)
 
 
 def test_draws_do_not_depend_on_the_batch() -> None:

@@ -233,9 +233,10 @@ def test_a_block_is_guided_as_on_its_whole_canvas(kind, make, prompt, reward, to
     steering.begin([row[:LENGTH].tolist() for row in canvas], [LENGTH] * 2, seed=3)
     for _ in range(steps):  # draws go by the step
         expected = steering(plain[rows].clone(), canvas[:, LENGTH:], opened[:, LENGTH:])
-    # Of another shape the same products round otherwise, and Adam divides a small gradient by its own size: on a Zen 5
-    # five entries are off by a ten-thousandth of the learning rate.
+    # Of another shape the same products add in another order, and Adam divides a small gradient by its own size: on a
+    # Zen 5 five of 1,554 entries are off by a ten-thousandth of the learning rate. The others must agree as numbers do.
     torch.testing.assert_close(guided[rows], expected, rtol=0, atol=1e-3 * SETTINGS["learning_rate"])
+    assert torch.isclose(guided[rows], expected, rtol=1.3e-6, atol=1e-5).float().mean() > 0.99
 
 
 @torch.no_grad()
