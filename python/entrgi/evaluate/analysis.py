@@ -385,7 +385,9 @@ def _costs(row: Row, header: Mapping[str, Any], batches: list[dict[str, Any]]) -
         from entrgi_kernels.guidance.config import GuidanceConfig
 
         settings = GuidanceConfig(**{**row.settings, "weight": None, "betas": tuple(row.settings["betas"])})
-        tokens = sum(b["prompt_tokens"] for b in batches) / sum(b["prompts"] for b in batches)
+        tokens: float | list[int] = sum(b["prompt_tokens"] for b in batches) / sum(b["prompts"] for b in batches)
+        if all("prompt_lengths" in batch for batch in batches):  # else of before they were written down
+            tokens = [length for batch in batches for length in batch["prompt_lengths"]]
         parts = sample_flops(Shape(**model), Shape(**reward), settings, tokens, _work(settings, batches))
         row.flops = total(parts)
 
