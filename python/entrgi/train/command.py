@@ -213,6 +213,8 @@ def _train(args: argparse.Namespace, trainer: GuidedTrainer, output: Path) -> in
 
 def _describe(args: argparse.Namespace, trainer: GuidedTrainer) -> dict[str, Any]:
     """What run.json holds, JSON values only."""
+    from entrgi_kernels.guidance.keys import revision
+
     settings, prompts = trainer.args, trainer.train_dataset.prompts
     described = {
         "method": args.method,
@@ -226,6 +228,7 @@ def _describe(args: argparse.Namespace, trainer: GuidedTrainer) -> dict[str, Any
         "load_in_4bit": args.load_in_4bit,
         "arguments": settings.to_dict(),
         "sampling": trainer.sampler.config.to_dict(),
+        "draws_revision": revision(trainer.sampler.config),
         "train_prompts": len(prompts),
         "train_prompts_sha256": hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest(),
         "prompts_a_step": settings.per_device_train_batch_size
@@ -374,7 +377,8 @@ def _check_same_run(output: Path, described: dict[str, Any]) -> None:
         drawn = {
             f"sampling.{name}": run["sampling"][name] for name in run["sampling"] if name not in loading.SPEED_ONLY
         }
-        return {**kept, **drawn, **{name: value for name, value in run.items() if not isinstance(value, dict)}}
+        other = {name: value for name, value in run.items() if not isinstance(value, dict)}
+        return {"draws_revision": 1, **kept, **drawn, **other}
 
     before, now = identity(stored), identity(described)
     lines = differences(before, {name: now.get(name) for name in before})

@@ -46,6 +46,12 @@ def test_a_run_and_what_it_leaves(entrgi, tmp_path, tiny_weights, capsys):
     error = capsys.readouterr().err
     assert 'method: "rgrl-entrgi" there, "rgrl-aps" now' in error and "learning_rate: 0.0001 there, 0.5 now" in error
     assert "sampling.temperature: 0.8 there, 0.9 now" in error and (folder / "run.json").read_bytes() == before
+    assert described["draws_revision"] == 1
+    (folder / "run.json").write_text(json.dumps({**described, "draws_revision": 2}))
+    assert _train(entrgi, folder, *more, "--resume") == 2
+    assert "draws_revision: 2 there, 1 now" in capsys.readouterr().err
+    (folder / "run.json").write_text(json.dumps({k: v for k, v in described.items() if k != "draws_revision"}))
+    assert _train(entrgi, folder, *more, "--resume", "--quiet") == 0, "a run of before there were revisions"
     assert _train(entrgi, folder, *more, "--resume", "--max-prompts", 19, "--lora-r", 1) == 2
     error = capsys.readouterr().err
     assert "lora: [2, 32, 0.1] there" in error and "train_prompts_sha256" in error
