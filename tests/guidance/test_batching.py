@@ -185,6 +185,19 @@ ERRORS = [
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
     OSError("Cannot allocate memory (os error 12)"),
+    RuntimeError("unable to mmap 400001414 bytes from file </m/a.bin>: Cannot allocate memory (12)"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 400000000 bytes."),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB"),
+]
+OTHERS = [
+    RuntimeError("shapes"),
+    RuntimeError("index out of memory bounds"),
+    OSError(errno.ENOSPC, "full"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    OSError("Remote I/O error (os error 121)"),
+    OSError("Disk quota exceeded (os error 122)"),
 ]
 
 
@@ -233,8 +246,7 @@ def test_other_errors_are_not_swallowed(sampler, monkeypatch):
 
 
 def test_errors_of_memory_are_known():
-    assert all(map(is_out_of_memory, ERRORS)) and not is_out_of_memory(RuntimeError("shapes"))
-    assert not is_out_of_memory(OSError(errno.ENOSPC, "full"))
+    assert all(map(is_out_of_memory, ERRORS)) and not any(map(is_out_of_memory, OTHERS))
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
