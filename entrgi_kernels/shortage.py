@@ -7,7 +7,7 @@ import re
 
 import torch
 
-# What CUDA, HIP, their libraries, Triton, torch's CPU allocator and its mmap say in errors that have no class of theirs.
+# What CUDA, HIP, their libraries, Triton, torch's CPU allocator and its mmap say without a class of their own.
 _SAID = re.compile(
     r"out of memory(?! (bounds?|range))|(can't|cannot) allocate memory|not enough memory|STATUS_ALLOC_FAILED",
     re.IGNORECASE,

@@ -244,12 +244,15 @@ def test_a_forked_process_neither_says_so_nor_prints_what_its_parent_has_printed
     body = """
 def run(args):
     print("half a line", end="")
+    there, here = os.pipe()
     if os.fork() == 0:
         try:
+            os.write(here, b".")
             time.sleep(30)
         except KeyboardInterrupt:
             time.sleep(5)
         os._exit(0)
+    os.read(there, 1)
     try:
         ready()
     finally:
