@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,11 +178,31 @@ def run(args: argparse.Namespace) -> int:
         loading.device_of(args.device, tiny)  # refuses what is not here, where Trainer would take the CPU instead
     logging.getLogger("entrgi.train").setLevel(logging.WARNING if args.quiet else logging.INFO)
 
-    settings = training_arguments(args, tiny)
-    guidance = sampling_settings(args)
-    first = int(os.environ.get("RANK", "0")) == 0
-    with jsonl.lock_folder(output) if first else contextlib.nullcontext():
-        return _train(args, make_trainer(args, settings, guidance, tiny), output)
+    with _leaving_the_group():
+        settings = training_arguments(args, tiny)
+        guidance = sampling_settings(args)
+        first = int(os.environ.get("RANK", "0")) == 0
+        with jsonl.lock_folder(output) if first else contextlib.nullcontext():
+            return _train(args, make_trainer(args, settings, guidance, tiny), output)
+
+
+@contextlib.contextmanager
+def _leaving_the_group() -> Iterator[None]:
+    """Leave the group of processes, if there is one, however what is run in it ends.
+
+    Left to the interpreter's end, the group's threads can abort one of its processes (seen once, gloo).
+    """
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        import torch.distributed as group
+
+        if group.is_available() and group.is_initialized():
+            # NCCL waits until all leave, and after an error the others may be waiting for this process.
+            if done or "nccl" not in group.get_backend_config():
+                group.destroy_process_group()
 
 
 def _train(args: argparse.Namespace, trainer: GuidedTrainer, output: Path) -> int:
@@ -190,8 +211,15 @@ def _train(args: argparse.Namespace, trainer: GuidedTrainer, output: Path) -> in
         if args.resume:
             _check_same_run(output, described)
         jsonl.write_atomically(output / "run.json", [json.dumps(described, indent=2) + "\n"])
+
+    def kept() -> str:
+        newest = records.last_complete_checkpoint(output)
+        if newest is None:
+            return f"no checkpoint was finished in {output}: --resume begins anew"
+        return f"checkpoints are kept in {output}: --resume goes on from {newest.name}"
+
     try:
-        with telling(lambda: f"checkpoints are kept in {output}: --resume goes on from the newest"):
+        with telling(kept) if trainer.is_world_process_zero() else contextlib.nullcontext():
             trainer.train(resume_from_checkpoint=args.resume)
     except ArithmeticError as error:  # what is not finite; the message says what and where
         raise UsageError(str(error)) from error
@@ -206,8 +234,6 @@ def _train(args: argparse.Namespace, trainer: GuidedTrainer, output: Path) -> in
     if trainer.is_world_process_zero():
         for line in outcome(output):
             print(line)
-    # Left to the interpreter's end, the threads of a process group can abort one of its processes (seen once, gloo).
-    trainer.accelerator.end_training()
     return 0
 
 
