@@ -203,12 +203,14 @@ OTHERS = [
 
 def test_out_of_memory_halves_and_loses_nothing(sampler, monkeypatch, caplog):
     expected = [(r.prompt, [(s.tokens, s.reward) for s in r.samples]) for r in sampler.generate(PROMPTS, batch_size=1)]
+    work = sampler.stats.work
     sizes = fails_beyond(sampler, 2, monkeypatch, ERRORS[0])
     with caplog.at_level(logging.WARNING, logger="entrgi_kernels"):
         seen = []
         results = sampler.generate(PROMPTS, batch_size=5, trace=True, callback=lambda i, r: seen.append(i))
     found = [(r.prompt, [(s.tokens, pytest.approx(s.reward, rel=1e-9)) for s in r.samples]) for r in results]
     assert found == expected and sorted(seen) == list(range(5))
+    assert sampler.stats.work == work, "what was run in vain is no work of the samples"
     assert max(sizes) == 15 and min(sizes) == 1 and "out of memory with 15 trajectories" in caplog.text
     assert all(len(s.trace) == 4 for r in results for s in r.samples)
 

@@ -165,7 +165,7 @@ def test_pictures_of_searches(folder, entrgi, tmp_path) -> None:
     assert "APS + SVDD" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
-def test_flops_are_of_what_was_run_where_that_is_known(folder) -> None:
+def test_flops_are_of_what_was_run_where_that_is_known(folder, caplog) -> None:
     """Results of before there was `work` count all that is planned."""
     path = folder / "batches.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -187,7 +187,18 @@ def test_flops_are_of_what_was_run_where_that_is_known(folder) -> None:
     assert {row.label: row.flops for row in read_results([folder]).slices[0].rows} == pytest.approx(planned)
     write(len(counts) // 2)
     half = {row.label: row.flops for row in read_results([folder]).slices[0].rows}
+    assert "planned" not in caplog.text
     assert all(0.3 * planned[label] < half[label] < 0.8 * planned[label] for label in planned)
+    write(len(counts) // 2)
+    of_one = next(key for key, cell in cells.items() if cell["label"] == "SVDD")
+    for line in lines:
+        if line["cell"] == of_one:
+            del line["work"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    caplog.clear()
+    mixed = {row.label: row.flops for row in read_results([folder]).slices[0].rows}
+    assert "FLOPs of SVDD are of all that was planned" in caplog.text
+    assert mixed == pytest.approx({**half, "SVDD": planned["SVDD"]})
     write(0, [[0, 0, 0]])  # a block of which nothing was run, and one whose trajectories had all ended
     write(0, [[3, 3, 0]])
     assert all(row.flops > 0 for row in read_results([folder]).slices[0].rows)
