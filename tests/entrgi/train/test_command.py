@@ -100,7 +100,8 @@ def test_the_group_is_left_however_a_run_ends(tmp_path, monkeypatch, place, end)
             raise end
         return 0
 
-    monkeypatch.setattr(command, "make_trainer", lambda *args: None)
+    for name in ("training_arguments", "make_trainer"):  # accelerate would remember the group for later tests
+        monkeypatch.setattr(command, name, lambda *args: None)
     monkeypatch.setattr(command, "_train", lambda *args: 0)
     monkeypatch.setattr(command, place, stop)
     parser = argparse.ArgumentParser()
