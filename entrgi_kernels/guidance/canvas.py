@@ -150,9 +150,9 @@ class OpenSlots:
         return index
 
 
-def on_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Int64 tensor of some numbers; from pinned memory, since a copy from any other is waited for."""
-    tensor = torch.tensor(numbers, dtype=torch.int64)
+def on_device(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Tensor of some numbers; from pinned memory, since a copy from any other is waited for."""
+    tensor = torch.tensor(numbers, dtype=dtype)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

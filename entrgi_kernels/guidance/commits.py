@@ -62,16 +62,18 @@ def perturbed(confidence: torch.Tensor, alg_temp: float, rng: torch.Tensor, keys
     return confidence / alg_temp - noise
 
 
-def independent_positions(masked: torch.Tensor, share: float, rng: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Each masked position with probability `share` (alg "origin").
+def independent_positions(
+    masked: torch.Tensor, shares: torch.Tensor, rng: torch.Tensor, keys: torch.Tensor
+) -> torch.Tensor:
+    """Each masked position with its trajectory's probability (alg "origin").
 
     Args:
         masked: [R, L] bool.
-        share: probability, 1 at the last step.
+        shares: float64 [R], the probabilities, 1 at the last step.
         rng: int64 [2] (seed, step).
         keys: int64 [R, L] row keys.
     """
-    return masked & (philox.uniform(rng, keys, torch.zeros_like(keys)) < share)
+    return masked & (philox.uniform(rng, keys, torch.zeros_like(keys)) < shares[:, None])
 
 
 class Commits:
@@ -125,9 +127,8 @@ class Commits:
         opened: OpenSlots,
         step: int,
         wanted: torch.Tensor,
-        share: float,
+        shares: tuple[float, ...],
         ranking: torch.Tensor | None,
-        last: bool,
     ) -> torch.Tensor:
         """Draw at every open slot, then choose.
 
@@ -136,17 +137,16 @@ class Commits:
             opened: its slots.
             step: for the draws.
             wanted: int64 [R], commits a trajectory.
-            share: of alg "origin".
+            shares: of each trajectory, see :class:`Plan`.
             ranking: what :meth:`base_ranking` gave.
-            last: no step follows.
 
         Returns:
             [R, L] bool, the slots committed.
         """
         canvas = self._canvas
-        drawn = self._draw(phi, opened.keys, opened.rows, step, last)
+        drawn = self._draw(phi, opened.keys, opened.rows, step, shares)
         with phases.scope(phases.SELECT):
-            chosen = self._choose(phi, drawn, opened, step, wanted, share, ranking)
+            chosen = self._choose(phi, drawn, opened, step, wanted, shares, ranking)
             self._fill(chosen, canvas.response.index_put((opened.rows, opened.slots), drawn))
             if self.log_probs is not None:
                 backend = self._config.backend
@@ -162,8 +162,8 @@ class Commits:
         step: int,
         counts: tuple[int, ...],
         wanted: torch.Tensor,
+        shares: tuple[float, ...],
         ranking: torch.Tensor,
-        last: bool,
     ) -> torch.Tensor:
         """As :meth:`commit_any` with a ranking, but drawing only where the choice may fall.
 
@@ -196,7 +196,7 @@ class Commits:
                 members = index_of_slot[rows, slots]
             with phases.scope(phases.UPDATE):
                 moved = move(members)
-            drawn = self._draw(moved, opened.keys[members], rows, step, last)
+            drawn = self._draw(moved, opened.keys[members], rows, step, shares)
             with phases.scope(phases.SELECT):
                 proposal[rows, slots] = drawn
                 tried[rows, slots] = torch.ones_like(rows, dtype=torch.bool)
@@ -224,8 +224,8 @@ class Commits:
     def _fill(self, chosen: torch.Tensor, proposal: torch.Tensor) -> None:
         response = self._canvas.response
         response.copy_(torch.where(chosen, proposal, response))
-        # A mask token can only be drawn where undrawable ids are left alone, and not at the last step; its slot then
-        # stays open, as published.
+        # A mask token can only be drawn where undrawable ids are left alone, and not at a trajectory's last step; its
+        # slot then stays open, as published.
         self._canvas.masked &= ~chosen | (response == self._mask)
 
     def _over_slots(self, column: torch.Tensor, opened: OpenSlots) -> torch.Tensor:
@@ -234,11 +234,15 @@ class Commits:
         grid[opened.rows, opened.slots] = column
         return grid
 
-    def _draw(self, phi: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor, step: int, last: bool) -> torch.Tensor:
+    def _draw(
+        self, phi: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor, step: int, shares: tuple[float, ...]
+    ) -> torch.Tensor:
         """Tokens [n] from the filtered softmax of phi [n, V]; notes the trajectories whose logits are not finite."""
-        config, mask = self._config, self._mask
-        if last and not self._undrawable.numel():
-            phi[:, mask : mask + 1] = -torch.inf  # drawn now, a mask token would be returned as text
+        config, column = self._config, phi[:, self._mask]
+        if 1.0 in shares and not self._undrawable.numel():
+            # Drawn at a trajectory's last step, a mask token would be returned as text.
+            last = on_device([share == 1.0 for share in shares], phi.device, torch.bool)
+            column.masked_fill_(last[rows], -torch.inf)
         with phases.scope(phases.DRAW):
             drawn = sample_tokens(
                 phi,
@@ -260,14 +264,15 @@ class Commits:
         opened: OpenSlots,
         step: int,
         wanted: torch.Tensor,
-        share: float,
+        shares: tuple[float, ...],
         ranking: torch.Tensor | None,
     ) -> torch.Tensor:
         """[R, L] bool: the slots this step commits, every open one having been drawn."""
         config, canvas = self._config, self._canvas
         if config.alg == "origin":
             rng = make_rng(phi, config.seed, draw_counter(step, POSITIONS))
-            return independent_positions(canvas.masked, share, rng, canvas.keys)
+            chances = on_device(shares, phi.device, torch.float64)
+            return independent_positions(canvas.masked, chances, rng, canvas.keys)
         if ranking is None:
             confidence = unmask_confidence(
                 phi,

@@ -133,14 +133,18 @@ class Denoiser:
         self._open()
         self._trace = None if traces is None else Trace(traces)
         last_step = first_step + len(schedule) - 1
+        self._planned_as = list(range(len(canvas.tokens)))
         skipping = config.saves("idle_steps") and config.alg != "origin" and not every_step
-        for step, (counts, share) in enumerate(zip(schedule.counts, schedule.shares, strict=True), first_step):
+        for step, planned in enumerate(zip(schedule.counts, schedule.shares, strict=True), first_step):
+            counts = tuple(planned[0][row] for row in self._planned_as)
+            shares = tuple(planned[1][row] for row in self._planned_as)
             wanted = planned_counts[step - first_step]
             if not self._planned:
                 left = self._look(canvas.masked.sum(dim=1), True, canvas.masked)
                 # Counted anew at each step, as published. "even" keeps its plan until the last step fills what is left.
-                if config.schedule == "linspace" or step == last_step:
-                    counts = tuple(int(n * share) for n in left)
+                kept = zip(left, counts, shares, strict=True)
+                anew = config.schedule == "linspace"
+                counts = tuple([int(n * share) if anew or share == 1.0 else count for n, count, share in kept])
                 if config.threshold is not None:
                     counts = tuple(min(n, max(1, count)) for n, count in zip(left, counts, strict=True))
                 wanted = on_device(counts, self._device)
@@ -148,7 +152,7 @@ class Denoiser:
             if any(counts) or not skipping:
                 opened = OpenSlots.of(canvas.masked, canvas.keys, left)
                 if len(opened):
-                    self._step(step, opened, counts, wanted, share, step == last_step)
+                    self._step(step, opened, counts, wanted, shares)
                 left = [n - count for n, count in zip(left, counts, strict=True)]
                 if self._reads_are_free:
                     self._faults.check()  # at once, not at the end
@@ -171,7 +175,12 @@ class Denoiser:
         return canvas.response
 
     def _step(
-        self, step: int, opened: OpenSlots, counts: tuple[int, ...], wanted: torch.Tensor, share: float, last: bool
+        self,
+        step: int,
+        opened: OpenSlots,
+        counts: tuple[int, ...],
+        wanted: torch.Tensor,
+        shares: tuple[float, ...],
     ) -> None:
         """One denoising step: logits, guidance, draws, commits. `counts` and `wanted` [R] say the same."""
         self.stats.steps += 1
@@ -179,7 +188,10 @@ class Denoiser:
         with phases.scope(phases.MODEL):
             phi = self._logits(opened)
         if self.search is not None:
-            phi, opened, counts, wanted = self._searched(self.search, phi, opened, step, counts, wanted)
+            phi, opened, ancestors = self._searched(self.search, phi, opened, step, counts)
+            if ancestors is not None:
+                counts, shares = tuple(counts[one] for one in ancestors), tuple(shares[one] for one in ancestors)
+                wanted = wanted[on_device(ancestors, self._device)]
         self.stats.add_work(self.block, len(canvas.tokens), len(opened), not self._begun)
         self._begun = True
         ranking = self._commits.base_ranking(phi, opened, step)
@@ -195,9 +207,9 @@ class Denoiser:
             guided, move = self._guided(self._guide, phi, opened, step, partial)
         if partial:
             assert ranking is not None
-            self._commits.commit_ranked(move, opened, step, counts, wanted, ranking, last)
+            self._commits.commit_ranked(move, opened, step, counts, wanted, shares, ranking)
         else:
-            chosen = self._commits.commit_any(phi, opened, step, wanted, share, ranking, last)
+            chosen = self._commits.commit_any(phi, opened, step, wanted, shares, ranking)
         self._identical = False
         if self._planned and not partial:
             self._look(wanted, False, canvas.masked)
@@ -243,21 +255,19 @@ class Denoiser:
         return guided, lambda rows: guided.finish(source[rows])
 
     def _searched(
-        self,
-        search: Search,
-        phi: torch.Tensor,
-        opened: OpenSlots,
-        step: int,
-        counts: tuple[int, ...],
-        wanted: torch.Tensor,
-    ) -> tuple[torch.Tensor, OpenSlots, tuple[int, ...], torch.Tensor]:
-        """The step's logits and slots after the search has chosen which trajectories go on."""
+        self, search: Search, phi: torch.Tensor, opened: OpenSlots, step: int, counts: tuple[int, ...]
+    ) -> tuple[torch.Tensor, OpenSlots, list[int] | None]:
+        """The search chooses which trajectories go on.
+
+        Returns:
+            (the step's logits, its slots, which trajectory each one is a copy of: None where all stay).
+        """
         canvas = self.canvas
         # "origin" commits by chance: any open slot.
         commits = opened.counts if self.config.alg == "origin" else list(map(min, counts, opened.counts))
         groups = search.working(step, commits)
         if not groups:
-            return phi, opened, counts, wanted
+            return phi, opened, None
         best = canvas.response.index_put((opened.rows, opened.slots), phi.argmax(dim=-1))
         best = canvas.read_by_reward(best, self.score.pad_token_id)
         evaluations = search.evaluations
@@ -265,12 +275,14 @@ class Denoiser:
         self.stats.search_evaluations += search.evaluations - evaluations
         self._commits.log_probs = search.log_probs
         if ancestors is None:
-            return phi, opened, counts, wanted
+            return phi, opened, None
         index = on_device(ancestors, self._device)
         search.permute(index)
         if self.config.copies == 1:  # candidates are guided before they part: what is kept of them is theirs in common
             self.score.permute(index)
         self._fillable = self._fillable[index]
+        # One that had ended goes on by the plan of the one that it is a copy of.
+        self._planned_as = [self._planned_as[one] for one in ancestors]
         if self._trace is not None:
             old = [list(trace) for trace in self._trace.trajectories]
             for trace, one in zip(self._trace.trajectories, ancestors, strict=True):
@@ -280,7 +292,7 @@ class Denoiser:
         opened, source = opened.permuted(ancestors, canvas.keys)
         kept = self.memory.take("permuted phi", (len(opened), phi.shape[1]), phi.dtype, phi.device)
         torch.index_select(phi, 0, source, out=kept)
-        return kept, opened, tuple(counts[one] for one in ancestors), wanted[index]
+        return kept, opened, ancestors
 
     def _look(self, column: torch.Tensor, wanted: bool, open_slots: torch.Tensor) -> list[int]:
         """Int64 [n] as a list, and with the same transfer how far the responses are settled: a step's one wait.

@@ -12,9 +12,24 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from .config import GuidanceConfig
+
+# To be raised wherever equal settings and seeds no longer give the texts that they gave: other keys, other draws, or
+# another use of them. `revision` then says which settings that is about: their results of old are not gone on with.
+# 2: searches pass over steps that commit nothing; a trajectory's shares and last step are its own ("even").
+REVISION = 2
+
 _SAMPLE_BITS, _SLOT_BITS, _INNER_BITS = 10, 14, 8
 
 RESAMPLING, FINAL_DRAW, POSITIONS = 253, 254, 255
+
+
+def revision(config: GuidanceConfig) -> int:
+    """The last revision of the draws that changed any of these settings' texts; 1 for those of old."""
+    searches = config.search != "best"
+    # Their plan matters where it is not followed to the letter; whether the model has blocks is not known here.
+    by_chance = config.schedule == "even" and (config.alg == "origin" or not config.suppress_undrawable)
+    return REVISION if searches or by_chance else 1
 
 
 def prompt_keys(prompts: Iterable[list[int]], seeds: Sequence[int] | None = None) -> list[int]:

@@ -158,20 +158,20 @@ class Stats:
         model_forwards: forwards of the diffusion model, batches.
         reward_evaluations: forwards and backwards of the reward model under guidance, batches.
         search_evaluations: forwards of the reward, or of texts, that a search asked for, batches.
+        mean_weight: mean share of the hard token over all rows and inner steps; None without guidance.
+        seconds: wall-clock time of the whole run, models included.
         work: for each block (the response, without blocks), of finished batches: trajectories that were run, their
             candidates and whoever has ended beside others among them; the sum of their steps; and of the slots that
             were open in those.
-        mean_weight: mean share of the hard token over all rows and inner steps; None without guidance.
-        seconds: wall-clock time of the whole run, models included.
     """
 
     steps: int = 0
     model_forwards: int = 0
     reward_evaluations: int = 0
     search_evaluations: int = 0
-    work: list[list[int]] = field(default_factory=list)
     mean_weight: float | None = None
     seconds: float = 0.0
+    work: list[list[int]] = field(default_factory=list)
     _weights: list[torch.Tensor] = field(default_factory=list, repr=False)
 
     def add_work(self, block: int, rows: int, slots: int, first: bool) -> None:

@@ -21,15 +21,15 @@ class Plan:
 
     Attributes:
         counts: positions to commit, a list a step with an entry a trajectory.
-        shares: 1 - s/t of each step: the probability with which alg "origin" commits a position. Always 1 at the last
-            step, so that nothing stays masked.
+        shares: likewise 1 - s/t: the probability with which alg "origin" commits a position. Always 1 at a
+            trajectory's last step and behind it, so that nothing stays masked.
     """
 
     counts: tuple[tuple[int, ...], ...]
-    shares: tuple[float, ...]
+    shares: tuple[tuple[float, ...], ...]
 
     def __len__(self) -> int:
-        return len(self.shares)
+        return len(self.counts)
 
 
 def plan(schedule: str, masked: list[int], steps: int, eps: float = 1e-3) -> Plan:
@@ -37,7 +37,8 @@ def plan(schedule: str, masked: list[int], steps: int, eps: float = 1e-3) -> Pla
 
     `linspace`: int(n (1 - s/t)) over linspace(1, eps, steps + 1), n still masked, and all that is left at the last
     step; with steps > n some commit nothing. `even`: round(n (1 - s/t)) over t = steps/steps .. 1/steps (half to even),
-    with empty steps dropped from each trajectory; the shares are those of the steps that are left.
+    with empty steps dropped from each trajectory; its shares are those of the steps that it is left, so that they
+    depend on no other trajectory.
 
     Args:
         schedule: "linspace" or "even".
@@ -52,19 +53,18 @@ def plan(schedule: str, masked: list[int], steps: int, eps: float = 1e-3) -> Pla
         times = torch.linspace(1, eps, steps + 1, dtype=torch.float32).tolist()
         shares = [1 - s / t for t, s in zip(times, times[1:], strict=False)]
         shares[-1] = 1.0
-        columns = [_drain(n, shares, int) for n in masked]
+        columns, of_each = [_drain(n, shares, int) for n in masked], [shares for _ in masked]
     elif schedule == "even":
         shares = [1 - _even_keep(step, steps) for step in range(steps)]
         columns = [[count for count in _drain(n, shares, round) if count] for n in masked]
         longest = max((len(column) for column in columns), default=0)
-        columns = [column + [0] * (longest - len(column)) for column in columns]
         # Not the shares of the steps that were kept: the last step, of share 1, may be among the dropped ones.
-        shares = [1 - _even_keep(step, longest) for step in range(longest)]
+        of_each = [[1 - _even_keep(step, len(column)) for step in range(len(column))] for column in columns]
+        of_each = [column + [1.0] * (longest - len(column)) for column in of_each]
+        columns = [column + [0] * (longest - len(column)) for column in columns]
     else:
         raise ValueError(f"schedule={schedule!r}: expected one of {', '.join(map(repr, SCHEDULES))}")
-    return Plan(
-        tuple(zip(*columns, strict=True)) if columns else (), tuple(shares[: len(columns[0]) if columns else 0])
-    )
+    return Plan(tuple(zip(*columns, strict=True)), tuple(zip(*of_each, strict=True)))
 
 
 def steps_of_block(steps: int, number: int, blocks: int) -> tuple[int, int]:

@@ -123,7 +123,8 @@ def load(
     Raises:
         ValueError: the checkpoint needs remote code and ``trust_remote_code`` is False; it is an adapter; a file is
             damaged or lacks tensors (the message names both); or see :func:`wrap`.
-        OSError: there is no such checkpoint.
+        OSError, ImportError: there is no such checkpoint, or a package that it needs is missing.
+        MemoryError, torch.OutOfMemoryError: there is too little memory, of the machine's and of the device's.
     """
     import transformers
 
@@ -185,6 +186,7 @@ def load_network(auto: Any, path: str, *, spared: Sequence[str] = (), **options:
     Raises:
         ValueError: a file is damaged, or tensors are missing or of another shape than the config's.
         OSError, ImportError: there is no such checkpoint, or a package that it needs is missing.
+        MemoryError, torch.OutOfMemoryError: there is too little memory, of the machine's and of the device's.
     """
     from transformers.utils import logging as verbosity
 
@@ -227,6 +229,7 @@ def load_tokenizer(path: str, **options: Any) -> Any:
     Raises:
         ValueError: a file is damaged, or there is none: transformers then makes a tokenizer without a vocabulary.
         OSError, ImportError: there is no such checkpoint, or a package that it needs is missing.
+        MemoryError: there is too little memory.
     """
     import transformers
 
@@ -250,11 +253,13 @@ def reading(path: str) -> Iterator[None]:
     Raises:
         ValueError: for a damaged file, and for errors of transformers that are none of the next line's.
         OSError, ValueError, ImportError: as they come, where all files can be read.
-        MemoryError: there is too little.
+        MemoryError, torch.OutOfMemoryError: there is too little, of the machine's and of the device's.
     """
     try:
         yield
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         if is_out_of_memory(error):
             raise MemoryError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from error
         fault = damaged_file(path)

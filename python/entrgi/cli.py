@@ -40,11 +40,17 @@ COMMANDS = {
 }
 GROUPS = {"tiny": "the built-in tiny models"}
 EXIT_FAILURE, EXIT_USAGE = 1, 2
+_LENGTH = 240  # of what an error says, in characters
 _SIZES = ("batch_size", "prompts", "num_samples", "max_new_tokens")  # flags that memory goes by
 
 
+def process() -> int:
+    """``entrgi`` and ``python -m entrgi``: :func:`main` in a process that ends with it."""
+    return _main(sys.argv[1:], for_good=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command line, and leave the process as it was.
 
     Args:
         argv: arguments without the program's name; None takes those of the process.
@@ -53,15 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0 done, 1 failed, 2 bad input (one line on standard error, as for want of memory or disk), 130
         interrupted.
     """
+    return _main(sys.argv[1:] if argv is None else argv, for_good=False)
+
+
+def _main(argv: Sequence[str], *, for_good: bool) -> int:
     try:
-        with listening(for_good=argv is None) as interrupts:
+        with listening(for_good=for_good) as interrupts:
             try:
-                return _run(list(sys.argv[1:] if argv is None else argv), interrupts)
+                return _run(list(argv), interrupts)
             except KeyboardInterrupt:
                 return interrupts.say()
-            except Exception:
-                if interrupts.told:
-                    return interrupts.say()
+            except Exception as error:
+                if interrupts.told and not interrupts.traceback:
+                    return interrupts.say(error)
                 raise
             finally:
                 sys.stdout.flush()
@@ -84,10 +94,11 @@ def _run(arguments: list[str], interrupts: Interrupts) -> int:
         print(f"entrgi: error: cannot load this command: {error} (`entrgi env` shows what is here)", file=sys.stderr)
         return EXIT_FAILURE
     name = interrupts.name = f"entrgi {args.command}"
+    interrupts.traceback = getattr(args, "traceback", False)
     try:
         return int(args.run(args) or 0)
     except Exception as error:
-        if interrupts.told or getattr(args, "traceback", False):
+        if interrupts.told or interrupts.traceback:
             raise
         if isinstance(error, UsageError):
             print(f"{name}: error: {error}", file=sys.stderr)
@@ -101,7 +112,11 @@ def _run(arguments: list[str], interrupts: Interrupts) -> int:
 
 def _want_of_memory(error: Exception, args: argparse.Namespace) -> str:
     """One line: what did not fit, and the flags of this command that lower it."""
-    said = textwrap.shorten(" ".join(str(error).split()), 240, placeholder=" ...")
+    said = " ".join(str(error).split())
+    if len(said) > _LENGTH:  # of a whole trace, as Ray sends it, the line that tells
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = next((line for line in reversed(lines) if out_of_memory(RuntimeError(line))), lines[-1])
+    said = textwrap.shorten(said, _LENGTH, placeholder=" ...")
     sizes = []
     for name in _SIZES:
         value = getattr(args, name, [])  # lists are prompts themselves, not their number
@@ -137,4 +152,4 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(process())

@@ -122,6 +122,9 @@ def identity_of(args: argparse.Namespace, config: GuidanceConfig) -> dict[str, A
     Raises:
         UsageError: a model's file that cannot be read.
     """
+    from entrgi_kernels.guidance.keys import revision
+
+    drawn = revision(config)
     return {
         "model": args.model or loading.TINY,
         "model_files": fingerprint("diffusion", args.model),
@@ -132,6 +135,7 @@ def identity_of(args: argparse.Namespace, config: GuidanceConfig) -> dict[str, A
         "dtype": args.dtype,
         "trust_remote_code": args.trust_remote_code,
         "entrgi_kernels": __version__,
+        **({"draws_revision": drawn} if drawn > 1 else {}),  # lines of before there were revisions are gone on with
         "samples": "best" if args.best_only else "all",
         **{name: value for name, value in config.to_dict().items() if name not in loading.SPEED_ONLY},
     }

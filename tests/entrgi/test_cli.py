@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -150,7 +151,7 @@ module.add_arguments, module.run = (lambda parser: None), run
 sys.modules["probe"] = module
 cli.COMMANDS["probe"] = cli.Command("probe", "")
 sys.argv = ["entrgi", "probe"]
-code = cli.main()
+code = cli.process()
 say()
 sys.exit(code)
 """
@@ -170,6 +171,123 @@ sys.exit(code)
             assert process.returncode == 130
     finally:
         process.kill()
+
+
+def _interrupted(program: str, times: int = 1) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of a command whose process group is told to end when it is ready.
+
+    Args:
+        program: ends the module; `run` is what it defines for a subcommand, `entrgi probe`.
+        times: how often, half a second apart.
+    """
+    head = """
+import os, sys, time, types
+from entrgi import cli
+module = types.ModuleType("probe")
+module.add_arguments = lambda parser: parser.add_argument("--traceback", action="store_true")
+module.run = lambda args: run(args)
+sys.modules["probe"] = module
+cli.COMMANDS["probe"] = cli.Command("probe", "")
+def ready():
+    os.write(1, b"ready\\n")
+    time.sleep(30)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+    environment.pop("PYTHONUNBUFFERED", None)  # what is printed waits in the process
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", head + program], **how)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        for number in range(times):
+            time.sleep(0.5 if number else 0)
+            os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=25)
+        return process.returncode, out, err
+    finally:
+        process.kill()
+
+
+SWALLOWED = """
+def run(args):
+    try:
+        ready()
+    except KeyboardInterrupt:
+        pass
+    raise RuntimeError("a real fault")
+"""
+CLEANED = """
+def run(args):
+    try:
+        ready()
+    finally:
+        raise OSError(28, "No space left on device", "a.jsonl")
+"""
+END = "sys.argv = ['entrgi', 'probe', *{}]; sys.exit(cli.process())"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (SWALLOWED, "RuntimeError: a real fault"),
+        (CLEANED, "OSError: [Errno 28] No space left on device: 'a.jsonl'"),
+    ],
+    ids=["swallowed", "clean-up"],
+)
+def test_what_comes_after_a_ctrl_c_is_not_kept_quiet(body: str, said: str, answers_ctrl_c: None) -> None:
+    code, _, err = _interrupted(body + END.format([]))
+    assert code == 130 and err == f"\nentrgi probe: interrupted\nentrgi probe: then {said}\n"
+    code, _, err = _interrupted(body + END.format(["--traceback"]))
+    assert code == 1 and "Traceback" in err and err.endswith(f"{said}\n")
+
+
+def test_a_forked_process_neither_says_so_nor_prints_what_its_parent_has_printed(answers_ctrl_c: None) -> None:
+    body = """
+def run(args):
+    print("half a line", end="")
+    there, here = os.pipe()
+    if os.fork() == 0:
+        try:
+            os.write(here, b".")
+            time.sleep(30)
+        except KeyboardInterrupt:
+            time.sleep(5)
+        os._exit(0)
+    os.read(there, 1)
+    try:
+        ready()
+    finally:
+        time.sleep(5)
+"""
+    code, out, err = _interrupted(body + END.format([]), times=2)
+    assert (code, out, err) == (130, "half a line", "\nentrgi probe: interrupted\n")
+
+
+def test_main_leaves_its_caller_s_ctrl_c_alone(answers_ctrl_c: None) -> None:
+    """Without arguments too: the process is the caller's."""
+    body = """
+import signal
+def run(args):
+    return 0
+sys.argv = ["entrgi", "probe"]
+assert [cli.main(), cli.main()] == [0, 0]
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+try:
+    ready()
+finally:
+    print("put in order", flush=True)
+"""
+    code, out, err = _interrupted(body)
+    assert code == -signal.SIGINT and out == "put in order\n" and err.endswith("KeyboardInterrupt\n")
+
+
+def test_of_a_long_trace_the_line_that_tells_is_shown(monkeypatch, capsys) -> None:
+    """As Ray sends it: its preamble first, and what happened last."""
+    frames = "".join(f'  File "a{number}.py", line {number}, in load\n' for number in range(20))
+    last = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+    for after in ("", "\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."):
+        _command(monkeypatch, _raises(RuntimeError(f"ray::Replica() (pid=7)\n{frames}{last}{after}")))
+        assert cli.main(["probe"]) == 1
+        assert capsys.readouterr().err == f"entrgi probe: error: out of memory ({last})\n"
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])

@@ -14,6 +14,7 @@ import pytest
 
 from entrgi import jsonl
 from entrgi.cli import main
+from entrgi_kernels.guidance import keys
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["a", "b", "a", "c", "d"]
@@ -118,6 +119,18 @@ def test_other_settings_are_refused_by_name(fake, entrgi, tmp_path, capsys, flag
     assert out.read_bytes() == expected
     assert entrgi("generate", "a", "b", "c", *SIZE, "-o", out, "--resume") == 0
     assert out.read_bytes().startswith(expected) and len(lines(out)) == 3, "more prompts are welcome"
+
+
+def test_lines_of_older_draws_are_not_gone_on_with(fake, entrgi, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(keys, "REVISION", 1)
+    runs = [[*SIZE, "-o", tmp_path / "plain.jsonl"], [*SIZE, "-o", tmp_path / "smc.jsonl", "--search", "smc"]]
+    for run in runs:
+        assert entrgi("generate", "a", "b", *run) == 0
+    monkeypatch.undo()
+    assert entrgi("generate", "a", "b", "c", *runs[0], "--resume") == 0
+    capsys.readouterr()
+    assert entrgi("generate", "a", "b", "c", *runs[1], "--resume") == 2
+    assert "draws_revision: null there, 2 now" in capsys.readouterr().err
 
 
 def test_other_weights_question_or_kind_are_other_settings(fake, entrgi, tmp_path, capsys) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from entrgi_kernels import ops
 from entrgi_kernels.guidance import GuidedSampler
-from entrgi_kernels.names import ALGS, METHODS, SCORED_ALGS
+from entrgi_kernels.names import ALGS, METHODS, SCHEDULES, SCORED_ALGS
 
 PROMPTS = ["Why?", "A much longer question than the other one.", "Why?", "Hm."]
 SHORT = dict(num_samples=2, max_new_tokens=5, steps=3, seed=3)
@@ -60,6 +60,29 @@ def test_where_networks_round_nothing_unguided_tokens_are_equal_in_float32(rewar
     for alg, alg_temp in (*((alg, None) for alg in ALGS), ("entropy", 0.5)):
         expected = tokens_of(sampler, alg=alg, alg_temp=alg_temp, batch_size=1)
         assert tokens_of(sampler, alg=alg, alg_temp=alg_temp, batch_size=3) == expected
+
+
+class InBlocks(Exact):
+    """The same by blocks that are counted from the prompt's first token, so that responses begin within one."""
+
+    block_length = 4
+
+    def block_offsets(self, lengths):
+        return [length % 4 for length in lengths]
+
+
+@pytest.mark.parametrize("masks", [False, True], ids=["", "masks drawn"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("alg", ALGS)
+def test_responses_that_begin_within_a_block_have_a_plan_of_their_own(reward, tokenizer, alg, schedule, masks):
+    model = InBlocks(tokenizer)
+    if masks:
+        model._rows[:, model.mask_token_id] += 5
+    sampler = GuidedSampler(model, reward, tokenizer, method="none", temperature=1.0, alg=alg, schedule=schedule)
+    for steps in (5, 12, 30):
+        settings = dict(max_new_tokens=12, steps=steps, deprioritize_eos=False, suppress_undrawable=not masks)
+        expected = tokens_of(sampler, **settings, batch_size=1)
+        assert tokens_of(sampler, **settings, batch_size=4) == expected
 
 
 @pytest.mark.parametrize(("method", "backend"), [("aps", "eager"), *((method, "auto") for method in METHODS)])

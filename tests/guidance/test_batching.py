@@ -185,17 +185,32 @@ ERRORS = [
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
     OSError("Cannot allocate memory (os error 12)"),
+    RuntimeError("unable to mmap 400001414 bytes from file </m/a.bin>: Cannot allocate memory (12)"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 400000000 bytes."),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB"),
+]
+OTHERS = [
+    RuntimeError("shapes"),
+    RuntimeError("index out of memory bounds"),
+    OSError(errno.ENOSPC, "full"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    OSError("Remote I/O error (os error 121)"),
+    OSError("Disk quota exceeded (os error 122)"),
 ]
 
 
 def test_out_of_memory_halves_and_loses_nothing(sampler, monkeypatch, caplog):
     expected = [(r.prompt, [(s.tokens, s.reward) for s in r.samples]) for r in sampler.generate(PROMPTS, batch_size=1)]
+    work = sampler.stats.work
     sizes = fails_beyond(sampler, 2, monkeypatch, ERRORS[0])
     with caplog.at_level(logging.WARNING, logger="entrgi_kernels"):
         seen = []
         results = sampler.generate(PROMPTS, batch_size=5, trace=True, callback=lambda i, r: seen.append(i))
     found = [(r.prompt, [(s.tokens, pytest.approx(s.reward, rel=1e-9)) for s in r.samples]) for r in results]
     assert found == expected and sorted(seen) == list(range(5))
+    assert sampler.stats.work == work, "what was run in vain is no work of the samples"
     assert max(sizes) == 15 and min(sizes) == 1 and "out of memory with 15 trajectories" in caplog.text
     assert all(len(s.trace) == 4 for r in results for s in r.samples)
 
@@ -233,8 +248,7 @@ def test_other_errors_are_not_swallowed(sampler, monkeypatch):
 
 
 def test_errors_of_memory_are_known():
-    assert all(map(is_out_of_memory, ERRORS)) and not is_out_of_memory(RuntimeError("shapes"))
-    assert not is_out_of_memory(OSError(errno.ENOSPC, "full"))
+    assert all(map(is_out_of_memory, ERRORS)) and not any(map(is_out_of_memory, OTHERS))
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)

@@ -51,7 +51,9 @@ def test_independent_positions_have_their_share():
     masked = torch.ones(50, 40, dtype=torch.bool)
     masked[:, 0] = False
     keys = torch.arange(2000).view(50, 40)
-    chosen = commits.independent_positions(masked, 0.3, torch.tensor([1, 2]), keys)
+    chosen = commits.independent_positions(masked, torch.full((len(masked),), 0.3), torch.tensor([1, 2]), keys)
     assert not chosen[:, 0].any()
     assert abs(chosen[:, 1:].float().mean() - 0.3) < 0.04
-    assert torch.equal(commits.independent_positions(masked, 1.0, torch.tensor([1, 2]), keys), masked)
+    assert torch.equal(
+        commits.independent_positions(masked, torch.ones(len(masked)), torch.tensor([1, 2]), keys), masked
+    )

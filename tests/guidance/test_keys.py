@@ -2,7 +2,17 @@
 
 import torch
 
-from entrgi_kernels.guidance.keys import draw_counter, prompt_keys, row_keys
+from entrgi_kernels.guidance.config import GuidanceConfig
+from entrgi_kernels.guidance.keys import REVISION, draw_counter, prompt_keys, revision, row_keys
+
+
+def test_a_revision_is_of_the_settings_whose_texts_it_changed():
+    for search in ("smc", "svdd"):
+        assert revision(GuidanceConfig(search=search)) == REVISION
+    assert revision(GuidanceConfig(alg="origin", schedule="even")) == REVISION
+    assert revision(GuidanceConfig(suppress_undrawable=False, schedule="even")) == REVISION
+    assert {revision(GuidanceConfig(alg=alg)) for alg in ("entropy", "origin")} == {1}
+    assert revision(GuidanceConfig(schedule="even")) == 1
 
 
 def test_a_prompts_key_depends_on_its_tokens_and_its_repetition_alone():

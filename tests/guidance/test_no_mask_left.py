@@ -78,21 +78,22 @@ def test_every_schedule_ends_with_all_that_is_left():
     for schedule, n, steps in itertools.product(SCHEDULES, (1, 2, 7, 8, 33), (1, 2, 3, 8, 19, 65)):
         plan = schedules.plan(schedule, [n, n // 2, 0], steps)
         assert [sum(column) for column in zip(*plan.counts, strict=True)] == [n, n // 2, 0]
-        assert plan.shares[-1] == 1 and min(plan.shares) >= 0 and len(plan) == len(plan.counts) <= steps
+        assert plan.shares[-1] == (1, 1, 1) and min(map(min, plan.shares)) >= 0
+        assert len(plan) == len(plan.shares) == len(plan.counts) <= steps
 
 
 def test_origin_commits_evenly_where_even_drops_steps(sampler):
     """Eight slots, nineteen steps: eight are taken, and each slot is as likely to be filled in any of them."""
     plan = schedules.plan("even", [8], 19)
     left, chances = 1.0, []
-    for share in plan.shares:
+    for (share,) in plan.shares:
         chances.append(left * share)
         left *= 1 - share
     assert chances == pytest.approx([1 / 8] * 8)
 
 
 def test_what_a_step_leaves_open_is_an_error_not_a_text(sampler, monkeypatch):
-    short = schedules.Plan(((1, 1, 0, 0),) * 2, (0.1, 0.2))
+    short = schedules.Plan(((1, 1, 0, 0),) * 2, ((0.1,) * 4, (0.2,) * 4))
     monkeypatch.setattr(denoising, "plan", lambda *_: short)
     with pytest.raises(RuntimeError, match="6 slots of trajectory 0 are still masked"):
         filled(sampler, 8)

@@ -46,12 +46,22 @@ def test_trajectories_are_planned_apart():
     schedule = plan("even", [4, 2, 0], 4)
     columns = list(zip(*schedule.counts, strict=True))
     assert [sum(column) for column in columns] == [4, 2, 0]
-    assert len(schedule) == 4 and schedule.shares[-1] == 1.0
+    assert len(schedule) == 4 and schedule.shares[-1] == (1.0, 1.0, 1.0)
+
+
+def test_a_trajectory_s_shares_are_its_own():
+    """Alone or beside a longer one: alg "origin" commits by them."""
+    for masked, steps in (([1, 4], 4), ([3, 8, 0], 8), ([5, 7], 19)):
+        together = zip(*plan("even", masked, steps).shares, strict=True)
+        for n, shares in zip(masked, together, strict=True):
+            alone = [share for (share,) in plan("even", [n], steps).shares]
+            assert list(shares) == alone + [1.0] * (len(shares) - len(alone))
+    assert plan("linspace", [1, 4], 4).shares == tuple((share,) * 2 for (share,) in plan("linspace", [1], 4).shares)
 
 
 def test_shares_end_with_one():
     schedule = plan("linspace", [8], 4)
-    assert schedule.shares[-1] == 1.0 and all(0 < share <= 1 for share in schedule.shares)
+    assert schedule.shares[-1] == (1.0,) and all(0 < share <= 1 for (share,) in schedule.shares)
 
 
 def test_nothing_masked_and_bad_name():

@@ -212,6 +212,36 @@ def test_steps_that_are_none_to_a_prompt_do_not_search_it(tokenizer, settings, s
     assert found != tokens_of(sampler, prompts, **{**chosen, "search": "best"})
 
 
+def test_who_had_ended_goes_on_by_the_plan_of_the_one_that_it_copies(tokenizer, monkeypatch):
+    """Not all at once: a block of four slots takes its four steps."""
+    wanted_of = []
+    own = commits.best_positions
+
+    def noted(ranking, masked, wanted):
+        wanted_of.append((masked.any(dim=1).tolist(), wanted.tolist()))
+        return own(ranking, masked, wanted)
+
+    class Sometimes(Ending):
+        def masked_logits(self, canvas, attention_mask, masked):
+            logits = super().masked_logits(canvas, attention_mask, masked)
+            logits[:, self.eos] = 2.5
+            return logits
+
+    class Long(Known):
+        def score_texts(self, conversations, responses, batch_size=8):
+            return [float(len(text)) for text in responses]
+
+    monkeypatch.setattr(commits, "best_positions", noted)
+    sampler = GuidedSampler(Sometimes(tokenizer), Long(), tokenizer, **UNGUIDED)
+    chosen = dict(search="smc", search_every=1, resample_below=1.0, num_samples=8, max_new_tokens=16, steps=16)
+    chosen |= dict(block_length=4, schedule="even", alg="maskgit_plus", deprioritize_eos=False, temperature=1.0)
+    for seed in range(10):
+        sampler.generate(["Why?"], seed=seed, **chosen)
+    assert any(not all(going) for going, _ in wanted_of), "nothing had ended beside others"
+    for going, wanted in wanted_of:
+        assert {count for count, one in zip(wanted, going, strict=True) if one} <= {1}
+
+
 @pytest.mark.parametrize("steps", [3, 8, 16])
 @pytest.mark.parametrize(
     "settings",

@@ -293,6 +293,7 @@ def test_an_adapter_is_no_model(tmp_path):
     "error",
     [
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 GiB"),
+        RuntimeError("unable to mmap 400001414 bytes from file </m/a.bin>: Cannot allocate memory (12)"),
         OSError("Cannot allocate memory (os error 12)"),
         MemoryError(),
     ],
@@ -301,3 +302,17 @@ def test_an_adapter_is_no_model(tmp_path):
 def test_want_of_memory_is_no_fault_of_the_files(tmp_path, error):
     with pytest.raises(MemoryError, match=str(tmp_path)), reading(str(tmp_path)):
         raise error
+
+
+def test_want_of_the_device_s_memory_comes_as_torch_says_it(tmp_path):
+    """Callers catch that class, or RuntimeError."""
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with pytest.raises(torch.OutOfMemoryError) as caught, reading(str(tmp_path)):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("number", [121, 122])
+def test_other_faults_of_the_disk_are_not_want_of_memory(tmp_path, number):
+    with pytest.raises(OSError, match=f"os error {number}"), reading(str(tmp_path / "none")):
+        raise OSError(f"Disk quota exceeded (os error {number})")

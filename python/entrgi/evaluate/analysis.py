@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..jsonl import logger
 from ..statistics import Estimate, best_of, bootstrap_interval, estimate, finite, number
 from ..tables import missing_note
 from . import diversity
@@ -72,6 +73,7 @@ class Row:
         settings: of the sampler, as in config.json.
         seconds: a sample, of generation on one process; None where nothing was timed.
         flops: a sample; None where the models' dimensions are not known.
+        planned: whether those are of all that was planned, since not every batch says what was run.
         weight: mean share of the hard token; None without guidance.
         grades: by judge, its grades of single tests; None where it gave none.
         records: sample lines by key.
@@ -88,6 +90,7 @@ class Row:
     metrics: dict[str, dict[Prompt, float]]
     seconds: float | None = None
     flops: float | None = None
+    planned: bool = False
     weight: float | None = None
     grades: dict[str, list[float | None]] = dataclasses.field(default_factory=dict, repr=False)
     records: list[dict[str, Any]] = dataclasses.field(default_factory=list, repr=False)
@@ -291,6 +294,10 @@ def read_results(folders: Sequence[Path]) -> Results:
     if not rows:
         raise UsageError(f"no finished sample in {', '.join(map(str, folders))}")
     _tell_apart(rows)
+    planned = [row.label for row in rows if row.planned]
+    if planned and any(row.flops and not row.planned for row in rows):
+        said = "FLOPs of %s are of all that was planned, the others' of what was run: not all batches say what that was"
+        logger.warning(said, ", ".join(dict.fromkeys(planned)))
     slices: dict[tuple[str, str, float], list[Row]] = collections.defaultdict(list)
     for row in rows:
         slices[row.dataset, row.reward, row.temperature].append(row)
@@ -385,9 +392,14 @@ def _costs(row: Row, header: Mapping[str, Any], batches: list[dict[str, Any]]) -
         from entrgi_kernels.guidance.config import GuidanceConfig
 
         settings = GuidanceConfig(**{**row.settings, "weight": None, "betas": tuple(row.settings["betas"])})
-        tokens = sum(b["prompt_tokens"] for b in batches) / sum(b["prompts"] for b in batches)
-        parts = sample_flops(Shape(**model), Shape(**reward), settings, tokens, _work(settings, batches))
-        row.flops = total(parts)
+        tokens: float | list[int] = sum(b["prompt_tokens"] for b in batches) / sum(b["prompts"] for b in batches)
+        if all("prompt_lengths" in batch for batch in batches):  # else of before they were written down
+            tokens = [length for batch in batches for length in batch["prompt_lengths"]]
+        work = _work(settings, batches)
+        row.flops, row.planned = (
+            total(sample_flops(Shape(**model), Shape(**reward), settings, tokens, work)),
+            work is None,
+        )
 
 
 def _work(settings: Any, batches: list[dict[str, Any]]) -> list[list[float]] | None:

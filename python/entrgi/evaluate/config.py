@@ -347,6 +347,8 @@ def cells_of(
         best_of: samples of best-of-N, where "auto" has been worked out.
         files: what identifies the models' files, as in :attr:`Plan.files`.
     """
+    from entrgi_kernels.guidance.keys import revision
+
     files = files or {}
     methods = list(methods_of(config, best_of))
     cells = []
@@ -354,7 +356,10 @@ def cells_of(
         for label, settings, compared in methods:
             settings = settings.replace(seed=seed)
             models = [config.model, reward, files.get(f"model:{config.model}"), files.get(f"reward:{reward}")]
-            identity = [*models, __version__, config.dtype, dataset.name, settings_identity(settings)]
+            drawn = revision(settings)
+            # Cells of revision 1 have the keys of before there were any.
+            version = [__version__, drawn] if drawn > 1 else __version__
+            identity = [*models, version, config.dtype, dataset.name, settings_identity(settings)]
             cells.append(
                 Cell(digest(identity)[:12], label, dataset.name, reward, settings, min(compared, settings.num_samples))
             )

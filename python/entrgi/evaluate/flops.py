@@ -39,15 +39,19 @@ samples of a prompt share its first forward: that one is counted 1/K.
 A plan counts all steps of all blocks. After the run each block is counted by what was run of it (:attr:`Stats.work`):
 a threshold takes fewer steps, and behind the end of a text no block is begun. Under a search the trajectories of a
 batch go on together until the last has ended; until then one that has ended costs forwards, but no products with V.
+
+Blocks of a block-causal model are counted from the prompt's first token: responses begin within one, at a place that
+is each prompt's own, and most reach into one block more. What pads shorter prompts of a batch is not counted.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from entrgi_kernels.names import METHODS
 
@@ -130,7 +134,7 @@ def sample_flops(
     model: Shape,
     reward: Shape,
     config: GuidanceConfig,
-    prompt_tokens: float,
+    prompt_tokens: float | Sequence[float],
     work: Sequence[Sequence[float]] | None = None,
 ) -> dict[str, float]:
     """FLOPs of one sample, by part: "model", "reward", "vocabulary", "search", "scoring".
@@ -138,72 +142,133 @@ def sample_flops(
     Args:
         model, reward: dimensions of the diffusion and the reward model.
         config: the sampler's settings.
-        prompt_tokens: of the prompt with its chat template.
+        prompt_tokens: of each prompt with its chat template, or their mean where that is all that is known. Where in a
+            block a prompt ends matters to a block-causal model: of a mean it is taken to be anywhere.
         work: what was run of each block, a trajectory (:attr:`Stats.work`); None counts all that is planned.
     """
-    from entrgi_kernels.guidance.schedules import plan, steps_of_block
-
-    slots, sequence = config.max_new_tokens, prompt_tokens + config.max_new_tokens
-    length = open_slots(model, config)
-    # Blocks of a block-causal model are counted from the prompt's first token.
-    offset = round(prompt_tokens) % length if model.block_length else 0
-    parts = {"model": 0.0, "reward": 0.0, "vocabulary": 0.0, "search": 0.0}
+    slots, length = config.max_new_tokens, open_slots(model, config)
+    endings = _endings(model, length, prompt_tokens)
+    count = math.ceil((slots + max(ending.offset for ending in endings)) / length)
+    if work is not None and len(work) > count:
+        work = None  # blocks that config.json does not tell of
+    parts = {"model": 0.0, "reward": 0.0, "vocabulary": 0.0, "search": 0.0, "scoring": 0.0}
     alike = config.num_samples * config.copies > 1  # before the very first commit
-    shared, finished = 1 / config.num_samples, 0  # of the very first forward; slots that the reward need not read
-    for number in range(math.ceil((slots + offset) / length)):
-        begin, end = max(0, number * length - offset), min(slots, (number + 1) * length - offset)
-        first_step, steps = steps_of_block(config.steps, number, slots // length)
-        counts = plan(config.schedule, [end - begin], steps, config.schedule_eps).counts
-        masked = end - begin
-        working = [(step, row[0]) for step, row in enumerate(counts, first_step) if row[0]]
-        shares = [(1.0, 1.0)] * len(working)
-        if work is not None:
-            shares = _shares(masked, [count for _, count in working], work[number] if number < len(work) else (0, 0, 0))
-        for step, ((numbered, count), (ran, opened)) in enumerate(zip(working, shares, strict=True)):
+    shared = 1 / config.num_samples  # of the very first forward
+    committed = config.saves("reward_committed")
+    for number in range(count):
+        done = (work[number] if number < len(work) else (0, 0, 0)) if work is not None else None
+        for ending, step, row in _rows(config, length, number, endings, done):
+            tokens, begin = ending.tokens, number * length - ending.offset
             first = (number, step) == (0, 0)
             # Where samples part a block's cache is made anew.
             fresh = step == 0 or (step == 1 and number == 0 and alike)
-            forward = _forward(model, config, prompt_tokens, number * length - offset, length, fresh, first)
-            forward = ran * forward + opened * 2 * masked * model.hidden * model.vocabulary
+            forward = _forward(model, config, tokens, begin, length, fresh, first)
+            forward = row.ran * forward + row.opened * 2 * row.masked * model.hidden * model.vocabulary
             parts["model"] += (shared if first else config.copies) * (2 if config.cfg_scale else 1) * forward
-            if _searches(config, numbered) and not first:
-                shown = min(slots, (number + 1) * length)
-                parts["search"] += ran * config.copies * _reward_forward(reward, shown + _SUFFIX, prompt_tokens)
+            shown = min(slots, (number + 1) * length)
+            if _searches(config, row.step) and not first:
+                parts["search"] += row.ran * config.copies * _reward_forward(reward, shown + _SUFFIX, tokens)
             if config.guided:
                 inner = config.inner_steps
-                shown = min(slots, (number + 1) * length) - finished
-                parts["reward"] += ran * inner * _reward_step(reward, shown + _SUFFIX, prompt_tokens + finished)
-                finished = begin if config.saves("reward_committed") else 0
+                # Slots that the reward need not read; a block's first step also reads the block before.
+                finished = max(0, begin if step else begin - length) if committed else 0
+                shown -= finished
+                parts["reward"] += row.ran * inner * _reward_step(reward, shown + _SUFFIX, tokens + finished)
                 product = 2 * model.vocabulary * reward.hidden
                 ranked_before = config.alg == "entropy" and config.confidence == "base" and config.search == "best"
                 # A soft embedding (none around hard tokens alone) and a gradient each inner step.
                 soft = inner if METHODS[config.method].adam else 0
-                rows = soft * masked + (inner - 1) * masked + (count if ranked_before else masked)
-                parts["vocabulary"] += opened * product * rows
-            masked -= count
-    parts["scoring"] = reward.forward(sequence + _SUFFIX, sequence + _SUFFIX)
+                moved = (soft + inner - 1) * row.masked + (row.count if ranked_before else row.masked)
+                parts["vocabulary"] += row.opened * product * moved
+    for ending in endings:
+        sequence = ending.tokens + slots + _SUFFIX
+        parts["scoring"] += ending.share * reward.forward(sequence, sequence)
     if config.search != "best" and not config.self_rewarding:
         parts["search"] += config.copies * parts["scoring"]
     return parts
 
 
-def _shares(masked: int, counts: list[int], work: Sequence[float]) -> list[tuple[float, float]]:
-    """What was run of each planned step of a block, of its trajectories and of its open slots; 1 is all of it.
+class _Ending(NamedTuple):
+    """Prompts that end at one place in a block: their share of all, tokens (mean), and tokens in that block."""
+
+    share: float
+    tokens: float
+    offset: int
+
+
+def _endings(model: Shape, length: int, prompt_tokens: float | Sequence[float]) -> list[_Ending]:
+    """The prompts, by where they end in a block of a block-causal model; all are one elsewhere."""
+    if not isinstance(prompt_tokens, Sequence):
+        if not model.block_length:
+            return [_Ending(1.0, prompt_tokens, 0)]
+        # All places alike, and the mean as it is.
+        first = max(0, round(prompt_tokens - (length - 1) / 2))
+        prompt_tokens = range(first, first + length)
+    by_offset = collections.defaultdict(list)
+    for tokens in prompt_tokens:
+        by_offset[round(tokens) % length if model.block_length else 0].append(tokens)
+    return [
+        _Ending(len(some) / len(prompt_tokens), math.fsum(some) / len(some), offset)
+        for offset, some in sorted(by_offset.items())
+    ]
+
+
+class _Row(NamedTuple):
+    """A step of a trajectory.
+
+    Attributes:
+        step: number among all steps.
+        masked, count: open slots, and how many are committed.
+        ran, opened: how often it was run, of all prompts' trajectories; the same of its open slots.
+    """
+
+    step: int
+    masked: int
+    count: int
+    ran: float
+    opened: float
+
+
+def _rows(
+    config: GuidanceConfig, length: int, number: int, endings: Sequence[_Ending], work: Sequence[float] | None
+) -> Iterator[tuple[_Ending, int, _Row]]:
+    """What is run of a block: for each kind of prompt (kind, place of the step among the block's, the step).
 
     Args:
-        masked: the block's slots.
-        counts: commits of each planned step.
-        work: a block's of :attr:`Stats.work`, a trajectory.
+        work: the block's of :attr:`Stats.work`, a trajectory; None takes all that is planned.
     """
-    begun, steps, slots = work
-    if not begun:
-        return [(0.0, 0.0)] * len(counts)
-    # The first steps are those that were run; a last one stands for all beyond the plan.
-    last, mean = len(counts) - 1, steps / begun
-    ran = [begun * max(0.0, mean - step if step == last else min(1.0, mean - step)) for step in range(len(counts))]
-    opened = [masked - done for done in itertools.accumulate(counts[:-1], initial=0)]
-    planned = sum(share * count for share, count in zip(ran, opened, strict=True))
-    return [(share, share * slots / planned) for share in ran]
+    from entrgi_kernels.guidance.schedules import plan, steps_of_block
+
+    slots, here = config.max_new_tokens, []
+    for ending in endings:
+        begin, end = (min(slots, max(0, block * length - ending.offset)) for block in (number, number + 1))
+        if begin < end:
+            here.append((ending, end - begin))
+    first_step, steps = steps_of_block(config.steps, number, slots // length)
+    # Prompts share batches: where one commits something all are run.
+    planned = plan(config.schedule, [masked for _, masked in here], steps, config.schedule_eps).counts
+    working = [(step, counts) for step, counts in enumerate(planned, first_step) if any(counts)]
+    if not working:
+        return
+    ran, scale = [1.0] * len(working), 1.0
+    opened = []
+    for place, (_, masked) in enumerate(here):
+        done = itertools.accumulate((counts[place] for _, counts in working[:-1]), initial=0)
+        opened.append([masked - count for count in done])
+    if work is not None:
+        begun, taken, seen = work
+        mean, last = taken / begun if begun else 0.0, len(working) - 1
+        # Whoever has no slots here was not run (under a search it was: as if it were one of the others). The first
+        # steps are those that were run; a last one stands for all beyond the plan.
+        begun /= math.fsum(ending.share for ending, _ in here)
+        ran = [begun * max(0.0, mean - step if step == last else min(1.0, mean - step)) for step in range(len(working))]
+        pairs = zip(here, opened, strict=True)
+        whole = math.fsum(e.share * r * n for (e, _), column in pairs for r, n in zip(ran, column, strict=True))
+        scale = seen / whole if whole else 0.0
+    for place, (ending, _) in enumerate(here):
+        for step, (numbered, counts) in enumerate(working):
+            share = ending.share * ran[step]
+            yield ending, step, _Row(numbered, opened[place][step], counts[place], share, share * scale)
 
 
 def _searches(config: GuidanceConfig, step: int) -> bool:

@@ -99,8 +99,11 @@ class Plan:
 
     def header(self) -> dict[str, Any]:
         """What config.json holds."""
+        from entrgi_kernels.guidance.keys import revision
+
         from ..compare import versions
 
+        drawn = max((revision(cell.config) for cell in self.cells), default=1)
         return {
             "format": FORMAT,
             "config": self.config.to_dict(),
@@ -109,6 +112,9 @@ class Plan:
                 "prompts": fingerprints(self.prompts),
                 "files": self.files,
                 "entrgi_kernels": __version__,
+                **(
+                    {"draws_revision": drawn} if drawn > 1 else {}
+                ),  # results of before there were revisions are gone on with
             },
             "cells": {cell.key: cell.describe() for cell in self.cells},
             "samples": sum(len(batch.items) * batch.cell.config.num_samples for batch in self.batches),

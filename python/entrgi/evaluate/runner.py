@@ -74,7 +74,8 @@ class Worker:
                 if sample.trace and k == best and batch.start + offset < self.config.traces:
                     lines["traces"].append({"key": key, "steps": [step.to_dict() for step in sample.trace]})
         about = {"key": batch.key, "cell": batch.cell.key, "prompts": len(batch.items), "traced": batch.trace}
-        about["prompt_tokens"] = sum(loading.prompt_tokens(sampler, prompt) for prompt in prompts)
+        lengths = [loading.prompt_tokens(sampler, prompt) for prompt in prompts]
+        about |= {"prompt_tokens": sum(lengths), "prompt_lengths": lengths}
         timed = {"device": self.device, "seconds": round(seconds, 4)}
         lines["batches"] = [{**about, **sampler.stats.to_dict(), **timed}]
         return lines

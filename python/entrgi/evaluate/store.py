@@ -239,8 +239,12 @@ def _record(stream: str, line: bytes, where: str) -> dict[str, Any]:
         cell, *rest = record["key"].split("-")
         if not cell or rest != [*rest[:1], f"{record['sample']:04d}"] or not _is_list(record["tokens"], int):
             raise UsageError(f"{where}: 'key', 'sample' or 'tokens' is damaged; {_MEND}")
-    if stream == "batches" and not _is_work(record.get("work", [])):
-        raise UsageError(f"{where}: 'work' is damaged; {_MEND}")
+    if stream == "batches":
+        lengths = record.get("prompt_lengths", [])  # older records have none, nor "work"
+        if not _is_list(lengths, int) or "prompt_lengths" in record and len(lengths) != record["prompts"]:
+            raise UsageError(f"{where}: 'prompt_lengths' is damaged; {_MEND}")
+        if not _is_work(record.get("work", [])):
+            raise UsageError(f"{where}: 'work' is damaged; {_MEND}")
     if stream == "traces" and not all(_is_step(step) for step in record["steps"]):
         raise UsageError(f"{where}: 'steps' is damaged; {_MEND}")
     return record
@@ -253,7 +257,10 @@ def _is_list(value: Any, *kinds: type) -> bool:
 def _is_work(value: Any) -> bool:
     """Whether a value is what :attr:`Stats.work` holds."""
     blocks = value if isinstance(value, list) else [None]
-    return all(_is_list(one, int) and len(one) == 3 and 0 <= min(one) <= max(one) < 1 << 63 for one in blocks)
+    if not all(_is_list(one, int) and len(one) == 3 and 0 <= min(one) <= max(one) < 1 << 63 for one in blocks):
+        return False
+    # Whoever was run took a step. (It may have had no slots: a search can make all of a block's those that have ended.)
+    return all(begun <= steps and (begun > 0 or steps == slots == 0) for begun, steps, slots in blocks)
 
 
 def _is_step(step: Any) -> bool:

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,11 +178,31 @@ def run(args: argparse.Namespace) -> int:
         loading.device_of(args.device, tiny)  # refuses what is not here, where Trainer would take the CPU instead
     logging.getLogger("entrgi.train").setLevel(logging.WARNING if args.quiet else logging.INFO)
 
-    settings = training_arguments(args, tiny)
-    guidance = sampling_settings(args)
-    first = int(os.environ.get("RANK", "0")) == 0
-    with jsonl.lock_folder(output) if first else contextlib.nullcontext():
-        return _train(args, make_trainer(args, settings, guidance, tiny), output)
+    with _leaving_the_group():
+        settings = training_arguments(args, tiny)
+        guidance = sampling_settings(args)
+        first = int(os.environ.get("RANK", "0")) == 0
+        with jsonl.lock_folder(output) if first else contextlib.nullcontext():
+            return _train(args, make_trainer(args, settings, guidance, tiny), output)
+
+
+@contextlib.contextmanager
+def _leaving_the_group() -> Iterator[None]:
+    """Leave the group of processes, if there is one, however what is run in it ends.
+
+    Left to the interpreter's end, the group's threads can abort one of its processes (seen once, gloo).
+    """
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        import torch.distributed as group
+
+        if group.is_available() and group.is_initialized():
+            # NCCL waits until all leave, and after an error the others may be waiting for this process.
+            if done or "nccl" not in group.get_backend_config():
+                group.destroy_process_group()
 
 
 def _train(args: argparse.Namespace, trainer: GuidedTrainer, output: Path) -> int:
@@ -190,8 +211,15 @@ def _train(args: argparse.Namespace, trainer: GuidedTrainer, output: Path) -> in
         if args.resume:
             _check_same_run(output, described)
         jsonl.write_atomically(output / "run.json", [json.dumps(described, indent=2) + "\n"])
+
+    def kept() -> str:
+        newest = records.last_complete_checkpoint(output)
+        if newest is None:
+            return f"no checkpoint was finished in {output}: --resume begins anew"
+        return f"checkpoints are kept in {output}: --resume goes on from {newest.name}"
+
     try:
-        with telling(lambda: f"checkpoints are kept in {output}: --resume goes on from the newest"):
+        with telling(kept) if trainer.is_world_process_zero() else contextlib.nullcontext():
             trainer.train(resume_from_checkpoint=args.resume)
     except ArithmeticError as error:  # what is not finite; the message says what and where
         raise UsageError(str(error)) from error
@@ -206,13 +234,13 @@ def _train(args: argparse.Namespace, trainer: GuidedTrainer, output: Path) -> in
     if trainer.is_world_process_zero():
         for line in outcome(output):
             print(line)
-    # Left to the interpreter's end, the threads of a process group can abort one of its processes (seen once, gloo).
-    trainer.accelerator.end_training()
     return 0
 
 
 def _describe(args: argparse.Namespace, trainer: GuidedTrainer) -> dict[str, Any]:
     """What run.json holds, JSON values only."""
+    from entrgi_kernels.guidance.keys import revision
+
     settings, prompts = trainer.args, trainer.train_dataset.prompts
     described = {
         "method": args.method,
@@ -226,6 +254,7 @@ def _describe(args: argparse.Namespace, trainer: GuidedTrainer) -> dict[str, Any
         "load_in_4bit": args.load_in_4bit,
         "arguments": settings.to_dict(),
         "sampling": trainer.sampler.config.to_dict(),
+        "draws_revision": revision(trainer.sampler.config),
         "train_prompts": len(prompts),
         "train_prompts_sha256": hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest(),
         "prompts_a_step": settings.per_device_train_batch_size
@@ -374,7 +403,8 @@ def _check_same_run(output: Path, described: dict[str, Any]) -> None:
         drawn = {
             f"sampling.{name}": run["sampling"][name] for name in run["sampling"] if name not in loading.SPEED_ONLY
         }
-        return {**kept, **drawn, **{name: value for name, value in run.items() if not isinstance(value, dict)}}
+        other = {name: value for name, value in run.items() if not isinstance(value, dict)}
+        return {"draws_revision": 1, **kept, **drawn, **other}
 
     before, now = identity(stored), identity(described)
     lines = differences(before, {name: now.get(name) for name in before})

@@ -121,9 +121,18 @@ def world() -> World:
 
 
 def _counted(
-    world: World, blocks: int | None, settings: dict, prompts: int = 1, planned: bool = True
+    world: World,
+    blocks: int | None,
+    settings: dict,
+    prompts: int = 1,
+    planned: bool = True,
+    words: tuple[int, ...] = (11,),
+    mean_alone: bool = False,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """FLOPs by part of some prompts' samples: counted, and by the formula, as planned or as it was run."""
+    """FLOPs by part of some prompts' samples: counted, and by the formula, as planned or as it was run.
+
+    Each of `words` is a prompt, `prompts` times; with `mean_alone` the formula is told of no more than their mean.
+    """
     mask = world.tokenizer.mask_token_id
     model = models.MaskedDiffusion(world.model, mask)
     if blocks is not None:
@@ -131,26 +140,26 @@ def _counted(
     chosen = {"num_samples": 3, "max_new_tokens": 24, "steps": 12, "guidance_steps": 2, "backend": "eager", **settings}
     chosen["exact_savings"] = tuple(FIXED - chosen.pop("less", set()) | chosen.pop("more", set()))
     sampler = GuidedSampler(model, world.reward_model, world.tokenizer, world.reward_tokenizer, **chosen)
-    prompt = "w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11"
+    given = [" ".join(f"w{number + 1}" for number in range(count)) for count in words] * prompts
     if not planned:  # short runs: what a first call finds out about the reward would show
-        sampler.generate([prompt], progress=False, max_new_tokens=blocks or 4, steps=1)
+        sampler.generate(given[:1], progress=False, max_new_tokens=blocks or 4, steps=1)
     with (counter := FlopCounter()), listening(counter):
-        results = sampler.generate([prompt] * prompts, progress=False)
+        results = sampler.generate(given, progress=False)
     ended = [world.tokenizer.eos_token_id in sample.tokens for result in results for sample in result.samples]
-    assert planned != any(ended) or "threshold" in settings
+    assert planned != any(ended) or "threshold" in settings or len(words) > 1
     shapes = [Shape.from_config(net.config.to_dict()) for net in (world.model, world.reward_model)]
     if blocks is not None:
         shapes[0] = Shape.from_config({**world.model.config.to_dict(), "block_length": blocks})
-    length = len(encode_prompt(world.tokenizer, conversation_from(prompt)))
-    batch = {"prompts": prompts, **sampler.stats.to_dict()}
+    lengths = [len(encode_prompt(world.tokenizer, conversation_from(prompt))) for prompt in given]
+    batch = {"prompts": len(given), **sampler.stats.to_dict()}
     work = None if planned else analysis._work(sampler.config, [batch])
-    parts = sample_flops(*shapes, sampler.config, length, work)
+    parts = sample_flops(*shapes, sampler.config, sum(lengths) / len(lengths) if mean_alone else lengths, work)
     found = {
         "model": counter.by_phase[phases.MODEL],
         "reward": counter.by_phase[phases.REWARD] + counter.by_phase[phases.REWARD_BACKWARD],
         "vocabulary": counter.by_phase[phases.EMBED] + counter.by_phase[phases.UPDATE],
     }
-    return found, {name: prompts * sampler.config.num_samples * parts[name] for name in found}
+    return found, {name: len(given) * sampler.config.num_samples * parts[name] for name in found}
 
 
 # The savings that the formula counts: those that do not depend on the text.
@@ -205,6 +214,40 @@ def test_texts_that_end_early_are_counted_as_they_were_run(ending, blocks, setti
     found, expected = _counted(ending, blocks, {"num_samples": 2, **chosen}, prompts=3, planned=False)
     for name, flops in expected.items():
         assert found[name] == pytest.approx(flops, rel=0.05), name
+
+
+@pytest.mark.parametrize("planned", [True, False], ids=["planned", "run"])
+@pytest.mark.parametrize("blocks", [4, 8])
+@pytest.mark.parametrize("words", [(9, 10, 11, 12), (8, 9, 10, 11), (10, 11, 12, 13)], ids=str)
+def test_prompts_that_end_anywhere_in_a_block(world, blocks, words, planned) -> None:
+    """Their responses share a batch and begin at different places in a block: there is one block more."""
+    settings = {"num_samples": 2, "steps": 24, "batch_size": 16}
+    found, expected = _counted(world, blocks, settings, planned=planned, words=words)
+    for name, flops in expected.items():
+        assert found[name] == pytest.approx(flops, rel=0.05), name
+    assert found["vocabulary"] == pytest.approx(expected["vocabulary"], rel=1e-6)
+    if not planned:  # as results of before the lengths were written down
+        found, expected = _counted(world, blocks, settings, planned=False, words=words, mean_alone=True)
+        for name, flops in expected.items():
+            assert found[name] == pytest.approx(flops, rel=0.05), name
+
+
+@pytest.mark.parametrize("search", ["best", "smc"])
+def test_such_prompts_texts_end_early_too(ending, search) -> None:
+    settings = {"block_length": 4, "deprioritize_eos": False, "temperature": 1.0, "top_p": None, "steps": 24}
+    settings |= {"search": search, "search_every": 2, "num_samples": 2, "batch_size": 16}
+    settings["less"] = {"committed_rows"} if search == "smc" else set()
+    found, expected = _counted(ending, 4, settings, prompts=2, planned=False, words=(8, 9, 10, 11))
+    for name, flops in expected.items():
+        assert found[name] == pytest.approx(flops, rel=0.05), name
+
+
+def test_blocks_that_nothing_tells_of_are_counted_as_planned(world) -> None:
+    """As of a model whose block length is in its code alone."""
+    shapes = [Shape.from_config(net.config.to_dict()) for net in (world.model, world.reward_model)]
+    config = GuidanceConfig(max_new_tokens=24, steps=24)
+    work = [(1, 8, 36)] * 3
+    assert sample_flops(*shapes, config, 16, work) == sample_flops(*shapes, config, 16)
 
 
 @pytest.mark.parametrize("blocks", [None, 8])

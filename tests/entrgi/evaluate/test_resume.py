@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from entrgi_kernels.guidance import keys
+
 GRID = ("--methods", "none,entrgi", "-n", 5, "--seeds", "1,2", "--batch-size", 2, "-L", 8, "-T", 8, "-K", 3,
         "--best-of", 4, "--traces", 1, "--set", "judges=[{kind: rule}]")  # fmt: skip
 LINES = 2 * 5 * (4 + 3)
@@ -130,6 +132,29 @@ def test_a_changed_configuration_is_refused(evaluate, capsys) -> None:
     assert content(folder) == before
     code, _ = evaluate("a", "--device", "cpu", "--set", "reference=Best-of-N")
     assert code == 0, "how it is run and looked at may change"
+
+
+def test_results_of_older_draws_are_not_gone_on_with(evaluate, monkeypatch, capsys) -> None:
+    """Those alone whose texts would differ; --extend keeps the other cells' samples."""
+    monkeypatch.setattr(keys, "REVISION", 1)
+    old = [evaluate("a")[1], evaluate("b", "--searches", "best,smc")[1]]
+    headers = [json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in old]
+    assert not any("draws_revision" in header["identity"] for header in headers), "as before there were revisions"
+    monkeypatch.undo()
+    assert evaluate("a")[0] == 0
+    capsys.readouterr()
+    assert evaluate("b", "--searches", "best,smc")[0] == 2
+    assert "draws_revision: null there, 2 now" in capsys.readouterr().err
+    before = lines(old[1])
+    assert evaluate("b", "--searches", "best,smc", "--extend")[0] == 0
+    new = lines(old[1])
+    cells = json.loads((old[1] / "config.json").read_text(encoding="utf-8"))["cells"]
+    searched = {line["method"] for line in new if "SMC" in line["method"]}
+    assert searched and all(line in new for line in before)
+    for name in {line["method"] for line in new}:
+        of_method = {line["key"].split("-")[0] for line in new if line["method"] == name}
+        assert len(of_method) == (4 if name in searched else 2), "two seeds, drawn again or kept"
+        assert len(of_method & set(cells)) == 2
 
 
 def test_extending_keeps_what_is_shared(evaluate, fake) -> None:

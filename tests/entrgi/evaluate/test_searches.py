@@ -165,7 +165,7 @@ def test_pictures_of_searches(folder, entrgi, tmp_path) -> None:
     assert "APS + SVDD" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
-def test_flops_are_of_what_was_run_where_that_is_known(folder) -> None:
+def test_flops_are_of_what_was_run_where_that_is_known(folder, caplog) -> None:
     """Results of before there was `work` count all that is planned."""
     path = folder / "batches.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -187,8 +187,43 @@ def test_flops_are_of_what_was_run_where_that_is_known(folder) -> None:
     assert {row.label: row.flops for row in read_results([folder]).slices[0].rows} == pytest.approx(planned)
     write(len(counts) // 2)
     half = {row.label: row.flops for row in read_results([folder]).slices[0].rows}
+    assert "planned" not in caplog.text
     assert all(0.3 * planned[label] < half[label] < 0.8 * planned[label] for label in planned)
-    for damaged in ([[1, 2]], [[1, 2, -3]], [[1, 2, 1 << 64]], [1], 7, "x"):
+    write(len(counts) // 2)
+    of_one = next(key for key, cell in cells.items() if cell["label"] == "SVDD")
+    for line in lines:
+        if line["cell"] == of_one:
+            del line["work"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    caplog.clear()
+    mixed = {row.label: row.flops for row in read_results([folder]).slices[0].rows}
+    assert "FLOPs of SVDD are of all that was planned" in caplog.text
+    assert mixed == pytest.approx({**half, "SVDD": planned["SVDD"]})
+    write(0, [[0, 0, 0]])  # a block of which nothing was run, and one whose trajectories had all ended
+    write(0, [[3, 3, 0]])
+    assert all(row.flops > 0 for row in read_results([folder]).slices[0].rows)
+    for damaged in ([[1, 2]], [[1, 2, -3]], [[1, 2, 1 << 64]], [1], 7, "x", [[5, 0, 10]], [[5, 4, 10]], [[0, 5, 10]]):
         write(1, damaged)
         with pytest.raises(UsageError, match="'work' is damaged"):
+            read_results([folder])
+
+
+def test_the_lengths_of_prompts_are_written_down_and_checked(folder) -> None:
+    path = folder / "batches.jsonl"
+    whole = path.read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in whole.splitlines()]
+    for line in lines:
+        assert len(line["prompt_lengths"]) == line["prompts"] and sum(line["prompt_lengths"]) == line["prompt_tokens"]
+    flops = [row.flops for row in read_results([folder]).slices[0].rows]
+
+    def write(*change: object) -> None:
+        changed = [{key: value for key, value in line.items() if key != "prompt_lengths"} for line in lines]
+        changed = [{**line, "prompt_lengths": change[0]} for line in changed] if change else changed
+        path.write_text("".join(json.dumps(line) + "\n" for line in changed), encoding="utf-8")
+
+    write()  # as before they were: their mean
+    assert [row.flops for row in read_results([folder]).slices[0].rows] == pytest.approx(flops, rel=0.02)
+    for damaged in ([1], [1.5] * lines[0]["prompts"], 3, None):
+        write(damaged)
+        with pytest.raises(UsageError, match="'prompt_lengths' is damaged"):
             read_results([folder])

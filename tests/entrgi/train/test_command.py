@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from entrgi import jsonl
-from entrgi.train import METHODS, PUBLISHED_SAMPLING, GuidedTrainingArguments, command, records
+from entrgi.errors import UsageError
+from entrgi.train import METHODS, PUBLISHED_SAMPLING, GuidedTrainingArguments, command, records, trainer
 
 QUICK = ("-L", 4, "-T", 2, "-K", 2, "--prompts", 1, "--max-steps", 2, "--eval-prompts", 2, "--max-prompts", 20)
 
@@ -46,6 +49,12 @@ def test_a_run_and_what_it_leaves(entrgi, tmp_path, tiny_weights, capsys):
     error = capsys.readouterr().err
     assert 'method: "rgrl-entrgi" there, "rgrl-aps" now' in error and "learning_rate: 0.0001 there, 0.5 now" in error
     assert "sampling.temperature: 0.8 there, 0.9 now" in error and (folder / "run.json").read_bytes() == before
+    assert described["draws_revision"] == 1
+    (folder / "run.json").write_text(json.dumps({**described, "draws_revision": 2}))
+    assert _train(entrgi, folder, *more, "--resume") == 2
+    assert "draws_revision: 2 there, 1 now" in capsys.readouterr().err
+    (folder / "run.json").write_text(json.dumps({k: v for k, v in described.items() if k != "draws_revision"}))
+    assert _train(entrgi, folder, *more, "--resume", "--quiet") == 0, "a run of before there were revisions"
     assert _train(entrgi, folder, *more, "--resume", "--max-prompts", 19, "--lora-r", 1) == 2
     error = capsys.readouterr().err
     assert "lora: [2, 32, 0.1] there" in error and "train_prompts_sha256" in error
@@ -56,6 +65,60 @@ def test_a_run_and_what_it_leaves(entrgi, tmp_path, tiny_weights, capsys):
         (folder / "run.json").write_text(content)
         assert _train(entrgi, folder, *more, "--resume") == 2
         assert f"{folder / 'run.json'}" in (error := capsys.readouterr().err) and said in error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=["interrupted", "no memory"])
+def test_what_is_kept_is_said_once_and_truly(entrgi, tmp_path, tiny_weights, monkeypatch, capsys, error):
+    written, first = [], [True]
+
+    def train(self, resume_from_checkpoint=None):
+        for number in written:
+            folder = Path(self.args.output_dir) / f"checkpoint-{number}"
+            folder.mkdir()
+            (folder / records.COMPLETE).write_text("{}")
+        raise error
+
+    monkeypatch.setattr(trainer.GuidedTrainer, "train", train)
+    monkeypatch.setattr(trainer.GuidedTrainer, "is_world_process_zero", lambda self: first[0])
+    code = 130 if isinstance(error, KeyboardInterrupt) else 1
+    assert _train(entrgi, tmp_path / "a", "--quiet") == code
+    assert f"no checkpoint was finished in {tmp_path / 'a'}: --resume begins anew\n" in capsys.readouterr().err
+    written += [2, 10]
+    assert _train(entrgi, tmp_path / "b", "--quiet") == code
+    said = f"checkpoints are kept in {tmp_path / 'b'}: --resume goes on from checkpoint-10\n"
+    assert capsys.readouterr().err.count(said) == 1
+    first[0] = False  # another process than the first
+    assert _train(entrgi, tmp_path / "c", "--quiet") == code
+    assert "checkpoint" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt(), UsageError("no"), ValueError("ours")], ids=repr)
+@pytest.mark.parametrize("place", ["make_trainer", "_train"])
+def test_the_group_is_left_however_a_run_ends(tmp_path, monkeypatch, place, end):
+    def stop(*args):
+        if end is not None:
+            raise end
+        return 0
+
+    for name in ("training_arguments", "make_trainer"):  # accelerate would remember the group for later tests
+        monkeypatch.setattr(command, name, lambda *args: None)
+    monkeypatch.setattr(command, "_train", lambda *args: 0)
+    monkeypatch.setattr(command, place, stop)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args(["-o", str(tmp_path / "run"), *map(str, QUICK)])
+    for backend in ("gloo", "nccl"):
+        store = torch.distributed.FileStore(str(tmp_path / backend), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            # NCCL's end waits for the other processes, who may be waiting for one that failed.
+            monkeypatch.setattr(torch.distributed, "get_backend_config", lambda backend=backend: f"cuda:{backend}")
+            with contextlib.nullcontext() if end is None else pytest.raises(type(end)):
+                command.run(args)
+            assert torch.distributed.is_initialized() == (backend == "nccl" and end is not None)
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
 
 
 def test_data_from_a_file(entrgi, tmp_path, tiny_weights):

@@ -100,7 +100,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=resume)
     if os.environ.get("RANK", "0") == "0":
         torch.save(parameters(trainer), folder / "parameters.pt")
-    trainer.accelerator.end_training()  # as the command does
+    trainer.accelerator.end_training()  # leaves the group, as the command does
 
 
 if __name__ == "__main__":
