@@ -238,11 +238,12 @@ class Commits:
         self, phi: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor, step: int, shares: tuple[float, ...]
     ) -> torch.Tensor:
         """Tokens [n] from the filtered softmax of phi [n, V]; notes the trajectories whose logits are not finite."""
-        config, column = self._config, phi[:, self._mask]
-        if 1.0 in shares and not self._undrawable.numel():
+        config = self._config
+        # Some heads have no row for the mask.
+        if 1.0 in shares and not self._undrawable.numel() and self._mask < phi.shape[1]:
             # Drawn at a trajectory's last step, a mask token would be returned as text.
             last = on_device([share == 1.0 for share in shares], phi.device, torch.bool)
-            column.masked_fill_(last[rows], -torch.inf)
+            phi[:, self._mask].masked_fill_(last[rows], -torch.inf)
         with phases.scope(phases.DRAW):
             drawn = sample_tokens(
                 phi,

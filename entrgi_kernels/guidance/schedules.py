@@ -7,6 +7,7 @@ count from the device.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -55,12 +56,10 @@ def plan(schedule: str, masked: list[int], steps: int, eps: float = 1e-3) -> Pla
         shares[-1] = 1.0
         columns, of_each = [_drain(n, shares, int) for n in masked], [shares for _ in masked]
     elif schedule == "even":
-        shares = [1 - _even_keep(step, steps) for step in range(steps)]
-        columns = [[count for count in _drain(n, shares, round) if count] for n in masked]
+        columns = [[count for count in _drain(n, _even_shares(steps), round) if count] for n in masked]
         longest = max((len(column) for column in columns), default=0)
         # Not the shares of the steps that were kept: the last step, of share 1, may be among the dropped ones.
-        of_each = [[1 - _even_keep(step, len(column)) for step in range(len(column))] for column in columns]
-        of_each = [column + [1.0] * (longest - len(column)) for column in of_each]
+        of_each = [_even_shares(len(column)) + [1.0] * (longest - len(column)) for column in columns]
         columns = [column + [0] * (longest - len(column)) for column in columns]
     else:
         raise ValueError(f"schedule={schedule!r}: expected one of {', '.join(map(repr, SCHEDULES))}")
@@ -93,7 +92,9 @@ def _drain(n: int, shares: list[float], rounding: Callable[[float], int]) -> lis
     return counts
 
 
-def _even_keep(step: int, steps: int) -> float:
+@functools.lru_cache(maxsize=4096)  # of one length for every trajectory, as a rule
+def _even_shares(steps: int) -> list[float]:
     # float32, as the published scheduler computes it: half-way cases round by its last bit.
-    t, s = torch.tensor((steps - step) / steps), torch.tensor((steps - step - 1) / steps)
-    return ((1 - (1 - s)) / (1 - (1 - t))).item()
+    left = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
+    t, s = left[:-1].float(), left[1:].float()
+    return (1 - ((1 - (1 - s)) / (1 - (1 - t))).double()).tolist()

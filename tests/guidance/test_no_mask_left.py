@@ -66,6 +66,15 @@ def filled(sampler, slots, **settings) -> torch.Tensor:
     return response
 
 
+@pytest.mark.parametrize("variant", VARIANTS[:3])
+def test_a_head_without_a_row_for_the_mask(reward, tokenizer, variant):
+    model = Reluctant(tokenizer)
+    model.vocab_size = model.mask_token_id  # the last id
+    model._logits = model._logits[:, : model.mask_token_id]
+    response = filled(GuidedSampler(model, reward, tokenizer, method="none"), 7, steps=3, **variant)
+    assert (response < model.vocab_size).all()
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("alg", ALGS)
 def test_no_mask_is_left_whatever_the_settings(sampler, alg, schedule):

@@ -20,7 +20,7 @@ from ..statistics import Estimate, best_of, bootstrap_interval, estimate, finite
 from ..tables import missing_note
 from . import diversity
 from .config import EvaluationConfig, from_dict
-from .flops import Shape, sample_flops, total
+from .flops import Shape, block_count, sample_flops, total
 from .judging import best_record
 from .specs import check_judges
 from .store import Store
@@ -395,11 +395,11 @@ def _costs(row: Row, header: Mapping[str, Any], batches: list[dict[str, Any]]) -
         tokens: float | list[int] = sum(b["prompt_tokens"] for b in batches) / sum(b["prompts"] for b in batches)
         if all("prompt_lengths" in batch for batch in batches):  # else of before they were written down
             tokens = [length for batch in batches for length in batch["prompt_lengths"]]
+        dimensions = Shape(**model), Shape(**reward)
         work = _work(settings, batches)
-        row.flops, row.planned = (
-            total(sample_flops(Shape(**model), Shape(**reward), settings, tokens, work)),
-            work is None,
-        )
+        if work is not None and len(work) > block_count(dimensions[0], settings, tokens):
+            work = None
+        row.flops, row.planned = total(sample_flops(*dimensions, settings, tokens, work)), work is None
 
 
 def _work(settings: Any, batches: list[dict[str, Any]]) -> list[list[float]] | None:

@@ -145,12 +145,14 @@ def sample_flops(
         prompt_tokens: of each prompt with its chat template, or their mean where that is all that is known. Where in a
             block a prompt ends matters to a block-causal model: of a mean it is taken to be anywhere.
         work: what was run of each block, a trajectory (:attr:`Stats.work`); None counts all that is planned.
+
+    Raises:
+        ValueError: work of more than :func:`block_count` blocks.
     """
     slots, length = config.max_new_tokens, open_slots(model, config)
-    endings = _endings(model, length, prompt_tokens)
-    count = math.ceil((slots + max(ending.offset for ending in endings)) / length)
+    endings, count = _endings(model, length, prompt_tokens), block_count(model, config, prompt_tokens)
     if work is not None and len(work) > count:
-        work = None  # blocks that config.json does not tell of
+        raise ValueError(f"work of {len(work)} blocks: expected at most {count}, as the model's config.json has them")
     parts = {"model": 0.0, "reward": 0.0, "vocabulary": 0.0, "search": 0.0, "scoring": 0.0}
     alike = config.num_samples * config.copies > 1  # before the very first commit
     shared = 1 / config.num_samples  # of the very first forward
@@ -186,6 +188,13 @@ def sample_flops(
     if config.search != "best" and not config.self_rewarding:
         parts["search"] += config.copies * parts["scoring"]
     return parts
+
+
+def block_count(model: Shape, config: GuidanceConfig, prompt_tokens: float | Sequence[float]) -> int:
+    """Blocks that responses reach into, as far as config.json tells: a model's code may have blocks of its own."""
+    length = open_slots(model, config)
+    most = max(ending.offset for ending in _endings(model, length, prompt_tokens))
+    return math.ceil((config.max_new_tokens + most) / length)
 
 
 class _Ending(NamedTuple):

@@ -188,20 +188,21 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _leaving_the_group() -> Iterator[None]:
-    """Leave the group of processes, if there is one, however what is run in it ends.
+    """Leave the group of processes that came up meanwhile, if one did, however what is run in it ends.
 
     Left to the interpreter's end, the group's threads can abort one of its processes (seen once, gloo).
     """
-    done = False
+    import torch.distributed as group
+
+    done, callers = False, group.is_available() and group.is_initialized()
     try:
         yield
         done = True
     finally:
-        import torch.distributed as group
-
-        if group.is_available() and group.is_initialized():
-            # NCCL waits until all leave, and after an error the others may be waiting for this process.
-            if done or "nccl" not in group.get_backend_config():
+        if group.is_available() and group.is_initialized() and not callers:
+            # NCCL and its kind wait until all leave, and after an error the others may be waiting for this process.
+            backends = {one.rpartition(":")[2] for one in group.get_backend_config().split(",")}
+            if done or backends == {"gloo"}:
                 group.destroy_process_group()
 
 

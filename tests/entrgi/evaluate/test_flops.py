@@ -12,7 +12,7 @@ from benchmarks.harness.models import Network, World, make_world
 from benchmarks.harness.phases import FlopCounter
 from entrgi.evaluate import analysis
 from entrgi.evaluate.config import from_dict
-from entrgi.evaluate.flops import Shape, sample_flops, total
+from entrgi.evaluate.flops import Shape, block_count, sample_flops, total
 from entrgi.evaluate.plan import _KNOWN, make_plan, matched_best_of
 from entrgi_kernels import GuidedSampler, models
 from entrgi_kernels.backends.ranges import listening
@@ -242,12 +242,13 @@ def test_such_prompts_texts_end_early_too(ending, search) -> None:
         assert found[name] == pytest.approx(flops, rel=0.05), name
 
 
-def test_blocks_that_nothing_tells_of_are_counted_as_planned(world) -> None:
+def test_blocks_that_nothing_tells_of_are_refused(world) -> None:
     """As of a model whose block length is in its code alone."""
     shapes = [Shape.from_config(net.config.to_dict()) for net in (world.model, world.reward_model)]
     config = GuidanceConfig(max_new_tokens=24, steps=24)
-    work = [(1, 8, 36)] * 3
-    assert sample_flops(*shapes, config, 16, work) == sample_flops(*shapes, config, 16)
+    assert block_count(shapes[0], config, 16) == 1
+    with pytest.raises(ValueError, match="work of 3 blocks: expected at most 1"):
+        sample_flops(*shapes, config, 16, [(1, 8, 36)] * 3)
 
 
 @pytest.mark.parametrize("blocks", [None, 8])

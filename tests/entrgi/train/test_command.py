@@ -100,8 +100,11 @@ def test_the_group_is_left_however_a_run_ends(tmp_path, monkeypatch, place, end)
             raise end
         return 0
 
-    for name in ("training_arguments", "make_trainer"):  # accelerate would remember the group for later tests
-        monkeypatch.setattr(command, name, lambda *args: None)
+    def come_up(*args):
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+    monkeypatch.setattr(command, "training_arguments", come_up)  # accelerate would remember the group for later tests
+    monkeypatch.setattr(command, "make_trainer", lambda *args: None)
     monkeypatch.setattr(command, "_train", lambda *args: 0)
     monkeypatch.setattr(command, place, stop)
     parser = argparse.ArgumentParser()
@@ -109,16 +112,26 @@ def test_the_group_is_left_however_a_run_ends(tmp_path, monkeypatch, place, end)
     args = parser.parse_args(["-o", str(tmp_path / "run"), *map(str, QUICK)])
     for backend in ("gloo", "nccl"):
         store = torch.distributed.FileStore(str(tmp_path / backend), 1)
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         try:
             # NCCL's end waits for the other processes, who may be waiting for one that failed.
-            monkeypatch.setattr(torch.distributed, "get_backend_config", lambda backend=backend: f"cuda:{backend}")
+            config = f"cpu:gloo,cuda:{backend}"
+            monkeypatch.setattr(torch.distributed, "get_backend_config", lambda config=config: config)
             with contextlib.nullcontext() if end is None else pytest.raises(type(end)):
                 command.run(args)
             assert torch.distributed.is_initialized() == (backend == "nccl" and end is not None)
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
+
+
+def test_a_callers_group_stays(entrgi, tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert _train(entrgi, tmp_path / "run", "--set", "nonsense=1") == 2
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_data_from_a_file(entrgi, tmp_path, tiny_weights):
