@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator
 
 import pytest
-import uvicorn
 
 from entrgi.serve import guards
 from entrgi.serve.settings import Limits, Served
 from entrgi_kernels.guidance.config import GuidanceConfig
+
+uvicorn = pytest.importorskip("uvicorn", reason="needs the extra entrgi_kernels[serve]")
 
 SERVED = Served("tiny", ("tiny",), 1, GuidanceConfig(), False, Limits(), True)
 
