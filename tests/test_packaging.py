@@ -162,6 +162,18 @@ def test_public_names_without_triton_and_extension() -> None:
     assert result.stdout.strip() == "done", result.stderr
 
 
+def test_the_tests_are_collected_without_the_extras() -> None:
+    """`pytest -m gpu` reads every file, on GPU machines that have what the package requires and no more."""
+    extras = ["accelerate", "datasets", "diffusers", "fastapi", "matplotlib", "openai", "peft", "prometheus_client"]
+    extras += ["psutil", "ray", "scipy", "uvicorn"]
+    found = run_blocked(f"""
+        sys.modules.update(dict.fromkeys({extras!r}))  # not there, for `import` and for `find_spec`
+        import pytest
+        sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", {str(ROOT / "tests")!r}]))
+    """)
+    assert found.returncode == 0, found.stdout[-2000:]
+
+
 def test_dir_and_unknown_names() -> None:
     assert set(entrgi_kernels.__all__) <= set(dir(entrgi_kernels))
     with pytest.raises(AttributeError, match="no attribute 'guided'"):

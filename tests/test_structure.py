@@ -164,20 +164,6 @@ def lists_of_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
         yield from ((node.lineno, key) for key, value in lists.items() if value <= spelled)  # type: ignore[attr-defined]
 
 
-def test_tests_are_collected_without_the_extras() -> None:
-    """`pytest -m gpu` reads every file, on machines that have what the package requires and no more."""
-    extras = {"accelerate", "datasets", "diffusers", "fastapi", "matplotlib", "openai", "peft", "prometheus_client"}
-    extras |= {"psutil", "ray", "scipy", "triton", "uvicorn"}  # pytest.importorskip("uvicorn") is for them
-    wrong = []
-    for path in sorted((ROOT / "tests").rglob("*.py")):
-        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
-            named = [alias.name for alias in statement.names] if isinstance(statement, ast.Import) else []
-            if isinstance(statement, ast.ImportFrom) and not statement.level:
-                named = [statement.module or ""]
-            wrong += [f"{path.relative_to(ROOT)}: {name}" for name in named if name.split(".")[0] in extras]
-    assert not wrong
-
-
 def test_lists_of_names_stand_once(modules: dict[str, Path], arrows: dict[str, set[str]]) -> None:
     found = [
         f"{name}:{line} {which}"

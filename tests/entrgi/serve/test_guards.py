@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from entrgi.serve import guards
-from entrgi.serve.settings import Limits, Served
-from entrgi_kernels.guidance.config import GuidanceConfig
-
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra entrgi_kernels[serve]")
+
+from entrgi.serve import guards  # noqa: E402
+from entrgi.serve.settings import Limits, Served  # noqa: E402
+from entrgi_kernels.guidance.config import GuidanceConfig  # noqa: E402
 
 SERVED = Served("tiny", ("tiny",), 1, GuidanceConfig(), False, Limits(), True)
 
