@@ -25,7 +25,8 @@ INLINE int64_t tiled_terms(const ForwardJob& job) { return job.logits.dtype == D
 // is that of the threads. One term goes on where the block before ended.
 INLINE int64_t tiled_forward_block(const ForwardJob& job) {
   const int64_t whole = round_up(job.d, 32);
-  const int64_t columns = tiled_terms(job) == 1 ? ceil_div(whole, job.groups) : whole < 1024 ? whole : 1024, bytes = (job.n < 128 ? 256 : 768) << 10;
+  const int64_t columns = tiled_terms(job) == 1 ? ceil_div(whole, job.groups) : whole < 1024 ? whole : 1024;
+  const int64_t bytes = (job.n < 128 ? 256 : 768) << 10;
   const int64_t fit = bytes / (columns * 2) / 32 * 32;
   return fit < 32 ? 32 : fit > 512 ? 512 : fit;
 }
